@@ -1,0 +1,128 @@
+"""Continue a prompt with a trained model; the text appears as it is generated.
+
+    python sample.py --start="Once there was a hen"                # the model trained last
+    python sample.py --out_dir=out/shakespeare_char --num_samples=3 --temperature=0.7
+    python sample.py --ckpt=/anywhere/ckpt.pt --start=FILE:prompt.txt --temperature=0
+
+A checkpoint is the whole model: it holds its settings and its tokenizer, so that one file is all there is to copy.
+"""
+
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from support import runtime
+from support.cli import fail, parse, printable
+from train import draw, load
+
+
+@dataclass
+class Options:
+    # -- which model
+    ckpt: str = ""                      # checkpoint file; empty: ckpt.pt of out_dir
+    out_dir: str = ""                   # folder of the run; empty: the most recently written one under out/
+    init_from: Literal["resume"] = "resume"  # as in nanoGPT: a model of ours
+    # -- what to write
+    start: str = ""                     # the prompt, or FILE:path of it; empty: the start of a text
+    num_samples: int = 1                # texts, one after another
+    max_new_tokens: int = 500           # length of each, in tokens
+    # -- how to choose each token
+    temperature: float = 0.8            # below 1 more careful, above 1 more daring, 0 always the likeliest
+    top_k: int = 200                    # only the k likeliest; 0: all
+    top_p: float = 1.0                  # only the likeliest that together have this probability; 1: all
+    seed: int = 1337                    # the same seed gives the same text
+    # -- machine
+    device: str = "auto"                # auto | cpu | cuda | cuda:N | mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a GPU
+    compile: bool = False               # torch.compile the model
+
+
+def filtered(logits, top_k: int = 0, top_p: float = 1.0):
+    """Logits (B, vocab_size) with the unlikely ones at -inf: all but the top_k largest (0: keep all), and all but the
+    smallest set of largest ones whose probabilities reach top_p (nucleus sampling, arXiv 1904.09751)."""
+    if 0 < top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1:
+        ordered, at = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        tail = p.cumsum(-1) - p >= top_p            # what is reached without this one
+        tail[:, 0] = False                          # the likeliest always stays
+        logits = logits.masked_fill(tail.scatter(-1, at, tail), -torch.inf)
+    return logits
+
+
+def picker(options: Options, seed: int, device: str):
+    """A function from logits (1, vocab_size) to one id (1,), with a stream of random numbers of its own."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def pick(logits):
+        if options.temperature == 0:
+            return draw(logits, 0)
+        # Temperature first, as everywhere: top_p counts the probabilities that are drawn from.
+        top = logits.amax(-1, keepdim=True)
+        return draw(filtered((logits - top) / options.temperature, options.top_k, options.top_p), 1.0, generator)
+
+    return pick
+
+
+def shown(text: str) -> str:
+    """Generated text for a terminal: control characters escaped, line breaks and tabs kept."""
+    return "".join(c if c in "\n\t" else printable(c) for c in text) if sys.stdout.isatty() else text
+
+
+def main(argv: list) -> int:
+    parsed = parse(Options, argv, __doc__)
+    options = Options(**parsed.values)
+    rules = {"num_samples": options.num_samples >= 1, "max_new_tokens": options.max_new_tokens >= 0,
+             "temperature": options.temperature >= 0, "top_k": options.top_k >= 0, "top_p": 0 < options.top_p <= 1,
+             "seed": options.seed >= 0}
+    if broken := [f"{name}={getattr(options, name)}" for name, holds in rules.items() if not holds]:
+        fail(f"out of range: {', '.join(broken)} (see --help)")
+    path = Path(options.ckpt or (Path(options.out_dir) / "ckpt.pt" if options.out_dir else runtime.newest_checkpoint()))
+    if not options.ckpt:
+        if not path.is_file():
+            other = path.with_name("last.pt")
+            fail(f"no {path}" + (f", but {other} is there: --ckpt={other}" if other.is_file()
+                                 else ": train one first with python train.py"))
+        print(f"sampling from {path}", file=sys.stderr, flush=True)
+    start = options.start
+    if start.startswith("FILE:"):
+        try:
+            start = Path(start[5:]).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            fail(f"cannot read the prompt from {start[5:]}: {error}")
+    device = runtime.choose_device(options.device)
+    kind = torch.device(device).type
+    dtype = options.dtype if options.dtype != "auto" else "float32" if kind != "cuda" else runtime.choose_dtype(device, "auto")
+    model, tokenizer = load(path, device)
+    try:
+        prompt = torch.from_numpy(tokenizer.encode_prompt(start).astype(np.int64))[None].to(device)     # (1, T)
+    except ValueError as error:
+        fail(f"--start: {error}")
+    if options.compile:
+        model.trunk = torch.compile(model.trunk, dynamic=True)
+    for number in range(options.num_samples):
+        pick, text = picker(options, options.seed + number, device), tokenizer.stream()
+        sys.stdout.write(shown(start))
+        try:
+            with torch.autocast(kind, dtype=getattr(torch, dtype)) if dtype != "float32" else nullcontext():
+                for token in model.generate(prompt, options.max_new_tokens, pick):
+                    sys.stdout.write(shown(text(token.item())))
+                    sys.stdout.flush()
+        except KeyboardInterrupt:
+            print(shown(text(None)))
+            return 130
+        print(shown(text(None)) + ("\n---------------" if options.num_samples > 1 else ""), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")     # Windows consoles
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,430 @@
+"""Devices, precision, processes, signals, locks, files: what a run needs from the machine, and nothing of the model.
+
+torch is imported inside the functions that need it, so that prepare.py, which shares the file functions, never does.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from support.cli import fail
+
+try:
+    import fcntl
+except ImportError:                     # Windows
+    fcntl = None
+try:
+    import msvcrt
+except ImportError:                     # everything else
+    msvcrt = None
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+CHECKPOINT_FORMAT = 1
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+def sync_folder(folder: Path):
+    """Make a rename in `folder` durable. Windows offers no handle on a folder and needs none."""
+    if os.name != "nt":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def written(path: Path):
+    """A binary file that takes `path`'s place only when the block ends well: written beside it, flushed to the disk,
+    renamed. On any error the old file stays as it is and nothing else is left. One writer at a time."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock(folder: Path):
+    """Hold `folder` for this process, or fail naming the process that does. The lock dies with its process, however
+    it ends. Returns the open file; keep it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a+")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif msvcrt:
+            file.seek(1 << 20)          # a byte past the text, so that others can still read who holds it
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError:
+        file.seek(0)
+        fail(f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it, or give another --out_dir")
+    file.seek(0)
+    file.truncate()
+    file.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    file.flush()
+    return file
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename `folder` to the next free NAME.1, NAME.2, ... and return the new path."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    os.rename(folder, aside)
+    return aside
+
+
+# -- data ----------------------------------------------------------------------------------------------------------
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest unsigned type that holds every id below `vocab_size`."""
+    return np.dtype("uint8" if vocab_size <= 256 else "uint16" if vocab_size <= 65_536 else "uint32")
+
+
+def data_folder(dataset: str, data_dir: str = "") -> Path:
+    """data/NAME beside the programs, or under `data_dir`."""
+    if not NAME.fullmatch(dataset):
+        fail(f"dataset={dataset!r} is no name of a data set: letters, digits and . _ - after a first letter or digit")
+    folder = Path(data_dir or ROOT / "data") / dataset
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder     # short in messages
+
+
+def read_meta(folder: Path) -> dict:
+    """The checked content of meta.json. `fail`s in one line on anything that prepare.py did not write."""
+    again = f"run python prepare.py again for {folder.name}"
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["format"] != 1:
+            fail(f"{folder / 'meta.json'} has format {meta['format']}, this version reads 1: {again}")
+        if meta["dtype"] != token_dtype(meta["vocab_size"]).name:
+            fail(f"{folder / 'meta.json'}: dtype={meta['dtype']} does not fit vocab_size={meta['vocab_size']}: {again}")
+        for split in ("train", "val"):
+            if min(int(meta["splits"][split][key]) for key in ("tokens", "characters", "bytes")) < 0:
+                raise ValueError("negative count")
+        if not isinstance(meta["tokenizer"], dict):
+            raise ValueError("no tokenizer")
+        return meta
+    except OSError as error:
+        fail(f"cannot read {folder / 'meta.json'}: {error.strerror or error}: {again}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        fail(f"{folder / 'meta.json'} is damaged ({type(error).__name__}: {error}): {again}")
+
+
+def open_split(folder: Path, meta: dict, split: str) -> np.ndarray:
+    """The token ids of a split, mapped and not read; their count is checked against `meta`."""
+    path, dtype, count = folder / f"{split}.bin", np.dtype(meta["dtype"]), meta["splits"][split]["tokens"]
+    again = f"run python prepare.py again for {folder.name}"
+    if not path.is_file():
+        fail(f"{path} is missing: {again}")
+    if path.stat().st_size != count * dtype.itemsize:
+        fail(f"{path} has {path.stat().st_size:,} bytes; meta.json says {count:,} tokens of {dtype}, "
+             f"{count * dtype.itemsize:,} bytes: {again}")
+    return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, split: str):
+    """Refuse ids that the model has no row for."""
+    if ids.size and int(ids.max()) >= vocab_size:
+        fail(f"{split}.bin holds token id {int(ids.max()):,}, but vocab_size={vocab_size:,}: "
+             "check the set with python prepare.py --check NAME, or prepare it again")
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------
+
+def save_checkpoint(content: dict, path: Path) -> str:
+    """Write a checkpoint atomically. Returns "" or, when the disk refuses, what went wrong: the old file is whole."""
+    import torch
+
+    try:
+        with written(path) as file:
+            torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
+        return ""
+    except (OSError, RuntimeError) as error:        # torch.save turns some failed writes into RuntimeError
+        return f"could not write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
+
+
+def load_checkpoint(path: Path) -> dict:
+    """The content of a checkpoint, on the CPU. `fail`s in one line on a file that is damaged, hostile or not ours."""
+    import torch
+
+    path = Path(path)
+    try:
+        # torch.load does not check the zip's CRCs, so a flipped bit would go unnoticed.
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("compressed entries, which torch.save never writes")
+            if broken := archive.testzip():
+                raise ValueError(f"the checksum of {broken} does not match")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"no checkpoint {path}")
+    except IsADirectoryError:
+        fail(f"{path} is a folder; name the checkpoint file in it, such as {path / 'ckpt.pt'}")
+    except MemoryError:
+        fail(f"{path} does not fit into this machine's memory")
+    except Exception as error:          # a damaged file can fail anywhere in zipfile or torch
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        fail(f"{path} is damaged or no checkpoint of Inkling ({reason}); nothing was loaded from it")
+    kinds = {"config": dict, "tokenizer": dict, "model": dict, "vocab_size": int, "step": int}
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT or any(
+            type(content.get(key)) is not kind for key, kind in kinds.items()):
+        fail(f"{path} holds no Inkling checkpoint (format {CHECKPOINT_FORMAT}); "
+             "python train.py writes them")
+    return content
+
+
+def newest_checkpoint(folder: Path = Path("out")) -> Path:
+    """The most recently written ckpt.pt under `folder`."""
+    found = sorted(folder.glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        fail(f"no ckpt.pt under {folder}/: train one with python train.py, or name one with --ckpt=PATH")
+    return found[-1]
+
+
+# -- device and precision ------------------------------------------------------------------------------------------
+
+def choose_device(device: str) -> str:
+    """`auto` becomes cuda, mps or cpu, whichever is there first; a named device is checked."""
+    import torch
+
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(kind for kind in ("cuda", "mps", "cpu") if have[kind])
+    try:
+        kind = torch.device(device).type
+        if not have.get(kind, True):
+            fail(f"device={device}: PyTorch sees no {kind} device here; use --device=auto")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        fail(f"device={device}: {str(error).splitlines()[0]}; use auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def choose_dtype(device: str, dtype: str) -> str:
+    """`auto` becomes bfloat16 (on older NVIDIA cards float16) where a matrix product really is faster with it: some
+    processors and cards accept it and emulate it. Takes a few milliseconds."""
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    kind = torch.device(device).type
+    if kind == "mps":
+        return "float32"                # autocast on MPS gains little and has known errors
+    half = "bfloat16"
+    if kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        half = "float16"                # with a GradScaler
+
+    def seconds(kind_of_number) -> float:
+        a = torch.ones(512, 512, device=device, dtype=kind_of_number)
+        fastest = float("inf")
+        for _ in range(6):              # the first ones warm up
+            start = time.perf_counter()
+            for _ in range(4):
+                b = a @ a
+            b[0, 0].item()              # waits for the device
+            fastest = min(fastest, time.perf_counter() - start)
+        return fastest
+
+    return half if seconds(getattr(torch, half)) < 0.7 * seconds(torch.float32) else "float32"
+
+
+def wait(device: str):
+    """Until the device has done what was asked of it."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    elif torch.device(device).type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of the device where it keeps count, else of this process (0 where the system does not tell)."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
+
+
+# -- compiling -----------------------------------------------------------------------------------------------------
+
+COMPILE_PAYS_AFTER = 100        # seconds of eager training left; compiling takes 20-40 s and saves about half of them
+
+
+def compiler_missing(device: str) -> str:
+    """Why torch.compile cannot work here, or ""."""
+    kind = __import__("torch").device(device).type
+    if kind == "cpu" and not (os.environ.get("CXX") or any(map(shutil.which, ("g++", "clang++", "cl")))):
+        return "there is no C++ compiler"
+    if kind == "cuda":
+        try:
+            import triton           # noqa: F401
+        except ImportError:
+            return "triton is not installed"
+    return "" if kind in ("cpu", "cuda") else f"it is not ready for {kind}"
+
+
+def compile_pays(choice, model, run_once, passes: int, device: str) -> bool:
+    """Resolve compile=auto: whether torch.compile would pay over `passes` forward and backward passes.
+    `run_once(model)` is one of them, of which nothing remains."""
+    if choice != "auto":
+        return choice
+    if compiler_missing(device) or not passes:
+        return False
+    times = []
+    for _ in range(3):              # the first ones warm up
+        start = time.perf_counter()
+        run_once(model)
+        wait(device)
+        times.append(time.perf_counter() - start)
+        if times[-1] * passes > 10 * COMPILE_PAYS_AFTER:
+            break
+    return min(times) * passes > COMPILE_PAYS_AFTER
+
+
+def compile(wanted: bool, model, run_once, device: str):
+    """Compile `model` and run it once, so that a failure shows before the run. Returns (what to train with, whether it
+    is compiled, a note for the banner)."""
+    import torch
+
+    if not wanted:
+        return model, False, "off"
+    if why := compiler_missing(device):
+        return model, False, f"off: {why}"
+    start = time.perf_counter()
+    try:
+        compiled = torch.compile(model, dynamic=False)
+        run_once(compiled)
+        wait(device)
+    except Exception as error:      # a failure to compile, whatever it is, must not end a run
+        torch._dynamo.reset()
+        model.zero_grad(set_to_none=True)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        return model, False, f"failed, so it trains without ({type(error).__name__}: {reason})"
+    return compiled, True, f"on, took {time.perf_counter() - start:.0f} s"
+
+
+def restore_optimizers(optimizers: list, scaler, stored: dict):
+    """Put back the optimizers' state, but keep today's settings: load_state_dict would bring back the stored learning
+    rates, betas and decays along with the moments."""
+    try:
+        for optimizer, content in zip(optimizers, stored["optimizers"], strict=True):
+            settings = [{key: value for key, value in group.items() if key != "params"}
+                        for group in optimizer.param_groups]
+            optimizer.load_state_dict(content)
+            for group, kept in zip(optimizer.param_groups, settings, strict=True):
+                group.update(kept)
+        scaler.load_state_dict(stored["scaler"])
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        fail(f"the checkpoint's optimizer state does not fit this run ({type(error).__name__}: {error})")
+
+
+# -- processes and signals -----------------------------------------------------------------------------------------
+
+class Ranks:
+    """This process's place among those that torchrun started; one of one otherwise."""
+
+    def __init__(self):
+        try:
+            self.rank, self.world, self.local = (int(os.environ.get(name, default)) for name, default in
+                                                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        except ValueError as error:
+            fail(f"RANK, WORLD_SIZE or LOCAL_RANK is set to something that torchrun never sets: {error}")
+        self.first = self.rank == 0
+
+    def join(self, backend: str, device: str) -> str:
+        """Meet the other processes; returns the device of this one."""
+        if self.world == 1:
+            return device
+        import torch
+
+        if torch.device(device).type == "cuda":
+            device = f"cuda:{self.local}"
+            torch.cuda.set_device(device)
+        if backend == "auto":
+            backend = "nccl" if device.startswith("cuda") else "gloo"
+        torch.distributed.init_process_group(backend)
+        return device
+
+    def tell(self, value):
+        """Rank 0's `value`, on every rank."""
+        if self.world == 1:
+            return value
+        import torch
+
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def total(self, tensor):
+        """The sum over ranks, in place."""
+        if self.world > 1:
+            import torch
+
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def leave(self):
+        if self.world > 1:
+            import torch
+
+            torch.distributed.destroy_process_group()
+
+
+class Stop:
+    """SIGINT and SIGTERM ask for a stop after the step in progress; a second SIGINT stops at once."""
+
+    def __init__(self):
+        self.signal = 0
+        self.before = {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):       # not the main thread, when used as a library
+                self.before[number] = signal.signal(number, self.ask)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, _frame):
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            os._exit(130)               # what is on the disk is whole at every moment
+        self.signal = number
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal
