@@ -698,7 +698,7 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
 
     def save(name: str) -> str:
         content = dict(state, config=asdict(cfg), tokenizer=tokenizer.stored, vocab_size=model.vocab_size,
-                       model=model.state_dict())
+                       model=dict(model.state_dict()))
         if name == "last.pt":
             content |= dict(optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
                             threads=torch.get_num_threads(), seconds=report.seconds())

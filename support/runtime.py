@@ -194,7 +194,7 @@ def load_checkpoint(path: Path) -> dict:
         fail(f"{path} is damaged or no checkpoint of Inkling ({reason}); nothing was loaded from it")
     kinds = {"config": dict, "tokenizer": dict, "model": dict, "vocab_size": int, "step": int}
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT or any(
-            type(content.get(key)) is not kind for key, kind in kinds.items()):
+            not isinstance(content.get(key), kind) for key, kind in kinds.items()):
         fail(f"{path} holds no Inkling checkpoint (format {CHECKPOINT_FORMAT}); "
              "python train.py writes them")
     return content

@@ -1,0 +1,72 @@
+"""What the tests share: a tiny data set, toy settings, and the programs as subprocesses in an empty folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SHARED = ROOT.parent / "shared"                 # larger texts, where a developer has them; no test depends on it
+if (SHARED / "tiktoken_cache").is_dir():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+torch.set_num_threads(1)                        # toy sizes run faster so, and results do not depend on the machine
+
+from prepare import write_set  # noqa: E402
+from train import GPT, Config  # noqa: E402
+
+TOY = dict(dataset="toy", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, max_iters=6, eval_interval=3,
+           eval_iters=1, log_interval=1, sample_tokens=8, device="cpu", dtype="float32", compile=False)
+
+
+def flags(**settings) -> list:
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """A folder with one set, `toy`: the first 20,000 characters of the embedded fables, one token per character."""
+    folder = tmp_path_factory.mktemp("data")
+    text = (ROOT / "data" / "fables" / "input.txt").read_text(encoding="utf-8")[:20_000]
+    (folder / "toy.txt").write_text(text, encoding="utf-8")
+    write_set(folder / "toy", [folder / "toy.txt"], "char", 0.1)
+    return folder
+
+
+@pytest.fixture
+def toy(data_dir, tmp_path):
+    """Make a toy Config: toy(n_layer=3)."""
+    return lambda **changes: Config(**TOY | dict(data_dir=str(data_dir), out_dir=str(tmp_path / "run")) | changes)
+
+
+@pytest.fixture
+def run(tmp_path, data_dir):
+    """Run a program in an empty folder: run("train.py", "--max_iters=3", toy=True) returns the finished process, its
+    output as text. toy=True puts the toy settings first."""
+    def run(program: str, *words, toy: bool = False, timeout: float = 120, env: dict | None = None, **options):
+        first = flags(**TOY, data_dir=data_dir) if toy else []
+        return subprocess.run([sys.executable, str(ROOT / program), *first, *map(str, words)], cwd=tmp_path, text=True,
+                              capture_output=True, timeout=timeout, encoding="utf-8",
+                              env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, **options)
+    return run
+
+
+def one_line_error(process, *parts: str):
+    """The process left with 2 and one line on stderr that names every one of `parts`."""
+    lines = process.stderr.strip().splitlines()
+    assert process.returncode == 2, process.stderr
+    assert len(lines) == 1 and "Traceback" not in process.stderr, process.stderr
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+@torch.no_grad()
+def perturbed(model: GPT, seed: int = 0) -> GPT:
+    """The model with noise on every weight: zero-initialised projections would hide what lies behind them."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p += 0.1 * torch.randn(p.shape, generator=generator)
+    return model
