@@ -243,7 +243,8 @@ def write_set(folder: Path, sources: list, tokenizer_name: str, val_fraction: fl
     characters = sum(split["characters"] for split in splits.values())
     tokens = sum(split["tokens"] for split in splits.values())
     print(f"{folder}: {characters:,} characters, {len(set().union(*documents)):,} distinct\n"
-          f"  train.bin {splits['train']['tokens']:,} tokens, val.bin {splits['val']['tokens']:,} tokens, {dtype.name}\n"
+          f"  train.bin {splits['train']['tokens']:,} tokens, val.bin {splits['val']['tokens']:,} tokens, "
+          f"{dtype.name}\n"
           f"  tokenizer {tokenizer_name}: {tokenizer.vocab_size:,} tokens in the vocabulary, "
           f"{sum(split['bytes'] for split in splits.values()) / tokens:.2f} bytes per token", flush=True)
     return meta
@@ -253,6 +254,18 @@ def prepare_named(name: str, data_dir: str = "", out: str = "", tokenizer: str =
     """Prepare one of SETS, as data/`out` (default: its own name) and with its own tokenizer unless another is given."""
     text = fetch(name, data_folder(name, data_dir))
     write_set(data_folder(out or name, data_dir), [text], tokenizer or SETS[name]["tokenizer"], val_fraction)
+
+
+def ensure_set(name: str, data_dir: str, ranks) -> Path:
+    """The folder of a prepared set. The first of `ranks` prepares a named one that is missing, the others wait."""
+    folder = data_folder(name, data_dir)
+    if not (folder / "meta.json").is_file():
+        if name not in SETS:
+            fail(f"no data set in {folder}: python prepare.py YOUR_TEXT_FILE --name={name}")
+        if ranks.first:
+            prepare_named(name, data_dir)
+        ranks.tell(None)
+    return folder
 
 
 def check_set(folder: Path):

@@ -8,7 +8,6 @@ A checkpoint is the whole model: it holds its settings and its tokenizer, so tha
 """
 
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -98,8 +97,9 @@ def main(argv: list) -> int:
         except (OSError, UnicodeDecodeError) as error:
             fail(f"cannot read the prompt from {start[5:]}: {error}")
     device = runtime.choose_device(options.device)
-    kind = torch.device(device).type
-    dtype = options.dtype if options.dtype != "auto" else "float32" if kind != "cuda" else runtime.choose_dtype(device, "auto")
+    dtype = options.dtype
+    if dtype == "auto":                 # for one token at a time, casting costs a CPU more than it saves
+        dtype = runtime.choose_dtype(device, "auto") if torch.device(device).type == "cuda" else "float32"
     model, tokenizer = load(path, device)
     try:
         prompt = torch.from_numpy(tokenizer.encode_prompt(start).astype(np.int64))[None].to(device)     # (1, T)
@@ -111,7 +111,7 @@ def main(argv: list) -> int:
         pick, text = picker(options, options.seed + number, device), tokenizer.stream()
         sys.stdout.write(shown(start))
         try:
-            with torch.autocast(kind, dtype=getattr(torch, dtype)) if dtype != "float32" else nullcontext():
+            with runtime.autocast(device, dtype):
                 for token in model.generate(prompt, options.max_new_tokens, pick):
                     sys.stdout.write(shown(text(token.item())))
                     sys.stdout.flush()

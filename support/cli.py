@@ -197,6 +197,20 @@ def from_dict(options: type, stored: dict, source) -> dict:
     return values
 
 
+def merge(options: type, stored: dict, parsed: Parsed, fixed: set, source) -> dict:
+    """The stored settings, then the flags typed now; what a config file says changes nothing. A typed change of a
+    `fixed` field is refused, any other is printed."""
+    values = from_dict(options, stored, source)
+    changed = {name: parsed.values[name] for name in sorted(parsed.typed)
+               if name in values and parsed.values[name] != values[name] and name not in ("init_from", "out_dir")}
+    if refused := [f"{name}={value} (it has {values[name]})" for name, value in changed.items() if name in fixed]:
+        fail(f"{source} cannot go on with {', '.join(refused)}: leave the flag out, or start from scratch")
+    if changed:
+        changes = [f"{name} {values[name]} -> {value}" for name, value in changed.items()]
+        print(f"changed  {', '.join(changes)}", flush=True)
+    return values | changed
+
+
 def comments(options: type) -> list:
     """[(group, field name, comment)] in the order of the class's source, which is the one place they are written."""
     group, rows = "", []

@@ -1,5 +1,5 @@
-"""What a person sees of a run: banner, progress, log.csv, loss.png, TensorBoard and W&B. It changes no weight, no batch and
-no random number; ranks other than the first print and write nothing."""
+"""What a person sees of a run: banner, progress, log.csv, loss.png, TensorBoard and W&B. It changes no weight, no batch
+and no random number; ranks other than the first print and write nothing."""
 
 import contextlib
 import csv
@@ -18,7 +18,8 @@ COLUMNS = ["step", "tokens", "loss", "lr", "norm", "train_loss", "val_loss", "va
 TIMINGS = COLUMNS[-3:]                  # what differs between two runs of the same command
 
 # Peak dense bfloat16 or float16 rates in TFLOP/s, from the makers' data sheets, by part of the card's name.
-PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70, "4090": 165, "3090": 71, "V100": 125}
+PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70, "4090": 165, "3090": 71,
+         "V100": 125}
 
 
 def duration(seconds: float) -> str:
@@ -98,7 +99,8 @@ class Report:
             with contextlib.suppress(ImportError):
                 from tqdm import tqdm
 
-                self.bar = tqdm(total=cfg.max_iters, initial=self.first_step, unit="step", dynamic_ncols=True, leave=False)
+                self.bar = tqdm(total=cfg.max_iters, initial=self.first_step, unit="step", dynamic_ncols=True,
+                                leave=False)
 
     # -- time
 
@@ -132,8 +134,8 @@ class Report:
         per_epoch = splits["train"]["tokens"] / self.tokens_per_step
         changed = [f"{f.name}={getattr(cfg, f.name)}" for f in fields(cfg)
                    if getattr(cfg, f.name) != f.default and f.name not in ("out_dir", "dtype", "compile")]
-        self.say(f"data     {cfg.dataset}: {splits['train']['tokens']:,} train and {splits['val']['tokens']:,} val tokens, "
-                 f"vocabulary {meta['vocab_size']:,}")
+        self.say(f"data     {cfg.dataset}: {splits['train']['tokens']:,} train and {splits['val']['tokens']:,} val "
+                 f"tokens, vocabulary {meta['vocab_size']:,}")
         self.say(f"model    {short(parameters)} parameters ({parameters:,}): {cfg.n_layer} layers, {cfg.n_head} heads, "
                  f"{cfg.n_embd} wide, context {cfg.block_size}")
         self.say(f"machine  {self.device}{', ' + name if name else ''}; {cfg.dtype}; compile {compile_note}")
@@ -142,7 +144,8 @@ class Report:
         if changed:
             self.say(f"changed  {', '.join(map(str, changed))}")
         if self.writes:
-            self.say(f"writes   {self.out_dir}/" + (f", going on at step {self.first_step:,}" if self.first_step else ""))
+            going_on = f", going on at step {self.first_step:,}" if self.first_step else ""
+            self.say(f"writes   {self.out_dir}/{going_on}")
 
     def flops(self, model) -> float:
         """Floating-point operations of training on one token: 6 for each weight of a matrix product, and attention's
@@ -196,9 +199,10 @@ class Report:
             except OSError as error:
                 self.say(f"could not write {self.out_dir / 'loss.png'}: {error.strerror or error}")
 
-    def sample(self, step: int, text: str):
-        text = "\n".join(printable(line) for line in text.split("\n"))
-        self.say(f"--- sample at step {step}\n{text.strip()}\n---")
+    def sample(self, step: int, make_text):
+        if self.first:
+            text = "\n".join(printable(line) for line in make_text().strip().split("\n"))
+            self.say(f"--- sample at step {step}\n{text}\n---")
 
     # -- files
 
@@ -217,7 +221,7 @@ class Report:
         try:
             with runtime.written(path) as file:
                 file.write(text.getvalue().encode())
-            self.file = open(path, "a", newline="", encoding="utf-8")
+            self.file = open(path, "a", newline="", encoding="utf-8")   # noqa: SIM115, open for the whole run
         except OSError as error:
             fail(f"cannot write {path}: {error.strerror or error}")
 
@@ -257,7 +261,8 @@ class Report:
         """Say that update number `step` was stopped; returns the exit code."""
         self.close()
         if self.first:
-            print(f"stopped: the loss or gradient of step {step} is not finite, and was not applied. {self.out_dir}/last.pt "
+            print(f"stopped: the loss or gradient of step {step} is not finite, and was not applied. "
+                  f"{self.out_dir}/last.pt "
                   "holds the run as it was at its last save. Try a lower --learning_rate, --grad_clip=1.0, more "
                   "--warmup_iters or --dtype=float32", file=sys.stderr, flush=True)
         return 3
@@ -274,12 +279,13 @@ class Report:
         cfg, state = self.cfg, self.state
         steps, seconds = state["step"] - self.first_step, self.seconds()
         if signal:
-            self.say(f"stopped  at step {state['step']} of {cfg.max_iters}: the same command with --init_from=resume goes on")
+            self.say(f"stopped  at step {state['step']} of {cfg.max_iters}: the same command with --init_from=resume "
+                     "goes on")
             return
-        self.say(f"done     {steps:,} steps in {duration(seconds)} of training; best val loss {state['best_val_loss']:.4f} at "
-                 f"step {state['best_step']}")
+        self.say(f"done     {steps:,} steps in {duration(seconds)} of training; best val loss "
+                 f"{state['best_val_loss']:.4f} at step {state['best_step']}")
         if state["losses"] and state["losses"]["val"] > state["best_val_loss"] + 0.01:
-            self.say(f"note     the val loss has risen to {state['losses']['val']:.4f} since: the model learns its training "
-                     "text by heart. Fewer steps, more --dropout or a smaller model would do as well")
+            self.say(f"note     the val loss has risen to {state['losses']['val']:.4f} since: the model learns its "
+                     "training text by heart. Fewer steps, more --dropout or a smaller model would do as well")
         self.say(f"files    {self.out_dir}/: ckpt.pt (best weights), last.pt (to go on), log.csv, loss.png")
         self.say(f"next     python sample.py --out_dir={self.out_dir}")

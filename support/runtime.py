@@ -73,7 +73,7 @@ def lock(folder: Path):
     """Hold `folder` for this process, or fail naming the process that does. The lock dies with its process, however
     it ends. Returns the open file; keep it."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a+")
+    file = open(folder / ".lock", "a+")     # noqa: SIM115, held open on purpose
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,7 +82,8 @@ def lock(folder: Path):
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError:
         file.seek(0)
-        fail(f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it, or give another --out_dir")
+        holder = file.read().strip() or "another process"
+        fail(f"{folder} is in use by {holder}: wait for it, or give another --out_dir")
     file.seek(0)
     file.truncate()
     file.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
@@ -97,6 +98,18 @@ def set_aside(folder: Path) -> Path:
         number += 1
     os.rename(folder, aside)
     return aside
+
+
+def claim(out_dir: Path, resuming: bool):
+    """Lock `out_dir` for a run. A new run first moves an old one there to NAME.1 (the next free number): nothing is
+    lost. Returns the lock, to be kept while the process lives."""
+    held = lock(out_dir)
+    if resuming or not any((out_dir / name).exists() for name in ("last.pt", "ckpt.pt", "log.csv")):
+        return held
+    held.close()                        # Windows renames no folder with an open file
+    print(f"{out_dir} holds a run: moved to {set_aside(out_dir)} (to go on with it instead: --init_from=resume, "
+          f"with --out_dir naming it)", flush=True)
+    return lock(out_dir)
 
 
 # -- data ----------------------------------------------------------------------------------------------------------
@@ -145,6 +158,17 @@ def open_split(folder: Path, meta: dict, split: str) -> np.ndarray:
         fail(f"{path} has {path.stat().st_size:,} bytes; meta.json says {count:,} tokens of {dtype}, "
              f"{count * dtype.itemsize:,} bytes: {again}")
     return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)
+
+
+def open_data(folder: Path, block_size: int) -> tuple:
+    """({"train": ids, "val": ids}, meta), or one line that says which split is too short for a window."""
+    meta = read_meta(folder)
+    data = {split: open_split(folder, meta, split) for split in ("train", "val")}
+    for split, more in (("train", "bring more text"), ("val", "raise prepare.py's --val_fraction")):
+        if len(data[split]) <= block_size:
+            fail(f"{split} has {len(data[split]):,} tokens; block_size={block_size} needs {block_size + 1}: "
+                 f"lower --block_size or {more}")
+    return data, meta
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, split: str):
@@ -255,6 +279,15 @@ def choose_dtype(device: str, dtype: str) -> str:
     return half if seconds(getattr(torch, half)) < 0.7 * seconds(torch.float32) else "float32"
 
 
+def autocast(device: str, dtype: str):
+    """A context in which matrix products run in `dtype`, while weights and sums stay in float32."""
+    import torch
+
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype))
+
+
 def wait(device: str):
     """Until the device has done what was asked of it."""
     import torch
@@ -290,7 +323,7 @@ def compiler_missing(device: str) -> str:
         return "there is no C++ compiler"
     if kind == "cuda":
         try:
-            import triton           # noqa: F401
+            import triton  # noqa: F401
         except ImportError:
             return "triton is not installed"
     return "" if kind in ("cpu", "cuda") else f"it is not ready for {kind}"
@@ -428,3 +461,32 @@ class Stop:
     @property
     def exit_code(self) -> int:
         return 128 + self.signal
+
+
+class Watch:
+    """Notices a loss or gradient that is not finite, and requests to stop, before an update is made; every rank sees
+    the same at the same step. On a GPU the verdict stays there, as `found_inf`, which turns this update and all later
+    ones into no-ops, and the host reads it only when asked to: reading it would hold up the next step."""
+
+    def __init__(self, ranks: Ranks, stop: Stop, optimizers: list, device: str, dtype: str):
+        import torch
+
+        self.ranks, self.stop, self.optimizers = ranks, stop, optimizers
+        self.scaled = dtype == "float16"        # its gradients may overflow; the GradScaler skips those steps
+        self.immediate = self.scaled or torch.device(device).type == "cpu"
+        self.bad = torch.zeros((), device=device)
+
+    def check(self, loss, norm, look: bool) -> tuple:
+        """(not finite, asked to stop), as far as the host knows. look: read the device's verdict now."""
+        import torch
+
+        finite = torch.isfinite(loss) & (torch.isfinite(norm) | self.scaled)
+        asked = torch.full_like(self.bad, self.stop.signal > 0)
+        flags = self.ranks.total(torch.stack((1 - finite.to(self.bad.dtype), asked)))
+        self.bad = torch.maximum(self.bad, flags[0].clamp(max=1))
+        if not self.immediate:
+            for optimizer in self.optimizers:
+                optimizer.found_inf = self.bad
+        if not (look or self.immediate):
+            return False, False
+        return self.bad.item() > 0, flags[1].item() > 0
