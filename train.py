@@ -117,9 +117,10 @@ class Config:
 
     def problems(self) -> list:
         """Every broken rule, with its values, so that all can be mended at once."""
-        limits = dict.fromkeys((
-            "eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps", "block_size", "n_layer",
-            "n_head", "n_embd", "rope_theta", "pad_vocab_to"), (1, 2**31))
+        limits = dict.fromkeys(("eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps"),
+                               (1, 2**31))
+        limits |= dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd", "rope_theta", "pad_vocab_to"),
+                                (1, 2**31))
         limits |= dict.fromkeys(("dropout", "momentum", "beta1", "beta2"), (0, 0.99999))
         limits |= dict(rope_fraction=(0, 1), cooldown=(0, 1), adam_eps=(1e-30, 1))
         found = []
@@ -394,7 +395,7 @@ def draw(logits, temperature: float, generator=None):
 
 def orthogonalize(m, steps: int = 5):
     """Bring the singular values of each matrix of m (n, rows, cols) near 1, to about 0.7-1.2, by a quintic
-    Newton-Schulz iteration in m's precision. Its figures: Keller Jordan, kellerjordan.github.io/posts/muon."""
+    Newton-Schulz iteration in m's precision. Figures: Keller Jordan, kellerjordan.github.io/posts/muon."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = m.size(1) > m.size(2)
     x = m.mT if tall else m
@@ -556,7 +557,7 @@ def estimate_loss(model: GPT, data: dict, cfg: Config, ranks, device: str, stop=
 
 
 def restore(checkpoint: dict, source, cfg: Config | None = None) -> tuple:
-    """(model, tokenizer) of a loaded checkpoint, on the CPU in float32. cfg: settings, if not those stored."""
+    """(model, tokenizer) of a loaded checkpoint, on the CPU in float32. cfg: settings, if not its own."""
     cfg = cfg or Config(**from_dict(Config, checkpoint["config"], source))
     try:
         if problems := cfg.problems():
@@ -668,7 +669,7 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
         while True:
             step = state["step"]
             last = step == cfg.max_iters
-            due = (step % cfg.eval_interval == 0 or last) and step > state["evaluated"]
+            due = cfg.eval_only or (step % cfg.eval_interval == 0 or last) and step > state["evaluated"]
             with report.paused():                       # the stopwatch counts training only
                 if due:
                     unsaved = save("last.pt")           # an evaluation can take long, and be cut off

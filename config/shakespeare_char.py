@@ -1,0 +1,2 @@
+dataset = "shakespeare_char"
+max_iters = 500
