@@ -14,7 +14,9 @@ and tokenized afterwards, so that no token spans both sides. Files are replaced 
 import base64
 import codecs
 import hashlib
+import http.client
 import json
+import os
 import sys
 import time
 import urllib.error
@@ -158,9 +160,8 @@ def read_text(path: Path) -> str:
         fail(f"{path} is a folder; name the text files in it")
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror or error}")
-    raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         fail(f"{path} is not UTF-8 text: byte {raw[error.start]:#04x} at offset {error.start:,}; convert it first "
              "(for example: iconv -f LATIN1 -t UTF-8)")
@@ -190,9 +191,9 @@ def fetch(name: str, folder: Path) -> Path:
                     file.write(content)
                 return folder / "input.txt"
             reason = f"{len(content):,} bytes with another SHA-256 arrived"
-        except (OSError, ValueError, urllib.error.URLError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", error))
-        time.sleep(attempt)
+        time.sleep(1 + attempt)
     fail(f"could not download {source['url']} ({reason}); put that file at {folder / 'input.txt'} by hand and try "
          "again; python train.py, which trains on the embedded fables, needs no network")
 
@@ -233,10 +234,12 @@ def write_set(folder: Path, sources: list, tokenizer_name: str, val_fraction: fl
 
     folder.mkdir(parents=True, exist_ok=True)
     with written(folder / "train.bin") as train, written(folder / "val.bin") as val:
-        train.write(ids["train"])
-        val.write(ids["val"])
-        # Both new files are complete from here on. Without meta.json there is no set, so a kill between the renames
-        # leaves none rather than a mixture.
+        for file, split in ((train, "train"), (val, "val")):
+            file.write(ids[split])
+            file.flush()
+            os.fsync(file.fileno())
+        # Both new files are complete on the disk from here on. Without meta.json there is no set, so a kill between
+        # the renames leaves none rather than a mixture.
         (folder / "meta.json").unlink(missing_ok=True)
     with written(folder / "meta.json") as file:
         file.write(json.dumps(meta, ensure_ascii=False, indent=1).encode("utf-8"))
@@ -252,6 +255,8 @@ def write_set(folder: Path, sources: list, tokenizer_name: str, val_fraction: fl
 
 def prepare_named(name: str, data_dir: str = "", out: str = "", tokenizer: str = "", val_fraction: float = 0.1):
     """Prepare one of SETS, as data/`out` (default: its own name) and with its own tokenizer unless another is given."""
+    if out in SETS and out != name:
+        fail(f"name={out} belongs to a named set; choose another")
     text = fetch(name, data_folder(name, data_dir))
     write_set(data_folder(out or name, data_dir), [text], tokenizer or SETS[name]["tokenizer"], val_fraction)
 
@@ -259,7 +264,7 @@ def prepare_named(name: str, data_dir: str = "", out: str = "", tokenizer: str =
 def ensure_set(name: str, data_dir: str, ranks) -> Path:
     """The folder of a prepared set. The first of `ranks` prepares a named one that is missing, the others wait."""
     folder = data_folder(name, data_dir)
-    if not (folder / "meta.json").is_file():
+    if ranks.tell(not (folder / "meta.json").is_file()):
         if name not in SETS:
             fail(f"no data set in {folder}: python prepare.py YOUR_TEXT_FILE --name={name}")
         if ranks.first:
@@ -268,13 +273,22 @@ def ensure_set(name: str, data_dir: str, ranks) -> Path:
     return folder
 
 
+def stored_tokenizer(folder: Path, meta: dict) -> Tokenizer:
+    """The tokenizer in a set's meta.json, or one line."""
+    try:
+        tokenizer = Tokenizer(meta["tokenizer"])
+        if tokenizer.vocab_size != meta["vocab_size"]:
+            raise ValueError(f"it has {tokenizer.vocab_size} tokens, vocab_size={meta['vocab_size']}")
+        return tokenizer
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        fail(f"{folder / 'meta.json'} holds no usable tokenizer ({type(error).__name__}: {error}): "
+             f"prepare {folder.name} again")
+
+
 def check_set(folder: Path):
     """Read a whole set and compare it with its meta.json."""
     meta = read_meta(folder)
-    try:
-        tokenizer = Tokenizer(meta["tokenizer"])
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        fail(f"{folder / 'meta.json'} holds no usable tokenizer ({type(error).__name__}: {error})")
+    tokenizer = stored_tokenizer(folder, meta)
     for split in ("train", "val"):
         ids = open_split(folder, meta, split)
         check_ids(ids, meta["vocab_size"], split)
@@ -286,6 +300,13 @@ def check_set(folder: Path):
 
 def main(argv: list):
     parsed = parse(Options, argv, __doc__, takes="words")
+    try:
+        prepare_or_check(parsed)
+    except OSError as error:            # a full disk, a name too long, a file where a folder should be
+        fail(f"{error.filename or 'could not write'}: {error.strerror or error}")
+
+
+def prepare_or_check(parsed):
     options = Options(**parsed.values)
     if not 0 <= options.val_fraction < 1:
         fail(f"val_fraction={options.val_fraction} must be at least 0 and below 1")

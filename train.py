@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from prepare import Tokenizer, ensure_set
+from prepare import Tokenizer, ensure_set, stored_tokenizer
 from support import runtime
 from support.cli import fail, from_dict, merge, parse
 from support.report import Report
@@ -597,8 +597,9 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
     ranks = runtime.Ranks()
     device = ranks.join(cfg.backend, runtime.choose_device(cfg.device))
     kind = torch.device(device).type
-    data, meta = runtime.open_data(ensure_set(cfg.dataset, cfg.data_dir, ranks), cfg.block_size)
-    tokenizer, source = Tokenizer(meta["tokenizer"]), resumed or weights
+    folder = ensure_set(cfg.dataset, cfg.data_dir, ranks)
+    data, meta = runtime.open_data(folder, cfg.block_size)
+    tokenizer, source = stored_tokenizer(folder, meta), resumed or weights
     if source and source["tokenizer"] != tokenizer.stored:
         fail(f"data set {cfg.dataset} has another tokenizer than the checkpoint: prepare the set as it was")
     try:
@@ -639,14 +640,14 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
     state |= {name: resumed[name] for name in state} if resumed else {}
     lock = runtime.claim(out_dir, bool(resumed)) if ranks.first and not cfg.eval_only else None
     passes = 0 if cfg.eval_only else (cfg.max_iters - state["step"]) * micro
-    cfg.compile = ranks.tell(runtime.compile_pays(cfg.compile, model, run_once, passes, device))
-    step_model, cfg.compile, compile_note = runtime.compile(cfg.compile, model, run_once, device)
+    wanted = ranks.tell(runtime.compile_pays(cfg.compile, model, run_once, passes, device))
+    step_model, cfg.compile, compile_note = runtime.compile(wanted, model, run_once, device)
     if ranks.world > 1:
         step_model = nn.parallel.DistributedDataParallel(step_model, [device] if kind == "cuda" else None)
     optimizers = make_optimizers(model, cfg, device, cfg.compile)
     scaler = torch.amp.GradScaler(kind, enabled=cfg.dtype == "float16")
     if resumed:
-        runtime.restore_optimizers(optimizers, scaler, resumed)
+        runtime.restore_optimizers(optimizers, scaler, resumed, ranks.first)
     report = Report(cfg, out_dir, ranks.first, model, meta, state, device, compile_note)
 
     def save(name: str) -> str:
@@ -668,7 +669,7 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
         watch = runtime.Watch(ranks, stop, optimizers, device, cfg.dtype)
         while True:
             step = state["step"]
-            last = step == cfg.max_iters
+            last = step >= cfg.max_iters
             due = cfg.eval_only or (step % cfg.eval_interval == 0 or last) and step > state["evaluated"]
             with report.paused():                       # the stopwatch counts training only
                 if due:

@@ -122,7 +122,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def data_folder(dataset: str, data_dir: str = "") -> Path:
     """data/NAME beside the programs, or under `data_dir`."""
     if not NAME.fullmatch(dataset):
-        fail(f"dataset={dataset!r} is no name of a data set: letters, digits and . _ - after a first letter or digit")
+        fail(f"{dataset!r} is no name of a data set: letters, digits and . _ - after a first letter or digit")
     folder = Path(data_dir or ROOT / "data") / dataset
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder     # short in messages
 
@@ -137,8 +137,11 @@ def read_meta(folder: Path) -> dict:
         if meta["dtype"] != token_dtype(meta["vocab_size"]).name:
             fail(f"{folder / 'meta.json'}: dtype={meta['dtype']} does not fit vocab_size={meta['vocab_size']}: {again}")
         for split in ("train", "val"):
-            if min(int(meta["splits"][split][key]) for key in ("tokens", "characters", "bytes")) < 0:
-                raise ValueError("negative count")
+            counts = [meta["splits"][split][key] for key in ("tokens", "characters", "bytes")]
+            if any(type(count) is not int or count < 0 for count in counts):
+                raise ValueError("a count is no whole number")
+            if not isinstance(meta["splits"][split]["sha256"], str):
+                raise ValueError("no checksum")
         if not isinstance(meta["tokenizer"], dict):
             raise ValueError("no tokenizer")
         return meta
@@ -332,9 +335,9 @@ def compiler_missing(device: str) -> str:
 def compile_pays(choice, model, run_once, passes: int, device: str) -> bool:
     """Resolve compile=auto: whether torch.compile would pay over `passes` forward and backward passes.
     `run_once(model)` is one of them, of which nothing remains."""
-    if choice != "auto":
-        return choice
-    if compiler_missing(device) or not passes:
+    if choice != "auto" or passes <= 0:
+        return choice is True and passes > 0
+    if compiler_missing(device):
         return False
     times = []
     for _ in range(3):              # the first ones warm up
@@ -369,9 +372,15 @@ def compile(wanted: bool, model, run_once, device: str):
     return compiled, True, f"on, took {time.perf_counter() - start:.0f} s"
 
 
-def restore_optimizers(optimizers: list, scaler, stored: dict):
+def restore_optimizers(optimizers: list, scaler, stored: dict, first: bool):
     """Put back the optimizers' state, but keep today's settings: load_state_dict would bring back the stored learning
     rates, betas and decays along with the moments."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if first and stored.get("threads") != threads:
+        print(f"note     the run was saved by a process of {stored.get('threads')} threads, this one has {threads}: on "
+              "a CPU the figures will differ in their last digits", flush=True)
     try:
         for optimizer, content in zip(optimizers, stored["optimizers"], strict=True):
             settings = [{key: value for key, value in group.items() if key != "params"}

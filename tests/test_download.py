@@ -1,0 +1,242 @@
+"""A named set arrives whole or not at all: three tries, a pinned SHA-256, and one line that says what to do.
+
+The network is a server on 127.0.0.1 that lives as long as its test."""
+
+import hashlib
+import sys
+import threading
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import one_line_error
+
+import prepare
+
+TEXT = b"The hen said good night to the moon.\r\nThe moon said it back.\n" * 20
+
+
+# -- what a server can answer --------------------------------------------------------------------------------
+
+def good(answer):
+    answer.send_response(200)
+    answer.send_header("Content-Length", str(len(TEXT)))
+    answer.end_headers()
+    answer.wfile.write(TEXT)
+
+
+def not_found(answer):
+    answer.send_error(404)
+
+
+def other_text(answer):
+    answer.send_response(200)
+    answer.end_headers()
+    answer.wfile.write(TEXT.replace(b"moon", b"noon"))
+
+
+def cut_short(answer):
+    answer.send_response(200)
+    answer.send_header("Content-Length", str(len(TEXT)))
+    answer.end_headers()
+    answer.wfile.write(TEXT[:100])
+
+
+def hang_up(answer):
+    answer.close_connection = True
+
+
+def no_http(answer):
+    answer.wfile.write(b"What do you want?\r\n")
+
+
+def silent(answer):
+    answer.server.closing.wait(30)
+
+
+def silent_midway(answer):
+    cut_short(answer)
+    answer.server.closing.wait(30)
+
+
+FAULTS = [not_found, other_text, cut_short, hang_up, no_http, silent, silent_midway]
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.answer()(self)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def site(monkeypatch):
+    """A server that gives `answers`, one per try (the last one again and again). prepare.py knows two sets
+    by its text: `tale` and `tale_bytes`. `tries` lists the time-out of each request; none is waited for."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    server.url = f"http://127.0.0.1:{server.server_port}/tale.txt"
+    server.answers, server.tries, server.closing = [good], [], threading.Event()
+    server.answer = lambda: server.answers[min(len(server.tries), len(server.answers)) - 1]
+    source = dict(url=server.url, sha256=hashlib.sha256(TEXT).hexdigest())
+    monkeypatch.setattr(prepare, "SETS", {"tale": dict(tokenizer="char", **source),
+                                          "tale_bytes": dict(tokenizer="byte", **source)})
+
+    urlopen = urllib.request.urlopen
+
+    def impatient(url, *, timeout):
+        server.tries.append(timeout)
+        return urlopen(url, timeout=0.1 if server.answer() in (silent, silent_midway) else timeout)
+    monkeypatch.setattr(urllib.request, "urlopen", impatient)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setenv("no_proxy", "*")
+
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """Run prepare.py on a data folder of its own."""
+    return lambda *argv: prepare.main([*map(str, argv), f"--data_dir={tmp_path}"])
+
+
+@pytest.fixture
+def refused(prepared, capsys):
+    """What a person sees of a prepare.py that must end early."""
+    def refused(*argv):
+        with pytest.raises(SystemExit) as stop:
+            prepared(*argv)
+        return SimpleNamespace(returncode=stop.value.code, stderr=capsys.readouterr().err)
+    return refused
+
+
+def files(folder) -> dict:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# -- named sets ----------------------------------------------------------------------------------------------
+
+def test_the_text_is_downloaded_once_and_kept_exactly(site, prepared, tmp_path):
+    prepared("tale")
+    prepared("tale")
+    assert len(site.tries) == 1
+    assert (tmp_path / "tale" / "input.txt").read_bytes() == TEXT
+    assert (tmp_path / "tale" / "train.bin").stat().st_size == int(len(TEXT) * 0.9)
+    prepared("--check", "tale")
+
+
+def test_a_twin_set_uses_the_text_that_is_already_there(site, prepared, tmp_path):
+    prepared("tale")
+    prepared("tale_bytes")
+    assert len(site.tries) == 1
+    ids = [np.fromfile(tmp_path / "tale_bytes" / f"{split}.bin", np.uint8) for split in ("train", "val")]
+    assert np.concatenate(ids).tobytes() == TEXT
+
+
+def test_a_file_put_there_by_hand_needs_no_network(site, prepared, tmp_path):
+    (tmp_path / "tale").mkdir()
+    (tmp_path / "tale" / "input.txt").write_bytes(TEXT)
+    prepared("tale")
+    assert site.tries == []
+    assert (tmp_path / "tale" / "meta.json").is_file()
+
+
+@pytest.mark.parametrize("owner", ["tale", "tale_bytes"])
+def test_a_wrong_file_there_is_named_and_left_alone(owner, site, refused, tmp_path):
+    wrong = tmp_path / owner / "input.txt"
+    wrong.parent.mkdir()
+    wrong.write_bytes(b"my own notes")
+    one_line_error(refused("tale"), str(wrong), "SHA-256", "--name=")
+    assert site.tries == []
+    assert files(tmp_path) == {"input.txt": b"my own notes"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_three_tries_then_one_line_and_no_file(fault, site, refused, tmp_path):
+    site.answers = [fault]
+    by_hand = f"put that file at {tmp_path / 'tale' / 'input.txt'}"
+    one_line_error(refused("tale"), site.url, by_hand, "python train.py", "no network")
+    assert len(site.tries) == 3
+    assert files(tmp_path) == {}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_later_try_succeeds(fault, site, prepared, tmp_path):
+    site.answers = [fault, fault, good]
+    prepared("tale")
+    assert len(site.tries) == 3
+    assert set(files(tmp_path)) == {"input.txt", "train.bin", "val.bin", "meta.json"}
+    assert files(tmp_path)["input.txt"] == TEXT
+
+
+def test_no_server_at_all(site, refused, tmp_path, monkeypatch):
+    closed = "http://127.0.0.1:1/tale.txt"              # a port that nothing listens on
+    monkeypatch.setitem(prepare.SETS, "tale", prepare.SETS["tale"] | {"url": closed})
+    one_line_error(refused("tale"), closed, str(tmp_path / "tale" / "input.txt"))
+    assert len(site.tries) == 3
+    assert files(tmp_path) == {}
+
+
+def test_every_try_has_a_time_out(site, refused):
+    site.answers = [not_found]
+    refused("tale")
+    assert [0 < seconds <= 60 for seconds in site.tries] == [True] * 3
+
+
+def test_a_prepared_set_outlives_a_failed_download(site, prepared, refused, tmp_path):
+    prepared("tale")
+    (tmp_path / "tale" / "input.txt").unlink()
+    before = files(tmp_path)
+    site.answers = [good, other_text]
+    one_line_error(refused("tale"), site.url)
+    assert files(tmp_path) == before
+
+
+def test_the_embedded_set_needs_no_network(prepared, tmp_path, monkeypatch):
+    def no_network(*_, **__):
+        raise AssertionError("asked the network")
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    prepared("fables")
+    assert set(files(tmp_path)) == {"train.bin", "val.bin", "meta.json"}
+
+
+def test_the_real_addresses_are_pinned():
+    sources = [source for source in prepare.SETS.values() if "url" in source]
+    assert sources
+    for source in sources:
+        assert source["url"].startswith("https://")
+        assert len(bytes.fromhex(source["sha256"])) == 32
+
+
+# -- tiktoken, which downloads its encodings itself ----------------------------------------------------------
+
+@pytest.fixture
+def note(tmp_path):
+    path = tmp_path / "note.txt"
+    path.write_text("a short note\n")
+    return path
+
+
+def test_without_tiktoken_one_line_says_how_to_get_it(note, prepared, refused, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    one_line_error(refused(note, "--tokenizer=gpt2"), "gpt2", "pip install tiktoken", "char", "byte")
+    assert set(files(tmp_path)) == {"note.txt"}
+    for tokenizer in ("char", "byte"):                  # which the line offers
+        prepared(note, f"--tokenizer={tokenizer}")
+
+
+@pytest.mark.parametrize("raised", [OSError("no route\nto host"), ValueError("bad hash"), KeyError("x")])
+def test_an_encoding_that_cannot_be_downloaded_is_one_line(raised, note, refused, tmp_path, monkeypatch):
+    def refuse(name):
+        raise raised
+    monkeypatch.setattr("tiktoken.get_encoding", refuse)
+    one_line_error(refused(note, "--tokenizer=gpt2"), "gpt2", "TIKTOKEN_CACHE_DIR", "char or byte")
+    assert set(files(tmp_path)) == {"note.txt"}

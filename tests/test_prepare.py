@@ -1,0 +1,795 @@
+"""prepare.py turns text into token files that say the same, whole or not at all; damaged ones are refused."""
+
+import base64
+import copy
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiktoken
+from conftest import ROOT, SHARED, TOY, flags, one_line_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prepare
+import train
+from prepare import END_OF_TEXT, Tokenizer, check_set, ensure_set, split_documents, write_set
+from support import runtime
+from support.runtime import check_ids, open_data, open_split, read_meta, token_dtype
+
+FILES = ("train.bin", "val.bin", "meta.json")
+PUZZLE = f"tab\tCRLF\r\nCR\rNUL\0 é e\u0301 \ufeff\u2028 漢字 \U0001f600 \U0010ffff {END_OF_TEXT} the end\n"
+same_every_time = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+
+# A byte-pair encoding small enough to read: all bytes, eight merges, special tokens behind a gap of two ids.
+MERGES = [b"th", b"he", b"the", b" the", b"\xc3\xa9", b"\xf0\x9f", b"\r\n", b"<|"]
+RANKS = {token: rank for rank, token in enumerate([*(bytes([value]) for value in range(256)), *MERGES])}
+TOY_BPE = tiktoken.Encoding("toy", pat_str=r" ?\w+|\r\n|\W", mergeable_ranks=RANKS,
+                            special_tokens={END_OF_TEXT: len(RANKS) + 2, "<|other|>": len(RANKS) + 3})
+EOT = len(RANKS) + 2
+
+
+@pytest.fixture
+def toy_bpe(monkeypatch):
+    """tiktoken knows one encoding, `toy`, without a download."""
+    monkeypatch.setattr(tiktoken, "list_encoding_names", lambda: ["toy"])
+    monkeypatch.setattr(tiktoken, "get_encoding", {"toy": TOY_BPE}.__getitem__)
+
+
+@pytest.fixture
+def write(tmp_path, toy_bpe):
+    """Write texts (str or bytes), one file each, and prepare them; returns the set's folder."""
+    def write(*texts, tokenizer="char", val_fraction=0.1, folder="set") -> Path:
+        sources = [tmp_path / f"{number}.txt" for number in range(len(texts))]
+        for source, text in zip(sources, texts, strict=True):
+            source.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+        write_set(tmp_path / folder, sources, tokenizer, val_fraction)
+        return tmp_path / folder
+    return write
+
+
+@pytest.fixture
+def refused(capsys):
+    """What a person sees of a call that must end the program."""
+    def refused(call, *args) -> SimpleNamespace:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            call(*args)
+        return SimpleNamespace(returncode=stop.value.code, stderr=capsys.readouterr().err)
+    return refused
+
+
+def split_ids(folder: Path) -> list:
+    """[train ids, val ids], from nothing but the folder's files."""
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    return [np.fromfile(folder / f"{split}.bin", meta["dtype"]) for split in ("train", "val")]
+
+
+def split_texts(folder: Path) -> list:
+    stored = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["tokenizer"]
+    return [Tokenizer(stored).decode(ids) for ids in split_ids(folder)]
+
+
+def contents(folder: Path) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# -- tokenizers ----------------------------------------------------------------------------------------------
+
+def tokenizer_of(kind: str, text: str) -> Tokenizer:
+    """A tokenizer that has been through JSON, as in meta.json."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiktoken, "list_encoding_names", lambda: ["toy"])
+        patch.setattr(tiktoken, "get_encoding", {"toy": TOY_BPE}.__getitem__)
+        return Tokenizer(json.loads(json.dumps(Tokenizer.build(kind, text).stored)))
+
+
+KINDS = pytest.mark.parametrize("kind", ["char", "byte", "toy"])
+
+
+@KINDS
+@same_every_time
+@given(text=st.text() | st.text(alphabet="the <|endoftext|>\r\né\U0001f600"))
+def test_any_text_comes_back(kind, text):
+    tokenizer = tokenizer_of(kind, text)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert ids.dtype == token_dtype(tokenizer.vocab_size)
+    assert all(0 <= value < tokenizer.vocab_size for value in ids.tolist())
+
+
+@KINDS
+@same_every_time
+@given(text=st.text() | st.text(alphabet="é漢\U0001f600\ufffd"))
+def test_a_stream_holds_partial_characters_back_and_loses_nothing(kind, text):
+    tokenizer, said = tokenizer_of(kind, text), ""
+    say = tokenizer.stream()
+    for value in tokenizer.encode(text):
+        said += say(value)
+        assert text.startswith(said)
+    assert said + say(None) == text
+
+
+def test_a_stream_ends_with_what_never_became_a_character():
+    say = Tokenizer({"kind": "byte"}).stream()
+    assert [say(value) for value in "é\U0001f600".encode()[:-1]] == ["", "é", "", "", ""]
+    assert say(None) == "\ufffd"
+
+
+def test_char_ids_are_the_sorted_distinct_characters():
+    tokenizer = Tokenizer.build("char", "hello\n")
+    assert tokenizer.stored == {"kind": "char", "chars": "\nehlo"}
+    assert tokenizer.encode("hello\n").tolist() == [2, 1, 3, 3, 4, 0]
+    assert (tokenizer.vocab_size, tokenizer.eot) == (5, None)
+
+
+def test_byte_ids_are_the_bytes():
+    tokenizer = Tokenizer.build("byte", "")
+    assert tokenizer.encode("hé").tolist() == [0x68, 0xc3, 0xa9]
+    assert tokenizer.decode([0xff, 0x41, 0xc3]) == "\ufffdA\ufffd"
+    assert (tokenizer.vocab_size, tokenizer.eot) == (256, None)
+
+
+def test_bpe_merges_like_tiktoken_and_is_stored_whole():
+    tokenizer = tokenizer_of("toy", "")
+    text = "the other the theée\r\n"
+    assert tokenizer.encode(text).tolist() == TOY_BPE.encode_ordinary(text)
+    assert len(tokenizer.encode(text)) < len(text)
+    assert tokenizer.decode([RANKS[b"the"], EOT, RANKS[b"\xc3\xa9"]]) == f"the{END_OF_TEXT}é"
+    assert (tokenizer.vocab_size, tokenizer.eot) == (EOT + 2, EOT)
+    ranks = [line.split() for line in tokenizer.stored["ranks"].splitlines()]
+    assert {base64.b64decode(token): int(rank) for token, rank in ranks} == RANKS
+
+
+def test_ids_in_a_gap_of_the_vocabulary_decode_to_nothing():
+    assert tokenizer_of("toy", "").decode([RANKS[b"th"], len(RANKS), len(RANKS) + 1, RANKS[b"e"]]) == "the"
+
+
+def test_a_stored_tokenizer_needs_no_tiktoken_files(write, monkeypatch):
+    folder = write("the other\n" * 9, tokenizer="toy")
+    for name in ("get_encoding", "list_encoding_names"):
+        monkeypatch.setattr(tiktoken, name, None)
+    assert "".join(split_texts(folder)) == "the other\n" * 9
+
+
+def test_characters_that_a_tokenizer_lacks_are_named():
+    with pytest.raises(ValueError, match="no 'x' '漢'") as error:
+        Tokenizer.build("char", "abc").encode("a漢bxc漢")
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["char", "byte"])
+def test_a_lone_surrogate_is_no_text(kind):
+    with pytest.raises(ValueError, match=r"\\ud800.* at 2"):
+        Tokenizer.build(kind, "ab").encode("ab\ud800")
+
+
+def test_an_empty_prompt_becomes_a_token():
+    assert tokenizer_of("toy", "").encode_prompt("").tolist() == [EOT]
+    assert Tokenizer.build("char", "b\na").encode_prompt("").tolist() == [0]
+    assert Tokenizer.build("byte", "").encode_prompt("").tolist() == [10]
+    assert Tokenizer.build("char", "ba").encode_prompt("").tolist() == [0]
+    assert Tokenizer.build("char", "ba").encode_prompt("b").tolist() == [1]
+
+
+# -- the files -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1, "uint8"), (256, "uint8"), (257, "uint16"),
+                                                   (65_536, "uint16"), (65_537, "uint32")])
+def test_the_smallest_type_that_holds_every_id(vocab_size, dtype):
+    assert token_dtype(vocab_size) == np.dtype(dtype)
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(256, "uint8"), (257, "uint16"), (65_536, "uint16"),
+                                                   (65_537, "uint32")])
+def test_a_set_of_each_type_keeps_its_highest_id(vocab_size, dtype, write):
+    points = [point for point in range(vocab_size + 2048) if not 0xD800 <= point < 0xE000]     # no surrogates
+    folder = write("".join(map(chr, points[:vocab_size])))
+    assert (folder / "train.bin").stat().st_size == int(vocab_size * 0.9) * np.dtype(dtype).itemsize
+    ids = np.concatenate(split_ids(folder))
+    assert ids.dtype == np.dtype(dtype)
+    assert ids.tolist() == list(range(vocab_size))
+    check_set(folder)
+
+
+@KINDS
+@pytest.mark.parametrize("mark", [b"", "\ufeff".encode()], ids=["plain", "BOM"])
+def test_the_files_say_exactly_what_the_text_says(kind, mark, write):
+    assert split_texts(write(mark + PUZZLE.encode(), tokenizer=kind, val_fraction=0.25)) == [
+        PUZZLE[:int(len(PUZZLE) * 0.75)], PUZZLE[int(len(PUZZLE) * 0.75):]]
+
+
+@settings(same_every_time, max_examples=40)
+@given(text=st.text(min_size=1), val_fraction=st.floats(0, 0.99))
+def test_any_text_and_any_fraction_make_a_whole_set(text, val_fraction, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "text").write_bytes(b"\n" + text.encode())        # or a U+FEFF in front would be a mark
+    write_set(folder, [folder / "text"], "char", val_fraction)
+    check_set(folder)
+    assert "".join(split_texts(folder)) == "\n" + text
+
+
+def test_meta_says_what_is_in_the_files(write, tmp_path):
+    text = "Zoé's 9 €\n" * 3                            # 30 characters; é has two bytes, € three
+    meta = json.loads((write(text, val_fraction=0.4) / "meta.json").read_text(encoding="utf-8"))
+    halves = {"train": text[:18], "val": text[18:]}
+    chars = "".join(sorted(set(text)))
+    assert meta == {
+        "format": 1, "dtype": "uint8", "vocab_size": 9, "val_fraction": 0.4,
+        "splits": {split: {"tokens": len(half), "characters": len(half), "bytes": len(half.encode()),
+                           "sha256": hashlib.sha256(bytes(chars.index(char) for char in half)).hexdigest()}
+                   for split, half in halves.items()},
+        "tokenizer": {"kind": "char", "chars": chars},
+        "sources": [{"file": "0.txt", "bytes": 39, "sha256": hashlib.sha256(text.encode()).hexdigest()}]}
+    assert read_meta(tmp_path / "set") == meta
+
+
+def test_meta_counts_tokens_characters_and_bytes_apart(write):
+    meta = read_meta(write("thethe é", "the", tokenizer="toy", val_fraction=0))
+    assert meta["vocab_size"] == EOT + 2
+    assert meta["dtype"] == "uint16"
+    counts = {key: meta["splits"]["train"][key] for key in ("tokens", "characters", "bytes")}
+    assert counts == {"tokens": 6, "characters": 11, "bytes": 12}   # the, the, space, é, end of text, the
+    assert [source["file"] for source in meta["sources"]] == ["0.txt", "1.txt"]
+
+
+def test_twice_the_same_command_twice_the_same_bytes(run, tmp_path):
+    (tmp_path / "note.txt").write_text(PUZZLE * 20, encoding="utf-8", newline="")
+    for number in "12":                                 # the seed decides the order of sets of strings
+        done = run("prepare.py", "note.txt", f"--data_dir={number}", env={"PYTHONHASHSEED": number})
+        assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "1" / "note") == contents(tmp_path / "2" / "note")
+    assert set(contents(tmp_path / "1" / "note")) == set(FILES)
+
+
+def test_prepare_never_imports_torch(tmp_path):
+    code = ("import sys, prepare; prepare.main(['fables', *sys.argv[1:]]); "
+            "prepare.main(['--check', 'fables', *sys.argv[1:]]); assert 'torch' not in sys.modules")
+    argv = [sys.executable, "-c", code, f"--data_dir={tmp_path}"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "val.bin" in done.stdout
+
+
+# -- the split -----------------------------------------------------------------------------------------------
+
+def test_no_token_spans_both_sides(write):
+    text = "the" * 10
+    assert TOY_BPE.encode_ordinary("the") == [RANKS[b"the"]]
+    train, val = split_texts(write(text, tokenizer="toy", val_fraction=0.05))
+    assert (train, val) == ("the" * 9 + "t", "he")      # 28 characters, within the last token
+
+
+def test_the_text_is_cut_between_characters_not_bytes(write):
+    folder = write("\U0001f600" * 10, tokenizer="byte", val_fraction=0.15)      # in bytes, 34 of 40
+    assert split_texts(folder) == ["\U0001f600" * 8, "\U0001f600" * 2]
+
+
+def test_a_fraction_of_zero_keeps_all_for_training(write):
+    folder = write("abc" * 10, val_fraction=0)
+    assert split_texts(folder) == ["abc" * 10, ""]
+    check_set(folder)
+
+
+@same_every_time
+@given(documents=st.lists(st.text(max_size=20), min_size=1, max_size=30), val_fraction=st.floats(0, 0.99))
+def test_the_split_of_documents_loses_nothing(documents, val_fraction):
+    train, val = split_documents(documents, val_fraction)
+    if len(documents) > 1 and len(documents) * val_fraction >= 1:       # enough for whole ones on either side
+        assert sorted(train + val) == sorted(documents)
+        assert train
+        assert 1 <= len(val) <= len(documents) * val_fraction + 1
+    else:
+        assert [head + tail for head, tail in zip(train, val, strict=True)] == documents
+        assert [len(head) for head in train] == [int(len(text) * (1 - val_fraction)) for text in documents]
+
+
+def test_every_tenth_document_goes_to_val():
+    documents = [f"document {number}" for number in range(1, 26)]
+    train, val = split_documents(documents, 0.1)
+    assert val == ["document 10", "document 20"]
+    assert train == [text for text in documents if text not in val]
+
+
+def test_end_of_text_stands_between_documents_and_nowhere_else(write):
+    documents = [f"the {letter}" for letter in "abcdefghij"]
+    train, val = split_ids(write(*documents, tokenizer="toy"))
+    expected = []
+    for text in documents[:9]:
+        expected += [*TOY_BPE.encode_ordinary(text), EOT]
+    assert train.tolist() == expected[:-1]
+    assert val.tolist() == TOY_BPE.encode_ordinary("the j")
+
+
+def test_empty_documents_are_passed_over(write):
+    train, val = split_ids(write("", "the", "", "he", "", tokenizer="toy", val_fraction=0))
+    assert train.tolist() == [RANKS[b"the"], EOT, RANKS[b"he"]]
+    assert val.size == 0
+
+
+def test_tokenizers_without_end_of_text_just_join_documents(write):
+    assert split_texts(write("abc", "ba", val_fraction=0)) == ["abcba", ""]
+
+
+def test_text_that_looks_like_a_special_token_stays_text(write):
+    text = f"the{END_OF_TEXT}end <|other|> " * 3
+    folder = write(text, text, tokenizer="toy", val_fraction=0)
+    ids = split_ids(folder)[0].tolist()
+    assert ids.count(EOT) == 1                          # the one between the documents
+    assert EOT + 1 not in ids
+    assert split_texts(folder)[0] == text + END_OF_TEXT + text
+
+
+if (SHARED / "data").is_dir():                          # the figures in DESIGN.md, on the texts it names
+    @pytest.mark.parametrize(("text", "tokenizer", "tokens"), [
+        ("the-verdict.txt", "gpt2", (4_612, 534)),
+        ("tinyshakespeare.txt", "gpt2", (301_966, 36_059)),
+        ("tinyshakespeare.txt", "char", (1_003_854, 111_540))])
+    def test_the_published_token_counts(text, tokenizer, tokens, tmp_path):
+        write_set(tmp_path, [SHARED / "data" / text], tokenizer, 0.1)
+        assert tuple(ids.size for ids in split_ids(tmp_path)) == tokens
+        assert "".join(split_texts(tmp_path)) == (SHARED / "data" / text).read_bytes().decode()
+
+    @pytest.mark.parametrize(("name", "vocab_size"), [("gpt2", 50_257), ("cl100k_base", 100_277)])
+    def test_named_encodings_are_stored_whole(name, vocab_size):
+        original = tiktoken.get_encoding(name)
+        restored = Tokenizer(json.loads(json.dumps(Tokenizer.build(name, "").stored)))
+        assert restored.encode(PUZZLE).tolist() == original.encode_ordinary(PUZZLE)
+        assert restored.decode(restored.encode(PUZZLE)) == PUZZLE
+        assert restored.vocab_size == original.n_vocab == vocab_size
+        assert restored.eot == original.eot_token
+
+
+# -- whole or not at all -------------------------------------------------------------------------------------
+
+OLD, NEW = "an old text\n" * 9, "the new text, which is longer\n" * 9
+
+
+def state(folder: Path, old: dict, new: dict) -> str:
+    """Which set a folder holds. A mixture of two fails here, and so would it in training."""
+    if not (folder / "meta.json").exists():
+        return "none"
+    found = {name: (folder / name).read_bytes() for name in FILES}
+    assert found in (old, new)
+    return "old" if found == old else "new"
+
+
+@pytest.fixture
+def old_and_new(write):
+    """(folder with the old set, its files, the new set's files, a function that writes the new set there)"""
+    new = contents(write(NEW, folder="new"))
+    folder = write(OLD)
+    source = folder.parent / "next.txt"
+    source.write_text(NEW, newline="")
+    shutil.copy(source, folder.parent / "0.txt")        # meta.json names its source
+    return folder, contents(folder), new, lambda: write_set(folder, [folder.parent / "0.txt"], "char", 0.1)
+
+
+def fail_at(monkeypatch, operation: str, number: int, error: BaseException):
+    """Make the `number`-th call of a file operation raise; the others work."""
+    calls = count(1)
+
+    def call_or_raise(call, *args, **options):
+        if next(calls) == number:
+            raise error
+        return call(*args, **options)
+
+    class File(io.BufferedWriter):
+        def write(self, data):
+            return call_or_raise(super().write, data) if operation == "write" else super().write(data)
+
+        def flush(self):
+            return call_or_raise(super().flush) if operation == "flush" else super().flush()
+
+    def open_file(path, mode="r", *args, **options):
+        if "w" not in mode:
+            return open(path, mode, *args, **options)
+        file = File(io.FileIO(path, "w")) if operation != "open" else call_or_raise(open, path, mode)
+        return file
+
+    monkeypatch.setattr(runtime, "open", open_file, raising=False)
+    if hasattr(os, operation) and operation not in ("open", "write"):
+        original = getattr(os, operation)
+        monkeypatch.setattr(os, operation, lambda *args, **options: call_or_raise(original, *args, **options))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()],
+                         ids=["full disk", "Ctrl-C"])
+@pytest.mark.parametrize(("operation", "calls"), [("open", 3), ("write", 3), ("flush", 3), ("fsync", 3),
+                                                  ("replace", 3), ("unlink", 1)])
+def test_a_failure_leaves_a_whole_set_or_none_and_no_debris(operation, calls, error, old_and_new):
+    folder, old, new, write_new = old_and_new
+    states = []
+    for number in count(1):
+        for name, content in old.items():
+            (folder / name).write_bytes(content)
+        with pytest.MonkeyPatch.context() as patch:
+            fail_at(patch, operation, number, error)
+            try:
+                write_new()
+                break                                   # every one of the calls has failed once
+            except type(error):
+                states.append(state(folder, old, new))
+                assert not list(folder.glob("*.tmp"))
+    assert len(states) >= calls
+    assert states[0] in ("old", "none")
+    assert state(folder, old, new) == "new"
+
+
+def test_a_kill_at_any_line_leaves_a_whole_set_or_none(old_and_new):
+    """A child process writes the set and is gone at its n-th line in prepare.py or support/runtime.py, for
+    every n: nothing is flushed, nothing is cleaned up."""
+    folder, old, new, write_new = old_and_new
+    states = []
+    for number in count(1):
+        for name, content in old.items():
+            (folder / name).write_bytes(content)
+        if (child := os.fork()) == 0:
+            lines = count(1)
+
+            def trace(frame, event, _, lines=lines, number=number):
+                file, name = frame.f_code.co_filename, frame.f_code.co_name
+                if file not in (prepare.__file__, runtime.__file__) or name.startswith("<"):
+                    return None                         # <genexpr> and the like: many lines, no file
+                if event == "line" and next(lines) == number:
+                    os._exit(9)
+                return trace
+            sys.settrace(trace)
+            os.fsync = lambda descriptor: None          # matters when the power fails, and takes long
+            write_new()
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        states.append(state(folder, old, new))
+        if ended != 9:
+            break
+    assert ended == 0
+    assert states == sorted(states, key=["old", "none", "new"].index)
+    assert len(set(states)) == 3                        # kills came at the moments that matter
+    assert set(contents(folder)) == set(FILES)          # a success removes what the killed ones left behind
+
+
+def test_writing_and_flushing_precede_the_rename(old_and_new, monkeypatch):
+    """Without fsync a rename can reach the disk before the content does."""
+    *_, write_new = old_and_new
+    synced, fsync, replace = set(), os.fsync, os.replace
+
+    def note_fsync(descriptor):
+        synced.add((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    def check_replace(source, target):
+        assert (os.stat(source).st_ino, os.stat(source).st_size) in synced
+        replace(source, target)
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", check_replace)
+    write_new()
+    assert len(synced) >= 3
+
+
+# -- damage is noticed ---------------------------------------------------------------------------------------
+
+@pytest.fixture
+def good_set(write) -> Path:
+    return write("the quick brown fox jumps over the lazy dog\n" * 20)
+
+
+def test_check_passes_a_good_set(good_set, capsys):
+    prepare.main(["--check", "set", f"--data_dir={good_set.parent}"])
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert "train.bin: 792 tokens of uint8" in lines[0]
+    assert "the quick brown" in lines[0]
+    assert "val.bin: 88 tokens of uint8" in lines[1]
+
+
+def truncate(path: Path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lengthen(path: Path):
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def remove(path: Path):
+    path.unlink()
+
+
+def flip_a_bit(path: Path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1                     # another character: only the checksum can tell
+    path.write_bytes(content)
+
+
+def swap_tokens(path: Path):
+    content = path.read_bytes()
+    path.write_bytes(content[1::-1] + content[2:])
+
+
+def wrong_id(path: Path):
+    content = bytearray(path.read_bytes())
+    content[-1] = 28                                    # the text has 28 characters
+    path.write_bytes(content)
+
+
+def wider_type(path: Path):
+    path.write_bytes(np.frombuffer(path.read_bytes(), np.uint8).astype(np.uint16).tobytes())
+
+
+@pytest.mark.parametrize("split", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("damage", [truncate, lengthen, remove, flip_a_bit, swap_tokens, wrong_id,
+                                    wider_type])
+def test_check_finds_damage(damage, split, good_set, refused):
+    damage(good_set / split)
+    argv = ["--check", "set", f"--data_dir={good_set.parent}"]
+    one_line_error(refused(prepare.main, argv), split, "prepare")
+
+
+def test_check_reads_every_id_itself(good_set, refused):
+    """A checksum made after the damage proves nothing."""
+    wrong_id(good_set / "train.bin")
+    meta = read_meta(good_set)
+    meta["splits"]["train"]["sha256"] = hashlib.sha256((good_set / "train.bin").read_bytes()).hexdigest()
+    (good_set / "meta.json").write_text(json.dumps(meta))
+    one_line_error(refused(check_set, good_set), "train.bin", "id 28", "vocab_size=28")
+
+
+@pytest.mark.parametrize("damage", [truncate, lengthen, remove, wider_type])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_training_opens_no_file_of_another_size(damage, split, good_set, refused):
+    damage(good_set / f"{split}.bin")
+    one_line_error(refused(open_data, good_set, 8), f"{split}.bin", "python prepare.py")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_training_uses_no_id_beyond_the_vocabulary(split, good_set, refused):
+    wrong_id(good_set / f"{split}.bin")
+    data, meta = open_data(good_set, 8)
+    starts = np.array([0, len(data[split]) - 9])
+    one_line_error(refused(train.get_batch, data[split], starts, 8, meta["vocab_size"], split, "cpu"),
+                   f"{split}.bin", "id 28", "vocab_size=28", "--check")
+
+
+def test_ids_are_checked_against_the_vocabulary_exactly(refused):
+    check_ids(np.array([0, 27], np.uint8), 28, "val")
+    check_ids(np.empty(0, np.uint8), 28, "val")
+    for ids, vocab_size in ([[1, 2], [28, 3]], 28), ([[70_000]], 65_537):
+        one_line_error(refused(check_ids, np.array(ids, np.uint32), vocab_size, "val"), "val.bin",
+                       f"id {max(map(max, ids)):,}", f"vocab_size={vocab_size:,}")
+
+
+@pytest.mark.parametrize(("val_fraction", "short", "way_out"), [(0.25, "val", "--val_fraction"),
+                                                               (0.75, "train", "more text")])
+def test_a_split_shorter_than_a_window_is_refused_with_figures(val_fraction, short, way_out, write, refused):
+    folder = write("abcdefgh" * 5, val_fraction=val_fraction)
+    one_line_error(refused(open_data, folder, 10), f"{short} has 10 tokens; block_size=10 needs 11",
+                   "--block_size", way_out)
+    data, _ = open_data(folder, 9)
+    assert sorted(map(len, data.values())) == [10, 30]
+
+
+def test_an_empty_split_can_be_opened(write):
+    folder = write("abc", val_fraction=0)
+    assert open_split(folder, read_meta(folder), "val").size == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"7", b"\xff\xfe", b"[" * 100_000,
+                                     b'{"format": 1}'])
+def test_a_meta_json_that_is_none_is_refused(content, good_set, refused):
+    (good_set / "meta.json").write_bytes(content)
+    one_line_error(refused(read_meta, good_set), "meta.json", "python prepare.py")
+
+
+def test_a_missing_set_is_refused(tmp_path, refused):
+    one_line_error(refused(read_meta, tmp_path / "nothing"), "nothing", "python prepare.py")
+
+
+@pytest.mark.parametrize("change", [dict(format=2), dict(dtype="uint16"), dict(dtype="float32"),
+                                    dict(vocab_size=300), dict(vocab_size="28"), dict(splits={}),
+                                    dict(tokenizer="char")], ids=str)
+def test_a_meta_json_that_contradicts_itself_is_refused(change, good_set, refused):
+    meta = read_meta(good_set)
+    (good_set / "meta.json").write_text(json.dumps(meta | change))
+    one_line_error(refused(read_meta, good_set), "meta.json", "python prepare.py")
+
+
+def test_check_finds_a_vocabulary_that_is_not_the_tokenizers(good_set, refused):
+    """A model with more ids than its tokenizer would sample what nothing can decode."""
+    meta = read_meta(good_set)
+    (good_set / "meta.json").write_text(json.dumps(meta | {"vocab_size": 100}))
+    one_line_error(refused(check_set, good_set), "meta.json", "100", "28")
+
+
+def places(node, path=()) -> list:
+    """The path of every entry in nested dicts and lists."""
+    entries = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [path + (key,) for key, _ in entries] + [deeper for key, value in entries
+                                                    for deeper in places(value, path + (key,))]
+
+
+@pytest.mark.parametrize("value", [None, True, -1, 0, 1.5, 10**30, float("inf"), "x", "3", [], {},
+                                   "missing"],
+                         ids=str)
+def test_any_damaged_entry_of_meta_json_is_harmless_or_one_line(value, good_set, capsys):
+    """One entry at a time; whatever is wrong with it, nothing but a refusal may come of it."""
+    meta = read_meta(good_set)
+    wrong = []
+    for *path, last in places(meta):
+        damaged = copy.deepcopy(meta)
+        entry = damaged
+        for key in path:
+            entry = entry[key]
+        entry[last] = value
+        if value == "missing":
+            del entry[last]
+        (good_set / "meta.json").write_text(json.dumps(damaged))
+        for use in (check_set, lambda folder: open_data(folder, 8)):
+            capsys.readouterr()
+            try:
+                use(good_set)
+            except SystemExit as stop:
+                one_line_error(SimpleNamespace(returncode=stop.code, stderr=capsys.readouterr().err), "set")
+            except Exception as error:
+                wrong.append(f"{'.'.join(map(str, [*path, last]))}: {error!r}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("tokenizer", [{}, {"kind": "morse"}, {"kind": "char"},
+                                       {"kind": "char", "chars": "ab"},
+                                       {"kind": "bpe", "ranks": "dGhl zero"}], ids=str)
+def test_training_refuses_a_damaged_tokenizer(tokenizer, data_dir, tmp_path, refused, monkeypatch):
+    shutil.copytree(data_dir / "toy", tmp_path / "toy")
+    meta = read_meta(tmp_path / "toy")
+    (tmp_path / "toy" / "meta.json").write_text(json.dumps(meta | {"tokenizer": tokenizer}))
+    monkeypatch.chdir(tmp_path)
+    argv = flags(**TOY | {"max_iters": 1}, data_dir=tmp_path)
+    one_line_error(refused(train.main, argv), "prepare")
+
+
+# -- bad input -----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    """An empty working folder with one good text, note.txt."""
+    monkeypatch.chdir(tmp_path)
+    Path("note.txt").write_text("a short note\n")
+    return tmp_path
+
+
+def prepared(*argv):
+    prepare.main([*argv, "--data_dir=data"])
+
+
+@pytest.mark.parametrize(("content", "parts"), [
+    (b"", ["no text"]),
+    (b"\xef\xbb\xbf", ["no text"]),
+    (b"caf\xe9", ["not UTF-8", "0xe9", "offset 3"]),
+    (b"\xef\xbb\xbfcaf\xe9", ["not UTF-8", "0xe9", "offset 6"]),           # in the file, its mark included
+    (b"x" * 1234567 + b"\xff", ["not UTF-8", "0xff", "offset 1,234,567"]),
+    (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", ["not UTF-8", "0x89", "offset 0"]),
+    (b"\x1f\x8b\x08\0\0\0\0\0\0\x03", ["not UTF-8", "0x8b", "offset 1"]),
+    ("a note".encode("utf-16"), ["not UTF-8", "0xff", "offset 0"]),
+    (b"lone \xed\xa0\x80", ["not UTF-8", "0xed", "offset 5"]),
+    (b"cut \xf0\x9f\x98", ["not UTF-8", "0xf0", "offset 4"]),
+], ids=["empty", "BOM only", "latin-1", "latin-1 after BOM", "late", "PNG", "gzip", "UTF-16", "surrogate",
+        "cut"])
+def test_a_file_that_is_no_text_is_named_with_its_byte_offset(content, parts, in_folder, refused):
+    Path("odd.txt").write_bytes(content)
+    one_line_error(refused(prepared, "odd.txt"), "odd.txt", *parts)
+    assert not Path("data").exists()
+
+
+@pytest.mark.parametrize("text", ["x", "\0\0\0", "\U0001f600", "a" * 1_000_000],
+                         ids=["one character", "NUL", "astral", "a million"])
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+def test_odd_texts_that_work(text, tokenizer, in_folder):
+    Path("odd.txt").write_text(text, encoding="utf-8")
+    prepared("odd.txt", f"--tokenizer={tokenizer}")
+    prepared("--check", "odd")
+    assert "".join(split_texts(Path("data/odd"))) == text
+
+
+def test_check_lets_no_text_act_on_the_terminal(in_folder, capsys):
+    Path("odd.txt").write_text("\x1b[2J\a\n" * 50)
+    prepared("odd.txt")
+    prepared("--check", "odd")
+    assert set(capsys.readouterr().out) <= {"\n", *map(chr, range(32, 127))}
+
+
+@pytest.mark.parametrize(("argv", "parts"), [
+    ([], ["shakespeare_char", "--help"]),
+    (["nowhere.txt"], ["nowhere.txt", "fables"]),
+    (["note.txt", "nowhere.txt", "--name=two"], ["nowhere.txt"]),
+    (["fabels"], ["fabels", "fables"]),
+    (["n" * 300], ["n" * 300]),
+    (["."], ["."]),
+    (["folder"], ["folder"]),
+    (["note.txt", "--tokenizer=gpt5"], ["gpt5", "char", "byte"]),
+    (["fables", "--tokenizer=Char"], ["Char", "char", "byte"]),
+    (["note.txt", "note.txt"], ["--name="]),
+    (["my note.txt"], ["--name="]),
+    (["fables.txt"], ["--name="]),
+    *[(["note.txt", f"--name={name}"], [name.strip()])
+      for name in ("../up", "a/b", ".hidden", "-x", "a b", "é", "..", "/tmp/x", "a:b", "n" * 300)],
+    *[(["note.txt", f"--name={name}"], [name]) for name in ("fables", "shakespeare", "shakespeare_char")],
+    (["fables", "--name=shakespeare"], ["shakespeare"]),
+    *[(["note.txt", f"--val_fraction={value}"], ["val_fraction=" + value])
+      for value in ("-0.1", "1", "1.5", "nan", "inf", "x", "")],
+    (["--check", "nowhere"], ["nowhere"]),
+    (["--check", "../note"], ["../note"]),
+], ids=lambda value: " ".join(value)[:40])
+def test_a_bad_request_is_one_line_and_writes_nothing(argv, parts, in_folder, refused, toy_bpe):
+    Path("folder").mkdir()
+    Path("my note.txt").write_text("a note")
+    Path("fables.txt").write_text("a note")
+    one_line_error(refused(prepared, *argv), *parts)
+    assert not list(Path("data").rglob("*"))
+
+
+def test_an_unreadable_file_is_one_line(in_folder, refused, monkeypatch):
+    def no(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    monkeypatch.setattr(Path, "read_bytes", no)         # root, who may run the tests, can read everything
+    one_line_error(refused(prepared, "note.txt"), "note.txt", "Permission denied")
+
+
+def test_a_data_folder_that_cannot_be_made_is_one_line(in_folder, refused):
+    one_line_error(refused(prepare.main, ["note.txt", "--data_dir=note.txt"]), "note.txt")
+
+
+def test_a_full_disk_is_one_line_and_the_old_set_stays(in_folder, refused, monkeypatch):
+    prepared("note.txt")
+    before = contents(Path("data/note"))
+    Path("note.txt").write_text("a longer note\n" * 9)
+    fail_at(monkeypatch, "write", 1, OSError(errno.ENOSPC, "No space left on device"))
+    one_line_error(refused(prepared, "note.txt"), "No space left on device")
+    assert contents(Path("data/note")) == before
+
+
+# -- the set that training asks for --------------------------------------------------------------------------
+
+class Rank:
+    """One of several processes, as ensure_set sees it: at each meeting the first tells, others hear it."""
+
+    def __init__(self, hears: "Rank | None" = None):
+        self.first, self.hears, self.told = hears is None, hears, []
+
+    def tell(self, value):
+        self.told.append(value if self.first else self.hears.told[len(self.told)])
+        return self.told[-1]
+
+
+def test_a_missing_named_set_is_prepared_once(tmp_path, monkeypatch):
+    folder = ensure_set("fables", str(tmp_path), Rank())
+    check_set(folder)
+    monkeypatch.setattr(prepare, "write_set", None)
+    assert ensure_set("fables", str(tmp_path), Rank()) == folder == tmp_path / "fables"
+
+
+def test_only_the_first_rank_prepares(tmp_path):
+    first = Rank()
+    ensure_set("fables", str(tmp_path / "here"), first)
+    ensure_set("fables", str(tmp_path / "there"), Rank(hears=first))
+    assert not (tmp_path / "there").exists()
+
+
+def test_a_late_rank_meets_the_others_as_often_as_the_first(tmp_path):
+    """One that comes when the set is there already must not leave the first one alone in its broadcast."""
+    first = Rank()
+    ensure_set("fables", str(tmp_path), first)
+    late = Rank(hears=first)
+    ensure_set("fables", str(tmp_path), late)
+    assert late.told == first.told
+
+
+def test_a_missing_set_of_ones_own_is_one_line(tmp_path, refused):
+    one_line_error(refused(ensure_set, "mine", str(tmp_path), Rank()), str(tmp_path / "mine"),
+                   "python prepare.py", "--name=mine")
