@@ -264,7 +264,7 @@ def prepare_named(name: str, data_dir: str = "", out: str = "", tokenizer: str =
 def ensure_set(name: str, data_dir: str, ranks) -> Path:
     """The folder of a prepared set. The first of `ranks` prepares a named one that is missing, the others wait."""
     folder = data_folder(name, data_dir)
-    if ranks.tell(not (folder / "meta.json").is_file()):
+    if ranks.tell(not os.path.isfile(folder / "meta.json")):
         if name not in SETS:
             fail(f"no data set in {folder}: python prepare.py YOUR_TEXT_FILE --name={name}")
         if ranks.first:

@@ -7,6 +7,7 @@
 A checkpoint is the whole model: it holds its settings and its tokenizer, so that one file is all there is to copy.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +86,9 @@ def main(argv: list) -> int:
         fail(f"out of range: {', '.join(broken)} (see --help)")
     path = Path(options.ckpt or (Path(options.out_dir) / "ckpt.pt" if options.out_dir else runtime.newest_checkpoint()))
     if not options.ckpt:
-        if not path.is_file():
+        if not os.path.isfile(path):
             other = path.with_name("last.pt")
-            fail(f"no {path}" + (f", but {other} is there: --ckpt={other}" if other.is_file()
+            fail(f"no {path}" + (f", but {other} is there: --ckpt={other}" if os.path.isfile(other)
                                  else ": train one first with python train.py"))
         print(f"sampling from {path}", file=sys.stderr, flush=True)
     start = options.start

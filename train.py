@@ -11,9 +11,10 @@ is needed to go on; log.csv and loss.png. Ctrl-C finishes the step, saves last.p
 """
 
 import math
+import os
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
@@ -128,9 +129,7 @@ class Config:
             low, high = limits.get(name, (0, 2**31))
             if type(value) in (int, float) and not low <= value <= high:
                 found.append(f"{name}={value} must be from {low} to {high}")
-        if found:
-            return found
-        head_dim = self.n_embd / self.n_head
+        head_dim = self.n_embd / (self.n_head or 1)
         rules = {f"n_head={self.n_head} must divide n_embd={self.n_embd}": head_dim % 1 == 0,
                  f"n_embd / n_head = {head_dim:g} must be even for rope":
                      self.positions != "rope" or head_dim % 2 != 1,
@@ -139,7 +138,7 @@ class Config:
                  "tie_weights=True needs another init than zero": not self.tie_weights or self.init != "zero",
                  f"min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}":
                      not self.decay_lr or self.min_lr <= self.learning_rate}
-        return [rule for rule, holds in rules.items() if not holds]
+        return found + [rule for rule, holds in rules.items() if not holds]
 
 
 # What a checkpoint's weights depend on, and what a resumed run cannot change.
@@ -575,7 +574,7 @@ def load(path, device: str = "cpu") -> tuple:
     """(model, tokenizer) for use from Python, in eval mode. path: a checkpoint, or the folder of a run.
     `for ids in model.generate(prompt, 100, lambda logits: draw(logits, 0.8))` continues a prompt (B, T)."""
     path = Path(path)
-    path = path / "ckpt.pt" if path.is_dir() else path
+    path = path / "ckpt.pt" if os.path.isdir(path) else path
     model, tokenizer = restore(runtime.load_checkpoint(path), path)
     return model.to(device).eval(), tokenizer
 
@@ -744,14 +743,15 @@ def main(argv: list) -> int:
     cfg = Config(**parsed.values)
     out_dir = Path(cfg.out_dir or Path("out") / (parsed.files[-1].stem if parsed.files else cfg.dataset))
     if cfg.init_from == "auto":
-        cfg.init_from = "resume" if (out_dir / "last.pt").is_file() else "scratch"
+        cfg.init_from = "resume" if os.path.isfile(out_dir / "last.pt") else "scratch"
     resumed = weights = None
     if cfg.init_from == "resume":
         resumed = runtime.load_checkpoint(out_dir / "last.pt")
         cfg = Config(**merge(Config, resumed["config"], parsed, FIXED_FIELDS, out_dir / "last.pt"))
     elif cfg.init_from != "scratch":
         weights = runtime.load_checkpoint(Path(cfg.init_from))
-        stored = merge(Config, weights["config"], parsed, MODEL_FIELDS, cfg.init_from)
+        typed = replace(parsed, typed=parsed.typed & MODEL_FIELDS)
+        stored = merge(Config, weights["config"], typed, MODEL_FIELDS, cfg.init_from)
         cfg = Config(**asdict(cfg) | {name: stored[name] for name in MODEL_FIELDS})
     if problems := cfg.problems():
         fail("; ".join(problems))
@@ -760,4 +760,5 @@ def main(argv: list) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")            # a console may lack a character of a sample
     sys.exit(main(sys.argv[1:]))

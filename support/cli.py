@@ -7,13 +7,14 @@ A program declares its settings once, as a flat dataclass with a default and a c
         # -- sampling
         temperature: float = 0.8            # 0 is greedy
 
-and calls `parse(Options, argv, doc)`. A field's declared type (bool, int, float, str, Literal[...] or list[str])
+and calls `parse(Options, argv, doc)`. A field's declared type (bool, int, float, str or Literal[...])
 decides how its text is read; nothing is ever evaluated. Only a config file named by the user is run as Python.
 """
 
 import difflib
 import inspect
 import math
+import os
 import re
 import runpy
 import sys
@@ -106,8 +107,6 @@ def convert(value, kind):
                 raise BadValue(f"a whole number of at most {LARGEST_INT:,}")
             return int(number)
         return number
-    if kind == list[str]:
-        return [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
     if not isinstance(value, str):
         raise BadValue(expected(kind))
     return value
@@ -143,8 +142,8 @@ def read_config_file(path: str, kinds: dict) -> dict:
 
 
 def parse(options: type, argv: list, doc: str, takes: str = "config files") -> Parsed:
-    """Read `argv`: words in order, later ones win. With takes="config files" a word is a config file; otherwise
-    words are returned as they are. `--help` prints `doc` and the fields, and leaves with 0."""
+    """Read `argv`: config files in order, then flags; later ones win. Unless takes="config files", words without dashes
+    are returned as they are. `--help` prints `doc` and the fields, and leaves with 0."""
     kinds = typing.get_type_hints(options)
     parsed = Parsed()
     for word in argv:
@@ -159,10 +158,11 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files") -> P
                 continue
             if not word.endswith(".py"):
                 fail(f"{word!r} is neither a config file (NAME.py) nor a flag (--key=value); see --help")
-            if not Path(word).is_file():
+            if not os.path.isfile(word):         # Path.is_file raises on a name that is too long
                 close = difflib.get_close_matches(word, [str(p) for p in sorted(Path("config").glob("*.py"))], n=1)
                 fail(f"no config file {word}" + (f"; did you mean {close[0]}?" if close else ""))
-            parsed.values.update(read_config_file(word, kinds))
+            values = read_config_file(word, kinds)
+            parsed.values.update((name, value) for name, value in values.items() if name not in parsed.typed)
             parsed.files.append(Path(word))
             continue
         key, equals, text = word[2:].partition("=")
@@ -177,8 +177,6 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files") -> P
             value = convert(text, kinds[name])
         except BadValue as problem:
             fail(f"--{key}={text} is not {problem}")
-        if kinds[name] == list[str] and name in parsed.typed:
-            value = parsed.values[name] + value         # a list flag may be given several times
         parsed.values[name] = value
         parsed.typed.add(name)
     return parsed
@@ -231,7 +229,7 @@ def help_text(options: type, doc: str) -> str:
         if heading != group:
             group = heading
             lines += ["", f"{heading}:"]
-        default = defaults[name].default if kinds[name] != list[str] else ""
+        default = defaults[name].default
         if typing.get_origin(kinds[name]) is typing.Literal:
             comment += " [" + " | ".join(map(str, typing.get_args(kinds[name]))) + "]"
         entry = f"  --{name}={default}".ljust(36) + " "

@@ -72,8 +72,11 @@ def sha256(path: Path) -> str:
 def lock(folder: Path):
     """Hold `folder` for this process, or fail naming the process that does. The lock dies with its process, however
     it ends. Returns the open file; keep it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a+")     # noqa: SIM115, held open on purpose
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")     # noqa: SIM115, held open on purpose
+    except OSError as error:
+        fail(f"cannot use the folder {folder}: {error.strerror or error}: give another --out_dir")
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,6 +96,8 @@ def lock(folder: Path):
 
 def set_aside(folder: Path) -> Path:
     """Rename `folder` to the next free NAME.1, NAME.2, ... and return the new path."""
+    if not folder.name:
+        fail(f"{folder} holds a run and cannot be renamed: name a folder with --out_dir, or --init_from=resume")
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1

@@ -1,5 +1,7 @@
 """What the tests share: a tiny data set, toy settings, and the programs as subprocesses in an empty folder."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -52,6 +54,18 @@ def run(tmp_path, data_dir):
                               capture_output=True, timeout=timeout, encoding="utf-8",
                               env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, **options)
     return run
+
+
+def inside(main, *words):
+    """What `run` returns, of a program's main in this process and folder: no wait for the import of torch."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(list(map(str, words))) or 0
+        except SystemExit as stop:
+            code = stop.code
+    said = [(stream.flush(), stream.buffer.getvalue().decode())[1] for stream in (out, err)]
+    return subprocess.CompletedProcess(words, code, *said)
 
 
 def one_line_error(process, *parts: str):

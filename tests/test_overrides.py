@@ -1,0 +1,317 @@
+"""Config files and --key=value flags: read by declared type, never evaluated, refused in one line."""
+
+from dataclasses import dataclass, fields
+from typing import get_args, get_type_hints
+
+import pytest
+from conftest import inside, one_line_error
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import prepare
+import sample
+import train
+from support.cli import comments, help_text, parse
+from train import Config
+
+PROGRAMS = {"train": (train.main, Config), "prepare": (prepare.main, prepare.Options),
+            "sample": (sample.main, sample.Options)}
+
+
+def read(*words) -> dict:
+    return parse(Config, list(words), "").values
+
+
+def train_with(*words):
+    """train.py up to its search for a data set, which there is not."""
+    return inside(train.main, *words, "--dataset=nowhere")
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Write a config file; returns its path."""
+    def write(text: str, name: str = "mine.py") -> str:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+    return write
+
+
+# -- flags
+
+@pytest.mark.parametrize(("flag", "value"), [
+    ("--max_iters=2000", 2000), ("--max_iters=1e3", 1000), ("--max_iters=0", 0), ("--seed=-1", -1),
+    ("--learning_rate=1", 1.0), ("--learning_rate=1e-4", 1e-4), ("--min_lr=6E-4", 6e-4), ("--dropout=0", 0.0),
+    ("--bias=true", True), ("--bias=False", False), ("--bias=1", True), ("--bias=0", False), ("--bias", True),
+    ("--compile=auto", "auto"), ("--compile=false", False), ("--compile=True", True), ("--compile", True),
+    ("--qkv_bias=FALSE", False), ("--dtype=float32", "float32"), ("--batch-size=8", 8),
+    ("--out_dir=1", "1"), ("--out_dir=None", "None"), ("--out_dir=", ""), ("--sample_start=a=b", "a=b"),
+    ("--sample_start=--x=y", "--x=y"), ("--sample_start= Größe 猫\n", " Größe 猫\n"), ("--dataset=0", "0"),
+])
+def test_a_flag_is_read_by_the_declared_type_of_its_field(flag, value):
+    found, = read(flag).values()
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(("flag", "expected"), [
+    ("--n_layer=six", "a whole number"), ("--n_layer=1.5", "a whole number"), ("--n_layer=", "whole number"),
+    ("--n_layer=True", "a whole number"), ("--n_layer=2*3", "a whole number"), ("--n_layer", "--n_layer="),
+    ("--learning_rate=fast", "a number"), ("--learning_rate=", "a number"), ("--dropout=1,5", "a number"),
+    ("--bias=maybe", "True or False"), ("--bias=2", "True or False"), ("--bias=", "True or False"),
+    ("--compile=perhaps", "auto, True, False"), ("--schedule=cos", "linear, cosine, constant"),
+    ("--schedule", "LINEAR"), ("--out_dir", "--out_dir=TEXT"),
+])
+def test_a_value_of_another_type_is_refused_and_says_what_was_expected(flag, expected):
+    one_line_error(train_with(flag), flag, expected)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "NaN", "Infinity", "1e999", "9" * 30, "9" * 5000])
+@pytest.mark.parametrize("name", ["n_layer", "learning_rate"])
+def test_numbers_that_are_not_finite_or_beyond_any_use_are_refused(name, text):
+    one_line_error(train_with(f"--{name}={text}"), f"{name}=")
+
+
+def test_integers_that_torch_cannot_hold_are_refused():
+    one_line_error(inside(sample.main, f"--seed={2**63}"), f"seed={2**63}", "a whole number of at most")
+
+
+@pytest.mark.parametrize("value", [-1, 1e12])
+def test_every_number_has_bounds(value):
+    kinds = get_type_hints(Config)
+    numbers = [name for name in kinds if kinds[name] in (int, float)]
+    assert len(numbers) > 30
+    for name in numbers:
+        changed = Config(**{name: kinds[name](value)})
+        assert any(problem.startswith(f"{name}=") for problem in changed.problems()), name
+
+
+def test_the_defaults_have_no_problem():
+    assert Config().problems() == []
+
+
+def test_of_a_flag_given_twice_the_last_one_wins():
+    assert read("--n_layer=3", "--n_layer=5")["n_layer"] == 5
+
+
+@pytest.mark.parametrize(("program", "flag", "meant"), [
+    ("train", "--learning_rat=1", "--learning_rate"), ("train", "--n_layers=3", "--n_layer"),
+    ("train", "--batchsize", "--batch_size"), ("prepare", "--val-fracton=0.2", "--val_fraction"),
+    ("sample", "--temprature=1", "--temperature"),
+])
+def test_an_unknown_flag_suggests_the_nearest(program, flag, meant):
+    one_line_error(inside(PROGRAMS[program][0], flag), flag.split("=")[0], f"did you mean {meant}?")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("flag", ["--zzz=1", "--", "--=1", "--__class__=1", "-n"])
+def test_a_flag_like_no_other_points_to_the_help(program, flag):
+    one_line_error(inside(PROGRAMS[program][0], flag), flag.split("=")[0], "see --help")
+
+
+def test_a_word_that_is_neither_flag_nor_config_file_is_refused():
+    one_line_error(train_with("n_layer=3"), "n_layer=3", "--key=value")
+    one_line_error(inside(sample.main, "ROMEO:"), "ROMEO:", "--key=value")
+
+
+def test_all_problems_of_a_configuration_are_reported_together():
+    one_line_error(train_with("--n_layer=0", "--batch_size=0", "--dropout=1.5", "--seed=-1"),
+                   "n_layer=0", "batch_size=0", "dropout=1.5", "seed=-1")
+    flags = ["--n_embd=400", "--n_head=6", "--n_kv_head=4", "--learning_rate=1", "--min_lr=2"]
+    one_line_error(train_with(*flags), "n_head=6 must divide n_embd=400", "n_kv_head=4 must divide n_head=6",
+                   "min_lr=2", "learning_rate=1")
+
+
+def test_a_bound_and_a_rule_between_fields_are_reported_together():
+    outcome = train_with("--n_embd=400", "--n_head=6", "--dropout=1.5")
+    one_line_error(outcome, "n_head=6 must divide n_embd=400", "dropout=1.5")
+
+
+def test_sampling_reports_all_its_problems_together():
+    flags = ["num_samples=0", "max_new_tokens=-1", "temperature=-0.5", "top_k=-1", "top_p=0.0", "seed=-3"]
+    one_line_error(inside(sample.main, *(f"--{flag}" for flag in flags)), *flags)
+
+
+# -- config files
+
+def test_config_files_in_order_then_flags_and_the_last_one_wins(config):
+    one = config("n_layer = 1\nn_head = 1\nn_embd = 8\n", "one.py")
+    two = config("n_layer = 2\nn_head = 2\n", "two.py")
+    assert read(one, two, "--n_layer=3") == dict(n_layer=3, n_head=2, n_embd=8)
+    assert read(two, one, "--n_layer=3") == dict(n_layer=3, n_head=1, n_embd=8)
+
+
+def test_a_config_file_is_read_by_declared_type_too(config):
+    values = read(config("max_iters = 1e3\nlearning_rate = 1\ncompile = True\nqkv_bias = 'auto'\n"
+                         "out_dir = 'a=b ü'\n"))
+    assert values == dict(max_iters=1000, learning_rate=1.0, compile=True, qkv_bias="auto", out_dir="a=b ü")
+    assert [type(value) for value in values.values()] == [int, float, bool, str, str]
+
+
+def test_underscored_names_and_imports_are_the_files_own(config):
+    path = config("import math\nfrom os import path as _path\n_width = 4\nn_embd = int(math.sqrt(_width))\n"
+                  "def _twice(x):\n    return 2 * x\nn_layer = _twice(3)\n")
+    assert read(path) == dict(n_embd=2, n_layer=6)
+
+
+@pytest.mark.parametrize(("text", "parts"), [
+    ("learning_rat = 1\n", ["learning_rat", "did you mean --learning_rate?"]),
+    ("width = 1\n", ["sets width", "_"]),
+    ("def n_layer():\n    return 1\n", ["n_layer", "a whole number"]),
+    ("n_layer = 'six'\n", ["n_layer='six'", "a whole number"]),
+    ("n_layer = True\n", ["n_layer=True", "a whole number"]),
+    ("n_layer = None\n", ["n_layer=None", "a whole number"]),
+    ("learning_rate = float('nan')\n", ["learning_rate=nan", "finite"]),
+    ("dataset = 5\n", ["dataset=5", "text"]),
+    ("bias = 'perhaps'\n", ["bias='perhaps'", "True or False"]),
+    ("dtype = 'float64'\n", ["dtype='float64'", "float32"]),
+    ("n_head = 6\nn_embd = 400\n", ["n_head=6 must divide n_embd=400"]),
+])
+def test_a_config_file_that_sets_something_wrong_is_refused(config, text, parts):
+    one_line_error(train_with(config(text)), *parts)
+
+
+@pytest.mark.parametrize(("text", "parts"), [
+    ("n_layer = 2\nn_head = = 3\n", ["line 2", "SyntaxError"]),
+    ("n_layer = 2\n\nn_head = 1 / 0\n", ["line 3", "ZeroDivisionError"]),
+    ("_x = 1\ndef _f():\n    return _y\n_f()\n", ["line 3", "NameError", "_y"]),
+    ("import json\n_x = json.loads('[')\n", ["line 2", "JSONDecodeError"]),      # which has a line of its own
+    ("import nowhere_to_be_found\n", ["line 1", "nowhere_to_be_found"]),
+    ("import sys\nsys.exit()\n", ["exit"]),
+    ("n_layer = 1\0\n", []),
+])
+def test_an_error_in_a_config_file_names_file_and_line(config, text, parts):
+    one_line_error(train_with(config(text)), "mine.py", *parts)
+
+
+def test_a_config_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_bytes(bytes(range(256)))
+    one_line_error(train_with(tmp_path / "mine.py"), "mine.py")
+
+
+def test_a_missing_config_file_suggests_the_nearest(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config").mkdir()
+    config("", "config/shakespeare.py")
+    one_line_error(train_with("config/shakspeare.py"), "no config file config/shakspeare.py",
+                   "did you mean config/shakespeare.py?")
+    one_line_error(train_with("x" * 300 + ".py"), "xxx.py")          # longer than any file's name may be
+
+
+# -- nothing is evaluated
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_no_value_is_ever_evaluated(program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = PROGRAMS[program][1]
+    for code in ("__import__('os').system('touch ran')", "open('ran', 'w')", "$(touch ran)", "`touch ran`"):
+        for field in fields(options):
+            outcome = inside(lambda argv: parse(options, argv, "") and 0, f"--{field.name}={code}")
+            assert outcome.returncode == (0 if field.type is str else 2), field.name
+    assert not list(tmp_path.iterdir())
+
+
+# -- help
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_lists_every_field_with_its_default_and_comment(program):
+    main, options = PROGRAMS[program]
+    outcome = inside(main, "--help")
+    assert outcome.returncode == 0
+    assert outcome.stderr == ""
+    assert len(comments(options)) == len(fields(options))           # none without a comment
+    unwrapped = "".join(outcome.stdout.split())                     # lines break anywhere
+    for field, (_, name, comment) in zip(fields(options), comments(options), strict=True):
+        assert name == field.name
+        assert "".join(f"--{name}={field.default} {comment}".split()) in unwrapped
+        for choice in get_args(get_type_hints(options)[name]):
+            assert str(choice) in outcome.stdout
+
+
+@dataclass
+class Garden:
+    # -- plants
+    trees: int = 3                      # how many; with # in it
+    shade: float = 0.5                  # its share of the ground, which is explained
+                                        # in a second line
+    # -- tools
+    hose: bool = False                  # lay one
+    name: str = ""                      # on the gate
+
+
+def test_the_help_is_the_comments_of_the_source():
+    lines = help_text(Garden, "A garden.\n\n    python garden.py\nGreen.").splitlines()
+    assert lines[:5] == ["A garden.", "", "    python garden.py", "Green.", ""]
+    assert [" ".join(line.split()) for line in lines[5:]] == [
+        "plants:", "--trees=3 how many; with # in it",
+        "--shade=0.5 its share of the ground, which is explained in a second line", "",
+        "tools:", "--hose=False lay one", "--name= on the gate"]
+
+
+# -- any command line at all
+
+known = [field.name for _, options in PROGRAMS.values() for field in fields(options)]
+text = st.text(st.characters(), max_size=12)            # lone surrogates too, as undecodable bytes arrive
+names = st.one_of(st.sampled_from(known), text)
+values = st.one_of(text, st.integers().map(str), st.floats().map(str),
+                   st.sampled_from(["", "True", "auto", "a=b", "1e3", "1e400", "9" * 400, "0x10", "\0",
+                                    "open('ran', 'w')", "../..", "--n_layer=3"]))
+words = st.one_of(st.tuples(names, values).map("--{0[0]}={0[1]}".format), names.map("--{}".format), values,
+                  values.map("{}.py".format), st.sampled_from(["-h", "--help", "-", "--"]))
+
+
+@settings(max_examples=500, derandomize=True, deadline=None, database=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(program=st.sampled_from(sorted(PROGRAMS)), line=st.lists(words, max_size=5))
+def test_any_command_line_is_understood_or_refused_in_one_line(program, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                     # empty: there is no data set, no text and no checkpoint
+    main, options = PROGRAMS[program]
+    read = {}
+    inside(lambda argv: read.update(parse(options, argv, "", "words").values), *line)
+    for name, value in read.items():
+        kind = get_type_hints(options)[name]
+        assert value in get_args(kind) if get_args(kind) else type(value) is kind
+    outcome = inside(main, *line, *["--dataset=nowhere"] * (program == "train"))
+    if outcome.returncode == 0:
+        assert {"-h", "--help"} & set(line)
+        assert outcome.stderr == ""
+    else:
+        one_line_error(outcome)
+        assert outcome.stderr.rstrip("\n").isprintable()
+    assert not list(tmp_path.iterdir())             # no code has run
+
+
+# -- nanoGPT's own command lines
+
+LAPTOP = """--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12
+    --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"""
+TRAINING = """--out_dir=out --eval_interval=2000 --log_interval=1 --eval_iters=200 --eval_only=False
+    --always_save_checkpoint=True --init_from=scratch --wandb_log=False --wandb_project=owt
+    --wandb_run_name=gpt2 --dataset=openwebtext --gradient_accumulation_steps=40 --batch_size=12
+    --block_size=1024 --n_layer=12 --n_head=12 --n_embd=768 --dropout=0.0 --bias=False --learning_rate=6e-4
+    --max_iters=600000 --weight_decay=1e-1 --beta1=0.9 --beta2=0.95 --grad_clip=1.0 --decay_lr=True
+    --warmup_iters=2000 --lr_decay_iters=600000 --min_lr=6e-5 --backend=nccl --device=cuda --dtype=bfloat16
+    --compile=True"""
+SAMPLING = """--init_from=resume --out_dir=out --start=The --num_samples=10 --max_new_tokens=500
+    --temperature=0.8 --top_k=200 --seed=1337 --device=cuda --dtype=bfloat16 --compile=False"""
+
+
+def test_nanogpts_laptop_command_line_is_accepted():
+    values = read(*LAPTOP.split())
+    assert values == dict(device="cpu", compile=False, eval_iters=20, log_interval=1, block_size=64,
+                          batch_size=12, n_layer=4, n_head=4, n_embd=128, max_iters=2000, lr_decay_iters=2000,
+                          dropout=0.0)
+    assert Config(**values).problems() == []
+
+
+def test_every_setting_of_nanogpts_training_is_accepted():
+    values = read(*TRAINING.split())
+    assert len(values) == 33
+    assert Config(**values).problems() == []
+
+
+def test_every_setting_of_nanogpts_sampling_is_accepted():
+    values = parse(sample.Options, SAMPLING.split(), "").values
+    assert values == dict(init_from="resume", out_dir="out", start="The", num_samples=10, max_new_tokens=500,
+                          temperature=0.8, top_k=200, seed=1337, device="cuda", dtype="bfloat16",
+                          compile=False)
