@@ -146,6 +146,14 @@ class Tokenizer:
         return lambda value: decoder.decode(b"" if value is None else self.pieces[value], final=value is None)
 
 
+def prompt_ids(tokenizer: Tokenizer, text: str, flag: str) -> np.ndarray:
+    """Ids (T,) in int64 of the prompt that the user gave with `flag`, or one line that says what is wrong with it."""
+    try:
+        return tokenizer.encode_prompt(text).astype(np.int64)
+    except ValueError as error:
+        fail(f"{flag}: {error}")
+
+
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), "<u4")
 

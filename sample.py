@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
+from prepare import prompt_ids
 from support import runtime
 from support.cli import fail, parse, printable
 from train import draw, load
@@ -102,10 +102,7 @@ def main(argv: list) -> int:
     if dtype == "auto":                 # for one token at a time, casting costs a CPU more than it saves
         dtype = runtime.choose_dtype(device, "auto") if torch.device(device).type == "cuda" else "float32"
     model, tokenizer = load(path, device)
-    try:
-        prompt = torch.from_numpy(tokenizer.encode_prompt(start).astype(np.int64))[None].to(device)     # (1, T)
-    except ValueError as error:
-        fail(f"--start: {error}")
+    prompt = torch.from_numpy(prompt_ids(tokenizer, start, "--start"))[None].to(device)             # (1, T)
     if options.compile:
         model.trunk = torch.compile(model.trunk, dynamic=True)
     for number in range(options.num_samples):

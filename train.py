@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from prepare import Tokenizer, ensure_set, stored_tokenizer
+from prepare import Tokenizer, ensure_set, prompt_ids, stored_tokenizer
 from support import runtime
 from support.cli import fail, from_dict, merge, parse
 from support.report import Report
@@ -582,7 +582,7 @@ def load(path, device: str = "cpu") -> tuple:
 def sample_text(model: GPT, tokenizer, cfg: Config, step: int, device: str) -> str:
     """A short continuation of sample_start by the current weights."""
     generator = torch.Generator(device).manual_seed(cfg.seed + step)
-    prompt = torch.from_numpy(tokenizer.encode_prompt(cfg.sample_start).astype(np.int64))[None].to(device)
+    prompt = torch.from_numpy(prompt_ids(tokenizer, cfg.sample_start, "sample_start"))[None].to(device)
     model.eval()
     ids = [token.item() for token in model.generate(
         prompt, cfg.sample_tokens, lambda logits: draw(logits, cfg.sample_temperature, generator))]
@@ -601,17 +601,9 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
     tokenizer, source = stored_tokenizer(folder, meta), resumed or weights
     if source and source["tokenizer"] != tokenizer.stored:
         fail(f"data set {cfg.dataset} has another tokenizer than the checkpoint: prepare the set as it was")
-    try:
-        tokenizer.encode_prompt(cfg.sample_start)
-    except ValueError as error:
-        fail(f"sample_start={cfg.sample_start!r}: {error}")
-
-    # The processes share the batch_size * gradient_accumulation_steps sequences of a step equally.
-    count = cfg.batch_size * cfg.gradient_accumulation_steps
-    if count % ranks.world:
-        fail(f"batch_size * gradient_accumulation_steps = {count} must divide by the {ranks.world} processes")
-    rows = count // ranks.world
-    micro = next(n for n in range(math.ceil(rows / cfg.batch_size), rows + 1) if rows % n == 0)
+    prompt_ids(tokenizer, cfg.sample_start, "sample_start")     # a wrong one should fail now, not at a sample
+    count = cfg.batch_size * cfg.gradient_accumulation_steps    # sequences a step
+    rows, micro = ranks.share(count, cfg.batch_size)            # of them for this process, in so many batches
     if cfg.max_epochs:
         cfg.max_iters = max(1, int(cfg.max_epochs * (len(data["train"]) // cfg.block_size) / count))
 

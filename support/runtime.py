@@ -443,6 +443,14 @@ class Ranks:
             torch.distributed.all_reduce(tensor)
         return tensor
 
+    def share(self, count: int, batch_size: int) -> tuple:
+        """(sequences, micro-batches): this process's equal share of the `count` sequences of a step, and the number
+        of equal micro-batches of at most batch_size that it makes."""
+        if count % self.world:
+            fail(f"batch_size * gradient_accumulation_steps = {count} must divide by the {self.world} processes")
+        rows = count // self.world
+        return rows, next(n for n in range(-(-rows // batch_size), rows + 1) if rows % n == 0)
+
     def leave(self):
         if self.world > 1:
             import torch
