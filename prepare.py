@@ -151,7 +151,7 @@ def prompt_ids(tokenizer: Tokenizer, text: str, flag: str) -> np.ndarray:
     try:
         return tokenizer.encode_prompt(text).astype(np.int64)
     except ValueError as error:
-        fail(f"{flag}: {error}")
+        fail(f"{flag}={text!r}: {error}" if len(text) < 40 else f"{flag}: {error}")
 
 
 def _code_points(text: str) -> np.ndarray:

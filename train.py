@@ -582,7 +582,7 @@ def load(path, device: str = "cpu") -> tuple:
 def sample_text(model: GPT, tokenizer, cfg: Config, step: int, device: str) -> str:
     """A short continuation of sample_start by the current weights."""
     generator = torch.Generator(device).manual_seed(cfg.seed + step)
-    prompt = torch.from_numpy(prompt_ids(tokenizer, cfg.sample_start, "sample_start"))[None].to(device)
+    prompt = torch.from_numpy(prompt_ids(tokenizer, cfg.sample_start, "--sample_start"))[None].to(device)
     model.eval()
     ids = [token.item() for token in model.generate(
         prompt, cfg.sample_tokens, lambda logits: draw(logits, cfg.sample_temperature, generator))]
@@ -601,7 +601,7 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
     tokenizer, source = stored_tokenizer(folder, meta), resumed or weights
     if source and source["tokenizer"] != tokenizer.stored:
         fail(f"data set {cfg.dataset} has another tokenizer than the checkpoint: prepare the set as it was")
-    prompt_ids(tokenizer, cfg.sample_start, "sample_start")     # a wrong one should fail now, not at a sample
+    prompt_ids(tokenizer, cfg.sample_start, "--sample_start")   # a wrong one should fail now, not later
     count = cfg.batch_size * cfg.gradient_accumulation_steps    # sequences a step
     rows, micro = ranks.share(count, cfg.batch_size)            # of them for this process, in so many batches
     if cfg.max_epochs:
