@@ -43,8 +43,8 @@ class Options:
 
 
 def filtered(logits, top_k: int = 0, top_p: float = 1.0):
-    """Logits (B, vocab_size) with the unlikely ones at -inf: all but the top_k largest (0: keep all), and all but the
-    smallest set of largest ones whose probabilities reach top_p (nucleus sampling, arXiv 1904.09751)."""
+    """Logits (B, vocab_size) with the unlikely ones at -inf: those below the top_k-th largest (0: none), all but the
+    smallest set of largest ones whose probabilities reach top_p > 0 (nucleus sampling, arXiv 1904.09751)."""
     if 0 < top_k < logits.size(-1):
         kth = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -52,7 +52,6 @@ def filtered(logits, top_k: int = 0, top_p: float = 1.0):
         ordered, at = logits.sort(descending=True)
         p = ordered.softmax(-1)
         tail = p.cumsum(-1) - p >= top_p            # what is reached without this one
-        tail[:, 0] = False                          # the likeliest always stays
         logits = logits.masked_fill(tail.scatter(-1, at, tail), -torch.inf)
     return logits
 

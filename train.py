@@ -79,7 +79,7 @@ class Config:
     norm_eps: float = 1e-6              # the norms' epsilon
     embed_norm: bool = True             # a norm after the embedding
     mlp: Literal["relu2", "relu", "gelu", "gelu_tanh", "swiglu"] = "relu2"  # relu2: squared, arXiv 2109.08668
-    bias: bool = False                  # biases in linear layers and layernorms
+    bias: bool = False                  # biases in linear layers, and in layernorms with a gain
     qkv_bias: Literal["auto", True, False] = "auto"  # biases of queries, keys and values; auto: as bias
     head_bias: bool = False             # bias of the output layer
     tie_weights: bool = False           # the output layer is the embedding
@@ -122,8 +122,8 @@ class Config:
                                (1, 2**31))
         limits |= dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd", "rope_theta", "pad_vocab_to"),
                                 (1, 2**31))
-        limits |= dict.fromkeys(("dropout", "momentum", "beta1", "beta2"), (0, 0.99999))
-        limits |= dict(rope_fraction=(0, 1), cooldown=(0, 1), adam_eps=(1e-30, 1))
+        limits |= dict.fromkeys(("momentum", "beta1", "beta2"), (0, 0.99999))
+        limits |= dict(dropout=(0, 0.99), rope_fraction=(0, 1), cooldown=(0, 1), adam_eps=(1e-30, 1))
         found = []
         for name, value in asdict(self).items():
             low, high = limits.get(name, (0, 2**31))
@@ -393,7 +393,7 @@ def draw(logits, temperature: float, generator=None):
 
 
 def orthogonalize(m, steps: int = 5):
-    """Bring the singular values of each matrix of m (n, rows, cols) near 1, to about 0.7-1.2, by a quintic
+    """Bring the singular values of each matrix of m (n, rows, cols) near 1, to 0.65-1.2, by a quintic
     Newton-Schulz iteration in m's precision. Figures: Keller Jordan, kellerjordan.github.io/posts/muon."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = m.size(1) > m.size(2)
@@ -439,7 +439,9 @@ class Muon(torch.optim.Optimizer):
             momentum, lr, decay = (torch.tensor(group[key], device=w.device)
                                    for key in ("momentum", "lr", "weight_decay"))
             if self.found_inf is not None:
-                grad, lr = torch.where(self.found_inf > 0, 0, grad), lr * (1 - self.found_inf)
+                bad = self.found_inf > 0
+                grad, lr = grad.masked_fill(bad, 0), lr.masked_fill(bad, 0)
+                momentum = momentum.masked_fill(bad, 1)
             w = self.update(w, grad, state["average"], momentum, lr, decay, group["cautious"], self.dtype)
             torch._foreach_copy_(params, list(w.unbind()))
 
@@ -641,10 +643,10 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
         runtime.restore_optimizers(optimizers, scaler, resumed, ranks.first)
     report = Report(cfg, out_dir, ranks.first, model, meta, state, device, compile_note)
 
-    def save(name: str) -> str:
-        """Write a checkpoint; returns "" or what went wrong."""
+    def save(name: str):
+        """Write a checkpoint, and note in `unsaved` what went wrong."""
         if not ranks.first or cfg.eval_only:
-            return ""
+            return
         content = state | dict(config=asdict(cfg), tokenizer=tokenizer.stored, vocab_size=model.vocab_size,
                                model=dict(model.state_dict()), seconds=report.seconds())
         if name == "last.pt":
@@ -653,9 +655,9 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
         problem = runtime.save_checkpoint(content, out_dir / name)
         if problem:
             report.say(f"{problem}; the next save tries again")
-        return problem
+        unsaved[name] = problem
 
-    unsaved = ""
+    unsaved = {}                                        # what went wrong in the latest save of each file
     with runtime.Stop() as stop:
         watch = runtime.Watch(ranks, stop, optimizers, device, cfg.dtype)
         while True:
@@ -664,7 +666,7 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
             due = cfg.eval_only or (step % cfg.eval_interval == 0 or last) and step > state["evaluated"]
             with report.paused():                       # the stopwatch counts training only
                 if due:
-                    unsaved = save("last.pt")           # an evaluation can take long, and be cut off
+                    save("last.pt")                     # an evaluation can take long, and be cut off
                     alone = stop if ranks.world == 1 else None
                     losses = estimate_loss(model, data, cfg, ranks, device, alone)
                     if losses is None:
@@ -674,9 +676,9 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
                     state |= dict(best_step=step, best_val_loss=losses["val"]) if best else {}
                     report.evaluation(step, losses, best)
                     if best or cfg.always_save_checkpoint:
-                        unsaved = save("ckpt.pt") or unsaved
+                        save("ckpt.pt")
                     if last:
-                        unsaved = save("last.pt") or unsaved
+                        save("last.pt")
                 if cfg.sample_tokens and (step % cfg.sample_interval == 0 if cfg.sample_interval else due):
                     report.sample(step, partial(sample_text, model, tokenizer, cfg, step, device))
             if last or cfg.eval_only:
@@ -720,14 +722,15 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
                 report.update(step, mean, norm.item(), cfg.learning_rate * factor)
             if save_now or stopping:
                 with report.paused():
-                    unsaved = save("last.pt")
+                    save("last.pt")
             if stopping:
                 break
     report.finish(stop.signal, unsaved)
+    del step_model                                      # it keeps the process group and its threads alive
     ranks.leave()
     if lock:
         lock.close()
-    return stop.exit_code if stop.signal else 4 if unsaved else 0
+    return stop.exit_code if stop.signal else 4 if any(unsaved.values()) else 0
 
 
 def main(argv: list) -> int:
@@ -738,12 +741,12 @@ def main(argv: list) -> int:
         cfg.init_from = "resume" if os.path.isfile(out_dir / "last.pt") else "scratch"
     resumed = weights = None
     if cfg.init_from == "resume":
-        resumed = runtime.load_checkpoint(out_dir / "last.pt")
+        resumed = runtime.load_checkpoint(out_dir / "last.pt", resumable=True)
         cfg = Config(**merge(Config, resumed["config"], parsed, FIXED_FIELDS, out_dir / "last.pt"))
     elif cfg.init_from != "scratch":
         weights = runtime.load_checkpoint(Path(cfg.init_from))
         typed = replace(parsed, typed=parsed.typed & MODEL_FIELDS)
-        stored = merge(Config, weights["config"], typed, MODEL_FIELDS, cfg.init_from)
+        stored = asdict(Config(**merge(Config, weights["config"], typed, MODEL_FIELDS, cfg.init_from)))
         cfg = Config(**asdict(cfg) | {name: stored[name] for name in MODEL_FIELDS})
     if problems := cfg.problems():
         fail("; ".join(problems))

@@ -272,7 +272,7 @@ class Report:
             self.bar.close()
             self.bar = None
 
-    def finish(self, signal: int, unsaved: str):
+    def finish(self, signal: int, unsaved: dict):
         self.close()
         if not self.writes:
             return
@@ -287,5 +287,9 @@ class Report:
         if state["losses"] and state["losses"]["val"] > state["best_val_loss"] + 0.01:
             self.say(f"note     the val loss has risen to {state['losses']['val']:.4f} since: the model learns its "
                      "training text by heart. Fewer steps, more --dropout or a smaller model would do as well")
-        self.say(f"files    {self.out_dir}/: ckpt.pt (best weights), last.pt (to go on), log.csv, loss.png")
+        purposes = {"ckpt.pt": "best weights", "last.pt": "to go on", "log.csv": "figures", "loss.png": "picture"}
+        there = [f"{name} ({purpose})" for name, purpose in purposes.items() if (self.out_dir / name).exists()]
+        self.say(f"files    {self.out_dir}/: {', '.join(there)}")
+        for problem in filter(None, unsaved.values()):
+            self.say(f"unsaved  {problem}")
         self.say(f"next     python sample.py --out_dir={self.out_dir}")

@@ -4,6 +4,7 @@ torch is imported inside the functions that need it, so that prepare.py, which s
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -200,8 +201,9 @@ def save_checkpoint(content: dict, path: Path) -> str:
         return f"could not write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
 
 
-def load_checkpoint(path: Path) -> dict:
-    """The content of a checkpoint, on the CPU. `fail`s in one line on a file that is damaged, hostile or not ours."""
+def load_checkpoint(path: Path, resumable: bool = False) -> dict:
+    """The content of a checkpoint, on the CPU; `resumable`: of a last.pt. `fail`s in one line on a file that is
+    damaged, hostile or not ours."""
     import torch
 
     path = Path(path)
@@ -229,6 +231,9 @@ def load_checkpoint(path: Path) -> dict:
             not isinstance(content.get(key), kind) for key, kind in kinds.items()):
         fail(f"{path} holds no Inkling checkpoint (format {CHECKPOINT_FORMAT}); "
              "python train.py writes them")
+    to_go_on = ("evaluated", "best_step", "best_val_loss", "losses", "seconds", "optimizers", "scaler")
+    if resumable and (lacking := [key for key in to_go_on if key not in content]):
+        fail(f"{path} cannot be resumed, it lacks {', '.join(lacking)}: start from its weights with --init_from={path}")
     return content
 
 
@@ -455,6 +460,7 @@ class Ranks:
         if self.world > 1:
             import torch
 
+            gc.collect()
             torch.distributed.destroy_process_group()
 
 

@@ -1,10 +1,14 @@
 """What the tests share: a tiny data set, toy settings, and the programs as subprocesses in an empty folder."""
 
 import contextlib
+import csv
 import io
+import itertools
 import os
+import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,8 @@ if (SHARED / "tiktoken_cache").is_dir():
 torch.set_num_threads(1)                        # toy sizes run faster so, and results do not depend on the machine
 
 from prepare import write_set  # noqa: E402
-from train import GPT, Config  # noqa: E402
+from support.report import TIMINGS  # noqa: E402
+from train import GPT, Config, main  # noqa: E402
 
 TOY = dict(dataset="toy", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, max_iters=6, eval_interval=3,
            eval_iters=1, log_interval=1, sample_tokens=8, device="cpu", dtype="float32", compile=False)
@@ -68,6 +73,27 @@ def inside(main, *words):
     return subprocess.CompletedProcess(words, code, *said)
 
 
+def trained(data_dir: Path, out, /, *words, **settings):
+    """train.py with the toy settings and these, `inside`. Without pictures, which take most of a toy run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        return inside(main, *flags(**TOY | dict(data_dir=data_dir, out_dir=out) | settings), *words)
+
+
+@pytest.fixture
+def start(tmp_path, data_dir, monkeypatch):
+    """start("run", max_iters=3): `trained` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return partial(trained, data_dir)
+
+
+def log_rows(folder: Path) -> list:
+    """The rows of a run's log.csv as dicts of texts, without the timings, which differ from run to run."""
+    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
+        return [{key: text for key, text in row.items() if key not in TIMINGS}
+                for row in csv.DictReader(file)]
+
+
 def one_line_error(process, *parts: str):
     """The process left with 2 and one line on stderr that names every one of `parts`."""
     lines = process.stderr.strip().splitlines()
@@ -84,3 +110,18 @@ def perturbed(model: GPT, seed: int = 0) -> GPT:
     for p in model.parameters():
         p += 0.1 * torch.randn(p.shape, generator=generator)
     return model
+
+
+def pairwise(**switches) -> list:
+    """Settings (dicts) such that any two values of any two switches meet in at least one of them."""
+    def pairs(row: dict) -> set:
+        return set(itertools.combinations(row.items(), 2))
+
+    rng, chosen = random.Random(0), []
+    missing = {((a, x), (b, y)) for (a, some), (b, others) in itertools.combinations(switches.items(), 2)
+               for x in some for y in others}
+    while missing:
+        rows = [{name: rng.choice(values) for name, values in switches.items()} for _ in range(100)]
+        chosen.append(max(rows, key=lambda row: len(pairs(row) & missing)))
+        missing -= pairs(chosen[-1])
+    return chosen

@@ -1,0 +1,762 @@
+"""A run stopped, killed or short of disk goes on as if nothing had been; a damaged file is refused."""
+
+import csv
+import errno
+import math
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TOY, flags, log_rows, one_line_error, trained
+
+import sample
+import train
+from support import runtime
+from support.report import COLUMNS, Report
+
+SETTINGS = {
+    "muon": dict(),
+    "adamw": dict(optimizer="adamw", learning_rate=0.003, weight_decay=0.1),
+    "accumulation": dict(batch_size=2, gradient_accumulation_steps=3),
+    "bfloat16": dict(dtype="bfloat16"),
+    "float16": dict(dtype="float16"),
+    "random": dict(sampling="random"),
+    "epochs": dict(batch_size=120),                     # 562 windows to an epoch: it ends in update 5
+    "warmup": dict(schedule="cosine", warmup_iters=3, min_lr=0.001, grad_clip=0.5),
+    "gpt2": dict(positions="learned", norm="layernorm", norm_gain=True, bias=True, init="gpt2", mlp="gelu",
+                 tie_weights=True, qk_norm=False, logit_cap=0, shortcuts=False, attn_dropout=True),
+    "seldom": dict(eval_interval=4, log_interval=2),
+}
+
+
+@pytest.fixture
+def dropped_out(start):
+    """`start`, with dropout, whose random numbers a resumed run has to find again."""
+    return partial(start, dropout=0.2)
+
+
+@pytest.fixture
+def interrupted(dropped_out, monkeypatch):
+    """interrupted("run", at=4): a run to which SIGTERM comes during update 4, counted from 0."""
+    def interrupted(out, at, **settings):
+        def starts(step, *rest):
+            if step == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(step, *rest)
+
+        real = train.window_starts
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "window_starts", starts)
+            return dropped_out(out, **settings)
+    return interrupted
+
+
+def contents(path) -> dict:
+    """What a checkpoint holds, by its place, and tensors as bytes, so that equal is identical."""
+    def flat(value, place):
+        if isinstance(value, dict):
+            return {k: v for key, inner in value.items() for k, v in flat(inner, f"{place}.{key}").items()}
+        if isinstance(value, (list, tuple)):
+            return flat(dict(enumerate(value)), place)
+        if isinstance(value, torch.Tensor):
+            raw = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+            value = (str(value.dtype), tuple(value.shape), raw)
+        return {place: value}
+
+    # What differs without mattering: the time, the place, and the rates, which each step computes anew.
+    ignored = re.compile(r"\.seconds|\.config\.out_dir|.*\.param_groups\.\d+\.(lr|momentum)")
+    found = flat(torch.load(path, weights_only=True), "")
+    return {place: value for place, value in found.items() if not ignored.fullmatch(place)}
+
+
+def same_runs(one, other):
+    """The two folders hold the same run, to the last bit."""
+    assert log_rows(one) == log_rows(other)
+    for name in ("last.pt", "ckpt.pt"):
+        left, right = contents(one / name), contents(other / name)
+        assert left.keys() == right.keys()
+        assert [place for place in left if left[place] != right[place]] == []
+
+
+def step_of(path) -> int:
+    return torch.load(path, weights_only=True)["step"]
+
+
+def unfinished(folder) -> list:
+    return [path.name for path in folder.glob("*.tmp")]
+
+
+@pytest.fixture(scope="module")
+def unbroken(data_dir, tmp_path_factory):
+    """A run with dropout that nothing disturbs."""
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    assert trained(data_dir, out, dropout=0.2).returncode == 0
+    return out
+
+
+# -- stopping and going on -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_run_stopped_at_every_update_ends_as_an_unbroken_one(dropped_out, interrupted, tmp_path, settings):
+    assert dropped_out("whole", **settings).returncode == 0
+    for at in range(TOY["max_iters"]):
+        assert interrupted("run", at=at, init_from="auto", **settings).returncode == 143
+        assert step_of(tmp_path / "run" / "last.pt") == at + 1          # it finished the step
+    assert dropped_out("run", init_from="auto", **settings).returncode == 0
+    same_runs(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("at", range(TOY["max_iters"]))
+def test_resuming_from_any_one_step_gives_the_unbroken_run(dropped_out, interrupted, unbroken, tmp_path, at):
+    result = interrupted("run", at=at)
+    assert result.returncode == 143
+    assert "--init_from=resume" in result.stdout
+    assert dropped_out("run", init_from="resume").returncode == 0
+    same_runs(tmp_path / "run", unbroken)
+
+
+@pytest.mark.parametrize("moment", ["an evaluation", "a sample", "a report", "a save"])
+@pytest.mark.parametrize("occasion", [1, 2, 3])
+def test_a_signal_between_updates_loses_nothing(dropped_out, unbroken, monkeypatch, tmp_path, moment, occasion):
+    owner, name = {"an evaluation": (train, "estimate_loss"), "a sample": (train, "sample_text"),
+                   "a report": (Report, "update"), "a save": (runtime, "save_checkpoint")}[moment]
+    real, calls = getattr(owner, name), []
+
+    def signalled(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == occasion:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, signalled)
+        assert dropped_out("run").returncode == 143
+    assert dropped_out("run", init_from="resume").returncode == 0
+    same_runs(tmp_path / "run", unbroken)
+
+
+def test_a_finished_run_has_nothing_left_to_do(dropped_out, tmp_path):
+    assert dropped_out("run").returncode == 0
+    assert torch.load(tmp_path / "run" / "last.pt")["evaluated"] == 6
+    shutil.copytree(tmp_path / "run", tmp_path / "before")
+    assert dropped_out("run", init_from="resume").returncode == 0
+    same_runs(tmp_path / "run", tmp_path / "before")
+
+
+def test_rows_beyond_the_checkpoint_are_cut_from_the_log(dropped_out, interrupted, unbroken, tmp_path):
+    """As a kill leaves it: rows of steps that were not saved, the last one broken off."""
+    assert interrupted("run", at=3).returncode == 143
+    with open(tmp_path / "run" / "log.csv", "a", newline="") as file:
+        csv.DictWriter(file, COLUMNS).writerows({key: 1000 + step for key in COLUMNS} | dict(step=step)
+                                                for step in (5, 6))
+        file.write("7,896,3.1")
+    assert dropped_out("run", init_from="resume").returncode == 0
+    same_runs(tmp_path / "run", unbroken)
+
+
+# -- real processes --------------------------------------------------------------------------------------
+
+@contextmanager
+def process(tmp_path, data_dir, **settings):
+    """train.py in a process of its own, its output a pipe; without matplotlib, which takes long to import."""
+    (tmp_path / "without").mkdir(exist_ok=True)
+    (tmp_path / "without" / "matplotlib.py").write_text("raise ImportError")
+    words = flags(**TOY | dict(data_dir=data_dir, out_dir="run", dropout=0.2, sample_tokens=0) | settings)
+    child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words], cwd=tmp_path, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={
+                                 **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path / "without")})
+    with child:
+        yield child
+        child.kill()
+
+
+def wait_for(child, start: str, count: int = 1) -> str:
+    """Read the child's output up to its `count`-th line that begins with `start`, and return that line."""
+    said = []
+    for line in child.stdout:
+        said.append(line)
+        count -= line.startswith(start)
+        if count == 0:
+            return line
+    raise AssertionError("".join(said))
+
+
+def test_a_run_killed_again_and_again_ends_as_an_unbroken_one(start, tmp_path, data_dir):
+    settings = dict(max_iters=150, eval_interval=50, save_interval=3, init_from="auto")
+    chance = random.Random(1)
+    for _ in range(5):
+        with process(tmp_path, data_dir, **settings) as child:
+            line = wait_for(child, "step", chance.randint(1, 9))
+            time.sleep(chance.uniform(0, 0.03))
+            child.kill()                                # SIGKILL
+            assert child.wait() == -signal.SIGKILL
+        saved = runtime.load_checkpoint(tmp_path / "run" / "last.pt")["step"]
+        assert saved >= int(re.match(r"step +(\d+)", line)[1]) - 3      # at most a save interval is lost
+        runtime.load_checkpoint(tmp_path / "run" / "ckpt.pt")
+    assert start("run", dropout=0.2, sample_tokens=0, **settings).returncode == 0
+    assert start("whole", dropout=0.2, sample_tokens=0, **settings).returncode == 0
+    same_runs(tmp_path / "run", tmp_path / "whole")
+    assert unfinished(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves_with_its_code(tmp_path, data_dir, number, code):
+    with process(tmp_path, data_dir, max_iters=100_000, eval_interval=100_000) as child:
+        wait_for(child, "step", 2)
+        child.send_signal(number)
+        rest = child.stdout.read()
+        assert child.wait() == code
+    stopped = int(re.search(r"stopped +at step (\d+)", rest)[1])
+    assert stopped >= 2
+    assert step_of(tmp_path / "run" / "last.pt") == stopped
+
+
+def test_a_second_interrupt_stops_in_the_middle_of_a_step(tmp_path, data_dir):
+    """A step of 20,000 micro-batches, which no machine finishes before the second signal."""
+    with process(tmp_path, data_dir, gradient_accumulation_steps=20_000) as child:
+        wait_for(child, "eval")
+        sent = 0
+        while child.poll() is None:                     # a busy machine may merge two signals into one
+            child.send_signal(signal.SIGINT)
+            sent += 1
+            time.sleep(0.3)
+        assert sent >= 2                                # the first one waits for the step to end
+        assert child.returncode == 130
+    assert step_of(tmp_path / "run" / "last.pt") == 0
+
+
+# -- saving ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("moment", ["writing", "flushing", "renaming", "flushing the folder"])
+def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_file(monkeypatch, tmp_path, moment):
+    path, content = tmp_path / "last.pt", dict(config={}, tokenizer={}, vocab_size=1, model={})
+    assert runtime.save_checkpoint(content | dict(step=1), path) == ""
+    child = os.fork()
+    if child == 0:                                      # dies by its own hand, without a word to pytest
+        def die(*args):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def write_half(content, file):
+            file.write(path.read_bytes()[:500])
+            file.flush()
+            die()
+
+        owner, name, fatal = {"writing": (torch, "save", write_half), "flushing": (os, "fsync", die),
+                              "renaming": (os, "replace", die),
+                              "flushing the folder": (runtime, "sync_folder", die)}[moment]
+        monkeypatch.setattr(owner, name, fatal)
+        runtime.save_checkpoint(content | dict(step=2), path)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert runtime.load_checkpoint(path)["step"] == (2 if moment == "flushing the folder" else 1)
+    assert runtime.save_checkpoint(content | dict(step=3), path) == ""  # what the kill left is no hindrance
+    assert runtime.load_checkpoint(path)["step"] == 3
+    assert unfinished(tmp_path) == []
+
+
+@contextmanager
+def room_for(size: int):
+    """No file can grow beyond `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("tenths", range(10))
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, tenths):
+    path = tmp_path / "last.pt"
+    content = dict(config={}, tokenizer={}, vocab_size=1, step=1, model={"w": torch.randn(50_000)})
+    assert runtime.save_checkpoint(content, path) == ""
+    before = runtime.sha256(path)
+    with room_for(path.stat().st_size * tenths // 10):
+        problem = runtime.save_checkpoint(content | dict(step=2), path)
+    assert str(path) in problem
+    assert len(problem.splitlines()) == 1
+    assert runtime.sha256(path) == before
+    assert unfinished(tmp_path) == []
+
+
+ERRORS = [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed\n...")]
+
+
+@pytest.fixture
+def failing_saves(monkeypatch):
+    """failing_saves({2, 3}, error): from now on the second and third torch.save break off with `error`."""
+    def failing_saves(which, error):
+        def save(content, file):
+            calls.append(content["step"])
+            if len(calls) in which:
+                file.write(b"half of it")
+                raise error
+            return real(content, file)
+
+        real, calls = torch.save, []
+        monkeypatch.setattr(torch, "save", save)
+    return failing_saves
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_failed_save_is_tried_again_and_the_run_goes_on(start, failing_saves, tmp_path, error):
+    assert start("whole", save_interval=1).returncode == 0
+    failing_saves({4, 5}, error)
+    result = start("run", save_interval=1)
+    assert result.returncode == 0                       # later saves succeeded
+    said = [line for line in result.stdout.splitlines() if line.startswith("could not write")]
+    assert len(said) == 2
+    assert all("last.pt" in line and "tries again" in line for line in said)
+    same_runs(tmp_path / "run", tmp_path / "whole")
+    assert unfinished(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_run_whose_last_save_failed_leaves_with_4(start, failing_saves, tmp_path, error):
+    assert start("run", max_iters=3).returncode == 0
+    before = {name: runtime.sha256(tmp_path / "run" / name) for name in ("last.pt", "ckpt.pt")}
+    failing_saves(range(1, 100), error)
+    result = start("run", init_from="resume", max_iters=9, save_interval=1)
+    assert result.returncode == 4
+    assert "step 9/9" in result.stdout                  # it trained to its end
+    assert {name: runtime.sha256(tmp_path / "run" / name) for name in before} == before
+    assert unfinished(tmp_path / "run") == []
+
+
+def test_a_full_disk_in_a_run_leaves_with_4(start, tmp_path):
+    """ckpt.pt fits on the disk, last.pt, which holds the optimizers' state too, does not."""
+    assert start("sizes").returncode == 0
+    small, large = ((tmp_path / "sizes" / name).stat().st_size for name in ("ckpt.pt", "last.pt"))
+    with room_for((small + large) // 2):
+        result = start("run")
+    assert result.returncode == 4
+    assert "last.pt" in result.stdout
+    assert step_of(tmp_path / "run" / "ckpt.pt") == 6
+    assert unfinished(tmp_path / "run") == []
+
+
+def test_a_best_checkpoint_that_was_not_written_is_not_forgotten(start, failing_saves, evaluations, tmp_path):
+    """The only save that fails is that of the best weights, and no better ones follow."""
+    evaluations(3.0, 2.0, 2.5)
+    failing_saves({4}, ERRORS[0])                       # steps 0 and 3 each save last.pt, then ckpt.pt
+    result = start("run")
+    assert "ckpt.pt" in result.stdout.split("could not write ")[1].splitlines()[0]
+    best = torch.load(tmp_path / "run" / "last.pt")["best_step"]
+    assert result.returncode == 4 or step_of(tmp_path / "run" / "ckpt.pt") == best
+
+
+# -- what is saved ---------------------------------------------------------------------------------------
+
+@pytest.fixture
+def evaluations(monkeypatch):
+    """evaluations(3.0, 2.0): the val losses that the next evaluations find."""
+    def evaluations(*losses):
+        found = iter(losses)
+        monkeypatch.setattr(train, "estimate_loss", lambda *_, **__: dict(train=1.0, val=next(found)))
+    return evaluations
+
+
+def test_ckpt_holds_the_best_weights_and_last_the_latest(dropped_out, interrupted, evaluations, tmp_path):
+    evaluations(3.0, 2.0, 2.5)
+    assert dropped_out("run").returncode == 0
+    best, last = (torch.load(tmp_path / "run" / name) for name in ("ckpt.pt", "last.pt"))
+    assert (best["step"], best["best_step"], best["best_val_loss"]) == (3, 3, 2.0)
+    assert (last["step"], last["best_step"], last["best_val_loss"]) == (6, 3, 2.0)
+    evaluations(3.0)
+    assert interrupted("half", at=2).returncode == 143
+    half = torch.load(tmp_path / "half" / "last.pt")    # the weights after 3 updates
+    assert all(torch.equal(best["model"][name], half["model"][name]) for name in half["model"])
+    assert not all(torch.equal(last["model"][name], half["model"][name]) for name in half["model"])
+
+
+def test_always_save_checkpoint_keeps_ckpt_at_the_latest_evaluation(start, evaluations, tmp_path):
+    evaluations(3.0, 2.0, 2.5)
+    assert start("run", always_save_checkpoint=True).returncode == 0
+    assert step_of(tmp_path / "run" / "ckpt.pt") == 6
+    assert torch.load(tmp_path / "run" / "ckpt.pt")["best_step"] == 3
+
+
+def test_a_resumed_run_remembers_the_best(start, interrupted, evaluations, tmp_path):
+    evaluations(3.0, 2.0)
+    assert interrupted("run", at=4).returncode == 143
+    best = runtime.sha256(tmp_path / "run" / "ckpt.pt")
+    evaluations(2.5)
+    assert start("run", init_from="resume").returncode == 0
+    assert runtime.sha256(tmp_path / "run" / "ckpt.pt") == best
+    assert torch.load(tmp_path / "run" / "last.pt")["best_val_loss"] == 2.0
+
+
+def test_both_files_are_plain_and_load_with_weights_only(start, tmp_path):
+    assert start("run").returncode == 0
+
+    def check(value):
+        if type(value) is dict:
+            value = list(value.values())
+        if type(value) in (list, tuple):
+            return [check(inner) for inner in value]
+        assert type(value) in (torch.Tensor, int, float, str, bool, type(None))
+
+    for name in ("last.pt", "ckpt.pt"):
+        content = torch.load(tmp_path / "run" / name, weights_only=True)
+        check(content)
+        assert content["config"]["n_layer"] == 2
+        assert content["tokenizer"]["kind"] == "char"
+        assert content["losses"].keys() == {"train", "val"}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_are_saved_under_their_own_names(start, monkeypatch, toy, tmp_path, compiled):
+    """torch.compile wraps the model, whatever its backend; this one needs neither time nor a C++ compiler."""
+    monkeypatch.setenv("CXX", "c++")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    result = start("run", compile=compiled, max_iters=2)
+    assert result.returncode == 0
+    assert ("compile on" in result.stdout) == compiled
+    for name in ("last.pt", "ckpt.pt"):
+        content = torch.load(tmp_path / "run" / name)
+        assert content["model"].keys() == train.GPT(toy(), content["vocab_size"]).state_dict().keys()
+    assert train.load(tmp_path / "run")[0].cfg.n_layer == 2
+    assert start("run", compile=compiled, init_from="resume", max_iters=3).returncode == 0
+
+
+# -- resuming with other settings ------------------------------------------------------------------------
+
+@pytest.fixture
+def stopped(interrupted, tmp_path):
+    """The folder of a run that was stopped after 4 of its 6 steps."""
+    assert interrupted("run", at=3).returncode == 143
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(("name", "value", "old"), [
+    ("n_layer", 3, 2), ("n_head", 4, 2), ("n_embd", 64, 32), ("block_size", 16, 32), ("mlp", "gelu", "relu2"),
+    ("tie_weights", True, False), ("optimizer", "adamw", "muon"), ("dataset", "other", "toy")])
+def test_a_changed_model_or_data_field_is_refused(start, stopped, name, value, old):
+    before = runtime.sha256(stopped / "last.pt")
+    result = start("run", **dict(init_from="resume", init="gpt2") | {name: value})
+    one_line_error(result, f"{name}={value}", str(old), "last.pt")
+    assert runtime.sha256(stopped / "last.pt") == before
+
+
+def test_a_changed_learning_rate_is_accepted_printed_and_used(start, stopped):
+    result = start("run", init_from="resume", learning_rate=0.003)
+    assert result.returncode == 0
+    changed, = [line for line in result.stdout.splitlines() if "0.012 -> 0.003" in line]
+    assert "learning_rate" in changed
+    rates = {row["step"]: float(row["lr"]) for row in log_rows(stopped) if row["lr"]}
+    cfg = train.Config(max_iters=6)
+    assert rates["4"] == pytest.approx(0.012 * train.lr_factor(3, cfg))
+    assert rates["5"] == pytest.approx(0.003 * train.lr_factor(4, cfg))
+
+
+def test_rates_of_zero_on_resume_leave_the_weights_where_they_are(start, stopped):
+    """The optimizers' own state also holds the old rates, which must not come back with it."""
+    before = torch.load(stopped / "last.pt")["model"]
+    rates = dict(learning_rate=0, embed_lr=0, head_lr=0, scalar_lr=0)
+    assert start("run", init_from="resume", **rates).returncode == 0
+    after = torch.load(stopped / "last.pt")
+    assert after["step"] == 6
+    assert all(torch.equal(before[name], after["model"][name]) for name in before)
+
+
+def test_other_optimizer_settings_are_used_on_resume(start, stopped):
+    settings = dict(weight_decay=0.25, momentum=0.5, beta1=0.75, beta2=0.875)
+    assert start("run", init_from="resume", **settings).returncode == 0
+    adamw, muon = (stored["param_groups"] for stored in torch.load(stopped / "last.pt")["optimizers"])
+    assert all(tuple(group["betas"]) == (0.75, 0.875) for group in adamw)
+    assert all((group["weight_decay"], group["momentum"]) == (0.25, 0.5) for group in muon)
+
+
+def test_a_config_file_changes_nothing_that_is_stored(stopped, unbroken, tmp_path):
+    (tmp_path / "other.py").write_text("seed = 5\nn_layer = 3\nlearning_rate = 9.0\n")
+    assert train.main(["other.py", "--init_from=resume", "--out_dir=run"]) == 0
+    same_runs(stopped, unbroken)
+
+
+def test_more_steps_than_before_go_on(start, stopped):
+    assert start("run", init_from="resume", max_iters=9).returncode == 0
+    assert step_of(stopped / "last.pt") == 9
+
+
+def test_another_number_of_threads_is_said(start, stopped):
+    """A CPU's sums depend on it, so that the run will not be the same to the last bit."""
+    content = torch.load(stopped / "last.pt")
+    torch.save(content | dict(threads=77), stopped / "last.pt")
+    result = start("run", init_from="resume")
+    assert result.returncode == 0
+    assert any("77" in line and "threads" in line for line in result.stdout.splitlines())
+
+
+def test_epochs_set_the_number_of_steps(start, tmp_path):
+    """562 windows of 32 in 18,000 tokens, 8 to a step."""
+    settings = dict(max_iters=999, gradient_accumulation_steps=2, eval_interval=100, sample_tokens=0)
+    assert start("run", max_epochs=0.1, **settings).returncode == 0
+    assert step_of(tmp_path / "run" / "last.pt") == 7
+    assert start("run", max_epochs=0.2, init_from="resume", **settings).returncode == 0
+    assert step_of(tmp_path / "run" / "last.pt") == 14
+    rates = [float(row["lr"]) for row in log_rows(tmp_path / "run") if row["lr"]]
+    assert rates[-1] < 0.3 * rates[7]                   # the schedule ends there, too
+
+
+# -- damaged and hostile files ---------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def healthy(data_dir, tmp_path_factory):
+    """A finished run, whose files are copied before they are damaged."""
+    out = tmp_path_factory.mktemp("healthy") / "run"
+    assert trained(data_dir, out, max_iters=2, sample_tokens=0).returncode == 0
+    return out
+
+
+def refused(start, out, *parts: str):
+    """The file is refused wherever one can be given: to go on with, to start from, to sample from."""
+    for name in ("last.pt", "ckpt.pt"):
+        shutil.copy(out / "damaged", out / name)
+    for init_from in ("resume", "auto", out / "damaged"):
+        one_line_error(start(out, init_from=init_from), *parts)
+    with pytest.raises(SystemExit) as stop:
+        sample.main([f"--out_dir={out}", "--device=cpu"])
+    assert stop.value.code == 2
+    return True
+
+
+@pytest.fixture
+def damaged(start, tmp_path):
+    """damaged(content): a file with this content, be it bytes or something to save, is refused."""
+    (tmp_path / "run").mkdir()
+
+    def damaged(content, *parts):
+        path = tmp_path / "run" / "damaged"
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        assert refused(start, tmp_path / "run", *parts)
+    return damaged
+
+
+@pytest.mark.parametrize("part", range(20))
+def test_a_truncated_checkpoint_is_refused(healthy, damaged, part):
+    whole = (healthy / "last.pt").read_bytes()
+    damaged(whole[:random.Random(part).randrange(len(whole))] if part else b"", "damaged")
+
+
+def payload(path) -> list:
+    """The offsets of a checkpoint's bytes that hold its content, and not the zip's own structure."""
+    raw, offsets = path.read_bytes(), []
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            name, extra = (int.from_bytes(raw[entry.header_offset + at:][:2], "little") for at in (26, 28))
+            first = entry.header_offset + 30 + name + extra
+            offsets += range(first, first + entry.file_size)
+    return offsets
+
+
+@pytest.mark.parametrize("part", range(20))
+def test_a_flipped_bit_is_noticed(healthy, damaged, part):
+    chance, raw = random.Random(part), bytearray((healthy / "last.pt").read_bytes())
+    raw[chance.choice(payload(healthy / "last.pt"))] ^= 1 << chance.randrange(8)
+    damaged(bytes(raw), "damaged")
+
+
+def test_a_bit_flipped_anywhere_is_refused_or_without_effect(healthy, tmp_path, capsys):
+    """Outside the content, in the zip's padding for example, a bit may mean nothing."""
+    chance, good = random.Random(0), contents(healthy / "ckpt.pt")
+    noticed = 0
+    for _ in range(60):
+        raw = bytearray((healthy / "ckpt.pt").read_bytes())
+        raw[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
+        (tmp_path / "flipped.pt").write_bytes(raw)
+        loaded = None
+        with suppress(SystemExit):
+            loaded = runtime.load_checkpoint(tmp_path / "flipped.pt")
+        message = capsys.readouterr().err
+        noticed += loaded is None
+        assert len(message.splitlines()) == (loaded is None)
+        assert loaded is None or contents(tmp_path / "flipped.pt") == good
+    assert noticed > 30
+
+
+class Evil:
+    """Unpickled, it makes a file named `ran`."""
+
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+@pytest.mark.parametrize("shape", ["zip", "plain pickle", "inside a checkpoint", "as weights"])
+def test_code_in_a_checkpoint_is_refused_and_does_not_run(healthy, damaged, tmp_path, shape):
+    good = torch.load(healthy / "last.pt")
+    damaged({"zip": Evil(), "plain pickle": pickle.dumps(Evil()), "as weights": good | dict(model=Evil()),
+             "inside a checkpoint": good | dict(losses=Evil())}[shape])
+    assert list(tmp_path.rglob("ran")) == []
+    pickle.loads(pickle.dumps(Evil())).close()          # with pickle alone it would have
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_compressed_archive_is_refused(healthy, damaged, tmp_path):
+    """torch.save never compresses; a file of a few kB could otherwise fill the memory."""
+    with zipfile.ZipFile(healthy / "last.pt") as old, \
+            zipfile.ZipFile(tmp_path / "small", "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry.filename))
+    damaged((tmp_path / "small").read_bytes(), "compressed")
+
+
+NO_CHECKPOINTS = {
+    "nothing": {}, "a tensor": torch.zeros(3), "a list": [1, 2], "a number": 1, "a text": "weights",
+    "bare weights": {"wte.weight": torch.zeros(3, 2)},
+    "nanoGPT's": dict(model={}, optimizer={}, model_args=dict(n_layer=2), iter_num=5, config={}),
+    "another format": dict(format=99, config={}, tokenizer={}, model={}, vocab_size=3, step=1),
+}
+
+
+@pytest.mark.parametrize("content", NO_CHECKPOINTS.values(), ids=NO_CHECKPOINTS)
+def test_something_else_that_torch_saved_is_refused(damaged, content):
+    damaged(content, "no Inkling checkpoint")
+
+
+def test_files_that_are_no_archives_are_refused(damaged):
+    for content in (bytes(1000), b"# Inkling\n", b"PK\x03\x04" + bytes(100), random.Random(0).randbytes(50)):
+        damaged(content, "no checkpoint")
+
+
+@pytest.mark.parametrize("changes", [
+    dict(config=dict(n_layer=3)), dict(config=dict(n_embd=64)), dict(config=dict(bias=True)),
+    dict(config=dict(n_head=3)), dict(config=dict(n_head=0)), dict(config=dict(n_layer="two")),
+    dict(config=dict(n_layers=2)), dict(vocab_size=60), dict(tokenizer=dict(kind="byte")),
+    dict(tokenizer=dict(kind="runes")), dict(tokenizer=dict(kind="char", chars=7)),
+    dict(model={}), dict(model={"wte.weight": 1}), dict(model={"wte.weight": torch.zeros(2, 2)})], ids=str)
+def test_a_checkpoint_whose_parts_do_not_fit_is_refused(healthy, damaged, changes):
+    content = torch.load(healthy / "last.pt")
+    for key, value in changes.items():
+        content[key] = content[key] | value if key == "config" else value
+    damaged(content)
+
+
+@pytest.mark.parametrize("key", ["format", "config", "tokenizer", "vocab_size", "step", "model"])
+def test_a_checkpoint_without_a_part_is_refused(healthy, damaged, key):
+    content = torch.load(healthy / "last.pt")
+    del content[key]
+    damaged(content)
+
+
+@pytest.mark.parametrize("key", ["evaluated", "best_step", "best_val_loss", "losses", "optimizers", "scaler"])
+def test_a_run_goes_on_only_with_all_that_it_needs(start, healthy, tmp_path, key):
+    """ckpt.pt, which holds no optimizer state, is one of these; it is for sampling and for new runs."""
+    content = torch.load(healthy / "last.pt")
+    del content[key]
+    (tmp_path / "run").mkdir()
+    torch.save(content, tmp_path / "run" / "last.pt")
+    one_line_error(start("run", init_from="resume"))
+
+
+@pytest.mark.parametrize("field", ["n_layer", "block_size"])
+@pytest.mark.parametrize("init_from", ["resume", "run/last.pt"])
+def test_a_config_without_a_field_of_the_model_is_refused(start, healthy, tmp_path, field, init_from):
+    content = torch.load(healthy / "last.pt")
+    del content["config"][field]
+    (tmp_path / "run").mkdir()
+    torch.save(content, tmp_path / "run" / "last.pt")
+    result = start("run" if init_from == "resume" else "new", init_from=init_from)
+    assert (result.returncode, len(result.stderr.splitlines())) in [(2, 1), (0, 0)]
+
+
+def test_a_missing_checkpoint_is_named(start, tmp_path):
+    one_line_error(start("run", init_from="resume"), "run/last.pt")
+    one_line_error(start("run", init_from="no/such.pt"), "no/such.pt")
+    one_line_error(start("run", init_from=tmp_path), str(tmp_path))
+
+
+# -- numbers that are not finite -------------------------------------------------------------------------
+
+def bad_gradient(factor: float):
+    def spoil(loss):
+        loss.register_hook(lambda gradient: gradient * factor)
+        return loss
+    return spoil
+
+
+@pytest.fixture
+def spoiled(monkeypatch):
+    """spoiled(4, change): the fourth micro-batch's loss goes through `change`. Returns the models made."""
+    def spoiled(which, change):
+        real, calls, models = F.cross_entropy, [], []
+
+        def cross_entropy(*args, **kwargs):
+            loss = real(*args, **kwargs)
+            if not torch.is_grad_enabled():             # an evaluation
+                return loss
+            calls.append(which)
+            return change(loss) if len(calls) == which else loss
+
+        class Kept(train.GPT):
+            def __init__(self, *args):
+                super().__init__(*args)
+                models.append(self)
+
+        monkeypatch.setattr(F, "cross_entropy", cross_entropy)
+        monkeypatch.setattr(train, "GPT", Kept)
+        return models
+    return spoiled
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(optimizer="adamw"), dict(grad_clip=1.0), dict(dtype="bfloat16")], ids=str)
+@pytest.mark.parametrize("change", [lambda loss: loss * math.nan, lambda loss: loss * math.inf,
+                                    bad_gradient(math.nan), bad_gradient(math.inf)],
+                         ids=["loss nan", "loss inf", "gradient nan", "gradient inf"])
+def test_what_is_not_finite_stops_the_run_before_the_update(start, spoiled, tmp_path, change, settings):
+    models = spoiled(5, change)
+    result = start("run", save_interval=1, **settings)
+    assert result.returncode == 3
+    message, = result.stderr.splitlines()
+    assert "step 5" in message
+    assert "--learning_rate" in message
+    last, ckpt = (torch.load(tmp_path / "run" / name) for name in ("last.pt", "ckpt.pt"))
+    assert (last["step"], ckpt["step"]) == (4, 3)
+    held = models[0].state_dict()
+    assert all(torch.equal(held[name], last["model"][name]) for name in held)       # no update was made
+    for place, value in contents(tmp_path / "run" / "last.pt").items():
+        assert not isinstance(value, float) or math.isfinite(value), place
+    for stored in (last["model"], ckpt["model"], *last["optimizers"][0]["state"].values()):
+        assert all(torch.isfinite(value).all() for value in stored.values())
+
+
+def test_one_bad_micro_batch_is_enough(start, spoiled, tmp_path):
+    spoiled(6, lambda loss: loss * math.nan)
+    assert start("run", gradient_accumulation_steps=4, save_interval=1).returncode == 3
+    assert step_of(tmp_path / "run" / "last.pt") == 1
+
+
+def test_a_stopped_run_goes_on_where_it_was(start, spoiled, tmp_path):
+    assert start("whole").returncode == 0
+    spoiled(5, bad_gradient(math.nan))                  # the fifth in all, so that the resumed run is spared
+    assert start("run").returncode == 3
+    assert start("run", init_from="resume").returncode == 0
+    same_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_an_overflow_in_float16_is_skipped(start, spoiled, tmp_path):
+    """The GradScaler makes gradients as large as it can. It costs a step left out and half the scale."""
+    spoiled(5, bad_gradient(math.inf))
+    assert start("run", dtype="float16").returncode == 0
+    last = torch.load(tmp_path / "run" / "last.pt")
+    assert last["step"] == 6
+    assert last["scaler"]["scale"] == 2**15             # it starts at 2^16
+    assert all(torch.isfinite(value).all() for value in last["model"].values())
+
+
+def test_a_loss_of_nan_stops_in_float16_too(start, spoiled):
+    spoiled(5, lambda loss: loss * math.nan)
+    assert start("run", dtype="float16").returncode == 3

@@ -1,0 +1,404 @@
+"""Every parameter gets the update, the decay and the learning rate that the settings promise."""
+
+import math
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from conftest import pairwise, perturbed
+
+import train
+from train import GPT, Config, Muon, lr_factor, make_optimizers, orthogonalize
+
+VOCAB, T = 50, 16
+SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=T, dropout=0.0, init="gpt2", dtype="float32")
+RATES = dict(learning_rate=0.01, embed_lr=0.02, head_lr=0.03, scalar_lr=0.04, weight_decay=0.5)
+SWITCHES = pairwise(
+    optimizer=["muon", "adamw"], decay_all=[False, True], tie_weights=[False, True],
+    positions=["rope", "learned"], norm=["rmsnorm", "layernorm"], norm_gain=[False, True], bias=[False, True],
+    head_bias=[False, True], mlp=["relu2", "swiglu"], n_kv_head=[0, 1], shortcuts=[False, True],
+    pad_vocab_to=[1, 64])
+
+
+def small(**changes) -> tuple:
+    """A perturbed model, and its optimizers."""
+    torch.manual_seed(0)
+    cfg = Config(**SMALL | RATES | changes)
+    model = perturbed(GPT(cfg, VOCAB))
+    return model, make_optimizers(model, cfg, "cpu", False)
+
+
+def groups_of(optimizers) -> list:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def near(actual, expected, atol=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+def snapshot(tensors) -> list:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def is_block_matrix(name, p) -> bool:
+    return name.startswith("blocks.") and p.dim() == 2
+
+
+# ---- who updates what
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_every_parameter_is_in_exactly_one_group(switches):
+    model, optimizers = small(**switches)
+    grouped = [id(p) for group in groups_of(optimizers) for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_each_parameter_has_its_rate_and_its_decay(switches):
+    model, optimizers = small(**switches)
+    muon = switches["optimizer"] == "muon"
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups_of(optimizers)
+             for p in group["params"]}
+    for name, p in model.named_parameters():
+        if not muon or is_block_matrix(name, p):
+            rate = 0.01
+        elif p.dim() == 1:
+            rate = 0.04
+        else:
+            rate = 0.03 if name == "head.weight" else 0.02      # tied, it has the embedding's name
+        decays = switches["decay_all"] or (is_block_matrix(name, p) if muon else p.dim() == 2)
+        assert found[id(p)] == (rate, 0.5 if decays else 0.0), name
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else():
+    model, (adamw, muon) = small(optimizer="muon", positions="learned", bias=True, norm_gain=True)
+    assert type(adamw) is torch.optim.AdamW
+    assert type(muon) is Muon
+    expected = {id(p) for name, p in model.named_parameters() if is_block_matrix(name, p)}
+    assert {id(p) for group in muon.param_groups for p in group["params"]} == expected
+
+
+def test_adamw_has_the_betas_and_epsilon_of_the_settings():
+    _, (adamw,) = small(optimizer="adamw", beta1=0.7, beta2=0.8, adam_eps=1e-5)
+    assert {(group["betas"], group["eps"]) for group in adamw.param_groups} == {((0.7, 0.8), 1e-5)}
+
+
+# ---- Muon
+
+
+def spread(n, rows, cols) -> torch.Tensor:
+    """n matrices whose singular values lie evenly between 0.05 and 1."""
+    u, _, v = torch.linalg.svd(noise(n, rows, cols), full_matrices=False)
+    return u * torch.linspace(1, 0.05, min(rows, cols)) @ v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("shape", [(3, 24, 24), (3, 64, 16), (3, 16, 64), (1, 8, 32)])
+def test_orthogonalized_matrices_have_singular_values_near_1(shape, scale, dtype):
+    m = spread(*shape)
+    result = orthogonalize((scale * m).to(dtype))
+    assert result.dtype == dtype
+    u, values, v = torch.linalg.svd(result.float())
+    assert values.min() > 0.65                          # the quintic itself has its low at 0.68
+    assert values.max() < 1.2
+    # Its singular vectors are those of m: u' m v is diagonal, with m's own singular values.
+    near((u.mT @ m @ v.mT).diagonal(dim1=1, dim2=2).sum(-1), torch.linalg.svdvals(m).sum(-1), atol=0.05)
+
+
+def quintic(m, steps=5):
+    """The iteration of Keller Jordan's Muon on one matrix, in float64."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = m / np.linalg.norm(m)
+    for _ in range(steps):
+        x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x
+    return x
+
+
+def muon_of(params, **changes) -> Muon:
+    return Muon(params, **dict(lr=0.1, weight_decay=0.0, momentum=0.9, cautious=False) | changes)
+
+
+def steps(optimizer, params, count=5, seed=0):
+    """Steps on gradients that depend on seed, step and place only."""
+    for step in range(count):
+        for at, p in enumerate(params):
+            p.grad = noise(*p.shape, seed=1000 * seed + 10 * step + at)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("shape", [(8, 8), (12, 6), (6, 12)])
+def test_muon_equals_a_plain_loop(shape, decay, cautious):
+    p = torch.nn.Parameter(noise(*shape, seed=99))
+    w, average, m = p.detach().double().numpy(), 0, 0.9
+    steps(muon_of([p], weight_decay=decay, cautious=cautious), [p])
+    for step in range(5):
+        grad = noise(*shape, seed=10 * step).double().numpy()
+        average = m * average + (1 - m) * grad
+        update = quintic(m * average + (1 - m) * grad) * math.sqrt(max(1, shape[0] / shape[1]))     # Nesterov
+        decayed = w * (w * update > 0) if cautious else w
+        w = w - 0.1 * (update + decay * decayed)
+    near(p.detach().double(), torch.from_numpy(w))
+
+
+def test_without_momentum_muon_follows_the_gradient_alone():
+    p, q = (torch.nn.Parameter(noise(8, 8, seed=99)) for _ in range(2))
+    steps(muon_of([p], momentum=0.0), [p], 1)
+    optimizer = muon_of([q], momentum=0.0)
+    q.grad = 100 * noise(8, 8, seed=7)
+    optimizer.step()                                    # the past that must leave no trace
+    with torch.no_grad():
+        q.copy_(noise(8, 8, seed=99))
+    steps(optimizer, [q], 1)
+    near(p, q)
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+def test_cautious_decay_acts_only_where_it_agrees_with_the_update(cautious):
+    start = noise(8, 8, seed=99)
+    after = {}
+    for decay in (0.0, 0.5):
+        p = torch.nn.Parameter(start.clone())
+        steps(muon_of([p], weight_decay=decay, cautious=cautious), [p], 1)
+        after[decay] = p.detach()
+    toward_zero = (start - after[0.0]) * start > 0      # the update itself makes the weight smaller
+    assert 0 < toward_zero.sum() < 64
+    expected = 0.1 * 0.5 * start * (toward_zero if cautious else 1)
+    near(after[0.0] - after[0.5], expected)
+
+
+def test_stacked_matrices_are_updated_as_one_by_one():
+    shapes = [(8, 8), (16, 8), (8, 8), (8, 16), (16, 8), (8, 8)]
+    together = [torch.nn.Parameter(noise(*shape, seed=at)) for at, shape in enumerate(shapes)]
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
+    stacked, single = muon_of(together, weight_decay=0.5), [muon_of([p], weight_decay=0.5) for p in alone]
+    for step in range(5):
+        for at, pair in enumerate(zip(together, alone, strict=True)):
+            for p in pair:
+                p.grad = noise(*p.shape, seed=100 + 10 * step + at)
+        for optimizer in (stacked, *single):
+            optimizer.step()
+    assert len(stacked.param_groups) == 3               # shapes
+    for p, q in zip(together, alone, strict=True):
+        near(p, q)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_restored_optimizer_goes_on_as_the_original(optimizer):
+    (model, originals), (copy, copies) = (small(optimizer=optimizer) for _ in range(2))
+    for original in originals:
+        steps(original, list(model.parameters()), 2)
+    copy.load_state_dict(model.state_dict())
+    for original, restored in zip(originals, copies, strict=True):
+        restored.load_state_dict(deepcopy(original.state_dict()))       # as from a file
+        steps(original, list(model.parameters()), 2, seed=1)
+        steps(restored, list(copy.parameters()), 2, seed=1)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), copy.parameters(), strict=True))
+
+
+# ---- a gradient that is not finite
+
+
+def stopped(optimizer, value) -> tuple:
+    """A model and optimizers after two good steps, and two with found_inf on gradients that are all `value`;
+    and copies, made in between, of the weights and of what the optimizers remember."""
+    model, optimizers = small(optimizer=optimizer, bias=True)
+    for one in optimizers:
+        steps(one, list(model.parameters()), 2)
+    before = snapshot(model.parameters()), snapshot(memory(optimizers))
+    for p in model.parameters():
+        p.grad = torch.full_like(p, value)
+    for one in optimizers * 2:
+        one.found_inf = torch.tensor(1.0)
+        one.step()
+    return model, optimizers, *before
+
+
+def memory(optimizers) -> list:
+    return [tensor for one in optimizers for state in one.state.values() for tensor in state.values()]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1.0])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_found_inf_keeps_the_weights(optimizer, value):
+    model, _, weights, _ = stopped(optimizer, value)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1.0])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_found_inf_keeps_what_the_optimizers_remember(optimizer, value):
+    _, optimizers, _, remembered = stopped(optimizer, value)
+    assert all(torch.equal(p, q) for p, q in zip(memory(optimizers), remembered, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_found_inf_of_0_changes_nothing(optimizer):
+    results = []
+    for found_inf in (None, torch.tensor(0.0)):
+        model, optimizers = small(optimizer=optimizer, bias=True)
+        for one in optimizers:
+            one.found_inf = found_inf
+            steps(one, list(model.parameters()), 2)
+        results.append(snapshot(model.parameters()))
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+# ---- the learning rate over time
+
+
+def factors(count, **settings) -> list:
+    cfg = Config(**settings)
+    return [lr_factor(step, cfg) for step in range(count)]
+
+
+def nanogpt_rate(it, learning_rate, warmup_iters, lr_decay_iters, min_lr):
+    """The schedule of nanoGPT, as its README's command lines expect it."""
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if it > lr_decay_iters:
+        return min_lr
+    done = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
+    return min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * (learning_rate - min_lr)
+
+
+@pytest.mark.parametrize(("warmup", "end"), [(0, 50), (10, 50), (10, 80), (49, 50)])
+def test_cosine_is_nanogpts_schedule(warmup, end):
+    ours = factors(100, schedule="cosine", learning_rate=1e-3, min_lr=1e-4, warmup_iters=warmup,
+                   lr_decay_iters=end)
+    theirs = [nanogpt_rate(it, 1e-3, warmup, end, 1e-4) for it in range(100)]
+    assert [1e-3 * factor for factor in ours] == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_warmup_rises_in_equal_steps_to_the_full_rate(schedule):
+    ours = factors(11, schedule=schedule, warmup_iters=9, max_iters=1000)
+    assert ours[:10] == pytest.approx([n / 10 for n in range(1, 11)], abs=1e-4)
+
+
+def test_linear_is_flat_and_then_falls_evenly_to_min_lr():
+    ours = factors(120, schedule="linear", learning_rate=1.0, min_lr=0.1, max_iters=100, cooldown=0.4)
+    assert ours[:61] == [1.0] * 61
+    falls = [a - b for a, b in zip(ours[60:100], ours[61:101], strict=True)]
+    assert falls == pytest.approx([0.9 / 40] * 40)
+    assert ours[99] == pytest.approx(0.1 + 0.9 / 40)    # the last update is a step away from min_lr
+    assert ours[100:] == pytest.approx([0.1] * 20)
+
+
+@pytest.mark.parametrize(("cooldown", "expected"), [
+    (0.0, [1.0] * 10), (1.0, [1 - n / 10 for n in range(10)])])
+def test_linear_at_the_bounds_of_cooldown(cooldown, expected):
+    assert factors(10, schedule="linear", max_iters=10, cooldown=cooldown) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_lr_decay_iters_of_0_means_max_iters(schedule):
+    ours = factors(60, schedule=schedule, max_iters=50)
+    assert ours == factors(60, schedule=schedule, max_iters=500, lr_decay_iters=50)
+    assert ours[50:] == [0.0] * 10
+    assert ours[49] > 0
+
+
+def test_constant_stays_at_the_full_rate():
+    assert factors(60, schedule="constant", max_iters=50, min_lr=1e-4) == [1.0] * 60
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_decay_lr_false_is_the_full_rate_at_every_step(schedule):
+    ours = factors(60, schedule=schedule, decay_lr=False, warmup_iters=20, max_iters=50, min_lr=1e-4)
+    assert ours == [1.0] * 60
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_schedules_are_pure_functions_of_the_step(schedule):
+    cfg = Config(schedule=schedule, warmup_iters=10, max_iters=50)
+    forward = {step: lr_factor(step, cfg) for step in range(60)}
+    backward = {step: lr_factor(step, cfg) for step in reversed(range(60))}
+    assert forward == backward
+    assert cfg == Config(schedule=schedule, warmup_iters=10, max_iters=50)
+
+
+def test_a_rate_of_0_is_no_error():
+    assert factors(3, learning_rate=0.0, schedule="constant") == [1.0] * 3
+
+
+# ---- in the loop
+
+
+@pytest.fixture
+def watched(toy, monkeypatch, tmp_path, capsys):
+    """Train a toy model; returns what `look(group)` says of each group at each optimizer step."""
+    def watched(look, **settings) -> list:
+        make, seen = train.make_optimizers, []
+
+        def make_watched(*arguments):
+            optimizers = make(*arguments)
+            for optimizer in optimizers:
+                optimizer.register_step_pre_hook(
+                    lambda one, *rest: seen.append([look(group) for group in one.param_groups]))
+            return optimizers
+
+        monkeypatch.setattr(train, "make_optimizers", make_watched)
+        assert train.train(toy(sample_tokens=0, eval_interval=100, **settings), tmp_path / "run") == 0
+        return seen
+    return watched
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_learning_rate_reaches_every_group(watched, optimizer):
+    settings = RATES | dict(schedule="cosine", warmup_iters=2, max_iters=6, min_lr=0.001)
+    seen = watched(lambda group: group["lr"], optimizer=optimizer, **settings)
+    factor = [nanogpt_rate(it, 1.0, 2, 6, 0.1) for it in range(6)]
+    if optimizer == "adamw":
+        assert seen == [pytest.approx([0.01 * f] * 2) for f in factor]
+    else:
+        assert seen[::2] == [pytest.approx([0.02 * f, 0.03 * f, 0.04 * f]) for f in factor]
+        assert seen[1::2] == [pytest.approx([0.01 * f] * len(seen[1])) for f in factor]
+
+
+@pytest.mark.parametrize(("momentum", "expected"), [
+    (0.95, [0.85, 0.851, 0.852, 0.853]), (0.5, [0.5] * 4)])
+def test_muons_momentum_rises_from_085_in_100_steps(watched, momentum, expected):
+    seen = watched(lambda group: group.get("momentum"), max_iters=4, momentum=momentum)
+    assert [groups[0] for groups in seen[1::2]] == pytest.approx(expected)
+
+
+def gradient_norm(group) -> float:
+    return math.sqrt(sum(p.grad.double().square().sum().item() for p in group["params"]))
+
+
+def test_clipping_bounds_the_norm_of_the_gradient(watched):
+    settings = dict(optimizer="adamw", max_iters=4, learning_rate=1e-3)
+    free, loose, tight = (
+        [math.hypot(*groups) for groups in watched(gradient_norm, grad_clip=clip, **settings)]
+        for clip in (0.0, 1e6, 0.01))
+    assert min(free) > 0.02
+    assert loose == free
+    assert tight == pytest.approx([0.01] * 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_few_steps_reduce_the_loss(optimizer):
+    torch.manual_seed(0)
+    cfg = Config(**SMALL | dict(optimizer=optimizer, init="zero", learning_rate=0.01))
+    model = GPT(cfg, VOCAB)
+    optimizers, losses = make_optimizers(model, cfg, "cpu", False), []
+    x = torch.arange(4 * T).view(4, T) % 7
+    for _ in range(30):
+        loss = model(x, (x + 1) % 7)[1]
+        loss.backward()
+        for one in optimizers:
+            one.step()
+            one.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(VOCAB), abs=1e-4)
+    assert losses[-1] < 0.5 * losses[0]
