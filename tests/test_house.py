@@ -1,0 +1,71 @@
+"""The house of DESIGN.md: what imports what, what runs without the optional packages, and what stays readable."""
+
+import ast
+import re
+import sys
+
+import pytest
+from conftest import ROOT, TOY, flags
+
+PROGRAMS = ["train.py", "prepare.py", "sample.py", "support/cli.py", "support/runtime.py", "support/report.py"]
+
+
+def imports(name: str) -> set:
+    """Every module that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_nothing_points_back():
+    assert not imports("train.py") & {"sample", "convert"}
+    assert not imports("prepare.py") & {"train", "sample", "torch"}
+    for name in ("support/cli.py", "support/runtime.py", "support/report.py"):
+        assert not imports(name) & {"train", "sample", "prepare"}, name
+    assert not any(module.split(".")[0] == "torch" for module in imports("support/cli.py"))
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_nothing_runs_what_is_not_the_users_own_config(name):
+    """No pickle, no shell, no eval or exec; torch.load always with weights_only=True."""
+    assert not imports(name) & {"pickle", "dill", "subprocess"}
+    for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "os.system", "os.popen", "pickle.load"), called
+            if called == "torch.load":
+                assert "weights_only=True" in ast.unparse(node)
+
+
+def test_train_py_can_be_read_in_one_sitting():
+    lines = (ROOT / "train.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 770
+    assert not [number for number, line in enumerate(lines, 1) if len(line) > 110]
+
+
+def test_requirements_hold_what_the_programs_import():
+    named = set(re.findall(r"^([a-z]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M))
+    optional = {"wandb", "triton"}                       # only when asked for, or where PyTorch brings it
+    own = {"train", "prepare", "sample", "support"}
+    third_party = {module.split(".")[0] for name in PROGRAMS for module in imports(name)} - set(sys.stdlib_module_names)
+    assert third_party - own - optional <= named
+
+
+def test_without_tqdm_matplotlib_and_safetensors_everything_still_runs(run, tmp_path):
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    for package in ("tqdm", "matplotlib", "safetensors"):
+        (hidden / f"{package}.py").write_text(f"raise ImportError('{package} is hidden')\n", encoding="utf-8")
+    env = {"PYTHONPATH": str(hidden)}
+    (tmp_path / "cats.txt").write_text("The cat sat on the mat. " * 200, encoding="utf-8")
+    data = tmp_path / "data"
+    for process in (run("prepare.py", "cats.txt", f"--data_dir={data}", env=env),
+                    run("train.py", *flags(**TOY | dict(dataset="cats")), f"--data_dir={data}", env=env),
+                    run("sample.py", "--start=The", "--max_new_tokens=5", env=env)):
+        assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("The")
+    assert {path.name for path in (tmp_path / "out" / "cats").iterdir()} == {".lock", "ckpt.pt", "last.pt", "log.csv"}
