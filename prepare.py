@@ -22,11 +22,12 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from support.cli import fail, parse, printable
+from support.cli import fail, parse, printable, run
 from support.runtime import NAME, ROOT, check_ids, data_folder, open_split, read_meta, sha256, token_dtype, written
 
 END_OF_TEXT = "<|endoftext|>"
@@ -70,15 +71,13 @@ class Tokenizer:
             self.ids = np.full(sys.maxunicode + 1, -1, np.int32)
             self.ids[_code_points(stored["chars"])] = np.arange(len(self.pieces))
         elif self.kind == "bpe":
-            import tiktoken
-
             ranks = {base64.b64decode(token): int(rank) for token, rank in
                      (line.split() for line in stored["ranks"].splitlines())}
             special = {text: int(value) for text, value in stored["special"].items()}
-            self.bpe = tiktoken.Encoding(stored["name"], pat_str=stored["pattern"], mergeable_ranks=ranks,
-                                         special_tokens=special)
+            self.bpe = dict(name=stored["name"], pat_str=stored["pattern"], mergeable_ranks=ranks,
+                            special_tokens=special)
             self.eot = special.get(END_OF_TEXT)
-            self.pieces = [b""] * self.bpe.n_vocab          # ids that no token has decode to nothing
+            self.pieces = [b""] * (1 + max([*ranks.values(), *special.values()]))   # unused ids decode to nothing
             for token, rank in [*ranks.items(), *((text.encode(), value) for text, value in special.items())]:
                 self.pieces[rank] = token
         else:
@@ -108,6 +107,15 @@ class Tokenizer:
         return cls({"kind": "bpe", "name": name, "pattern": encoding._pat_str, "ranks": ranks,
                     "special": dict(encoding._special_tokens)})
 
+    @cached_property
+    def encoding(self):
+        """tiktoken's encoder, made when there is something to encode: decoding needs no tiktoken."""
+        try:
+            import tiktoken
+        except ImportError:
+            fail(f"the tokenizer {self.bpe['name']} needs tiktoken to read text: pip install tiktoken")
+        return tiktoken.Encoding(**self.bpe)
+
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, in the smallest type that holds the vocabulary. Text that looks like a special token stays
         text. Raises ValueError naming the characters that the tokenizer lacks."""
@@ -115,7 +123,7 @@ class Tokenizer:
             if self.kind == "byte":
                 return np.frombuffer(text.encode("utf-8"), np.uint8)
             if self.kind == "bpe":
-                return np.array(self.bpe.encode_ordinary(text), token_dtype(self.vocab_size))
+                return np.array(self.encoding.encode_ordinary(text), token_dtype(self.vocab_size))
             ids = self.ids[_code_points(text)]
         except UnicodeEncodeError as error:
             raise ValueError(f"the text is not valid Unicode: {text[error.start]!r} at {error.start}") from None
@@ -341,4 +349,4 @@ def prepare_or_check(parsed):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main)

@@ -17,7 +17,7 @@ import torch
 
 from prepare import prompt_ids
 from support import runtime
-from support.cli import fail, parse, printable
+from support.cli import fail, parse, printable, run
 from train import draw, load
 
 
@@ -26,7 +26,7 @@ class Options:
     # -- which model
     ckpt: str = ""                      # checkpoint file; empty: ckpt.pt of out_dir
     out_dir: str = ""                   # folder of the run; empty: the most recently written one under out/
-    init_from: Literal["resume"] = "resume"  # as in nanoGPT: a model of ours
+    init_from: Literal["resume"] = "resume"  # a model of ours, for nanoGPT's command lines
     # -- what to write
     start: str = ""                     # the prompt, or FILE:path of it; empty: the start of a text
     num_samples: int = 1                # texts, one after another
@@ -102,7 +102,9 @@ def main(argv: list) -> int:
         dtype = runtime.choose_dtype(device, "auto") if torch.device(device).type == "cuda" else "float32"
     model, tokenizer = load(path, device)
     prompt = torch.from_numpy(prompt_ids(tokenizer, start, "--start"))[None].to(device)             # (1, T)
-    if options.compile:
+    if options.compile and (why := runtime.compiler_missing(device)):
+        print(f"not compiled: {why}", file=sys.stderr, flush=True)
+    elif options.compile:
         model.trunk = torch.compile(model.trunk, dynamic=True)
     for number in range(options.num_samples):
         pick, text = picker(options, options.seed + number, device), tokenizer.stream()
@@ -120,6 +122,4 @@ def main(argv: list) -> int:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")     # Windows consoles
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -8,11 +8,11 @@
 
 What remains in out/NAME: ckpt.pt, the weights with the best validation loss, for sample.py; last.pt, all that
 is needed to go on; log.csv and loss.png. Ctrl-C finishes the step, saves last.pt and leaves.
+Exit codes: 0 done, 2 wrong input, 3 a loss that is not finite, 4 the last save failed, 130 and 143 stopped.
 """
 
 import math
 import os
-import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from prepare import Tokenizer, ensure_set, prompt_ids, stored_tokenizer
 from support import runtime
-from support.cli import fail, from_dict, merge, parse
+from support.cli import fail, from_dict, merge, parse, run
 from support.report import Report
 
 # -----------------------------------------------------------------------------------------------------------
@@ -41,10 +41,10 @@ class Config:
     out_dir: str = ""                   # folder of the run; empty: out/<config file's name>, or out/<dataset>
     init_from: str = "scratch"          # scratch | resume | auto (resume if possible) | PATH of a ckpt.pt
     seed: int = 1337                    # of the initial weights, the batches and dropout
-    max_iters: int = 500                # optimizer steps
+    max_iters: int = 250                # optimizer steps
     max_epochs: float = 0.0             # passes over the training tokens; above 0 it sets max_iters
     # -- evaluation and reports
-    eval_interval: int = 100            # steps between evaluations; one comes before the first step
+    eval_interval: int = 50             # steps between evaluations; one comes before the first step
     eval_iters: int = 0                 # N: N batches of 16 windows spread evenly; 0: all of the val split
     eval_only: bool = False             # evaluate once, write nothing, leave
     log_interval: int = 10              # steps between lines of progress
@@ -141,7 +141,7 @@ class Config:
         return found + [rule for rule, holds in rules.items() if not holds]
 
 
-# What a checkpoint's weights depend on, and what a resumed run cannot change.
+# What a checkpoint's weights depend on, from n_layer to pad_vocab_to, and what a resumed run cannot change.
 _NAMES = list(Config.__dataclass_fields__)
 MODEL_FIELDS = {"block_size", *_NAMES[_NAMES.index("n_layer"):_NAMES.index("init")]}
 MODEL_FIELDS -= {"dropout", "attn_dropout"}
@@ -423,7 +423,8 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             shapes.setdefault(tuple(p.shape), []).append(p)
         super().__init__([{"params": same} for same in shapes.values()],
-                         dict(lr=lr, weight_decay=weight_decay, momentum=momentum, cautious=cautious))
+                         dict(lr=lr, base_lr=lr, weight_decay=weight_decay, momentum=momentum,
+                              cautious=cautious))
         self.dtype, self.found_inf = dtype, None
         self.update = torch.compile(muon_update, dynamic=False) if compiled else muon_update
 
@@ -436,7 +437,7 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["average"] = torch.zeros_like(w)
             # Tensors, since a compiled function is compiled again for every new value of a plain number.
-            momentum, lr, decay = (torch.tensor(group[key], device=w.device)
+            momentum, lr, decay = (torch.full((), group[key], device=w.device)
                                    for key in ("momentum", "lr", "weight_decay"))
             if self.found_inf is not None:
                 bad = self.found_inf > 0
@@ -458,7 +459,7 @@ def make_optimizers(model: GPT, cfg: Config, device: str, compiled: bool) -> lis
     else:
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         groups = [(matrices, cfg.learning_rate, cfg.weight_decay), (small, cfg.learning_rate, 0.0)]
-    groups = [dict(params=some, lr=lr, weight_decay=cfg.weight_decay if cfg.decay_all else decay)
+    groups = [dict(params=some, lr=lr, base_lr=lr, weight_decay=cfg.weight_decay if cfg.decay_all else decay)
               for some, lr, decay in groups if some]
     optimizers = [torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
                                     fused=torch.device(device).type in ("cpu", "cuda"))]
@@ -466,8 +467,6 @@ def make_optimizers(model: GPT, cfg: Config, device: str, compiled: bool) -> lis
         optimizers.append(Muon([p for p in model.blocks.parameters() if p.dim() == 2], cfg.learning_rate,
                                cfg.weight_decay, cfg.momentum, cfg.cautious,
                                torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32, compiled))
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["base_lr"] = group["lr"]
     return optimizers
 
 
@@ -602,7 +601,11 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
     data, meta = runtime.open_data(folder, cfg.block_size)
     tokenizer, source = stored_tokenizer(folder, meta), resumed or weights
     if source and source["tokenizer"] != tokenizer.stored:
-        fail(f"data set {cfg.dataset} has another tokenizer than the checkpoint: prepare the set as it was")
+        fail(f"data set {cfg.dataset} has another tokenizer than the checkpoint: prepare it with the same "
+             "one (char alphabets differ from text to text; gpt2 and byte fit every text)")
+    text = meta["splits"]["train"]["sha256"]
+    if resumed and resumed.get("text", text) != text:
+        fail(f"data set {cfg.dataset} has changed since the run began: restore it, or start from scratch")
     prompt_ids(tokenizer, cfg.sample_start, "--sample_start")   # a wrong one should fail now, not later
     count = cfg.batch_size * cfg.gradient_accumulation_steps    # sequences a step
     rows, micro = ranks.share(count, cfg.batch_size)            # of them for this process, in so many batches
@@ -636,19 +639,22 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
     wanted = ranks.tell(runtime.compile_pays(cfg.compile, model, run_once, passes, device))
     step_model, cfg.compile, compile_note = runtime.compile(wanted, model, run_once, device)
     if ranks.world > 1:
-        step_model = nn.parallel.DistributedDataParallel(step_model, [device] if kind == "cuda" else None)
+        step_model = nn.parallel.DistributedDataParallel(step_model, [device] if kind == "cuda" else None,
+                                                         broadcast_buffers=False)
     optimizers = make_optimizers(model, cfg, device, cfg.compile)
     scaler = torch.amp.GradScaler(kind, enabled=cfg.dtype == "float16")
     if resumed:
         runtime.restore_optimizers(optimizers, scaler, resumed, ranks.first)
     report = Report(cfg, out_dir, ranks.first, model, meta, state, device, compile_note)
 
+    unsaved, bad = {}, False                            # what went wrong in the latest save of each file
+
     def save(name: str):
         """Write a checkpoint, and note in `unsaved` what went wrong."""
         if not ranks.first or cfg.eval_only:
             return
         content = state | dict(config=asdict(cfg), tokenizer=tokenizer.stored, vocab_size=model.vocab_size,
-                               model=dict(model.state_dict()), seconds=report.seconds())
+                               text=text, model=dict(model.state_dict()), seconds=report.seconds())
         if name == "last.pt":
             content |= dict(optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
                             threads=torch.get_num_threads())
@@ -657,17 +663,17 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
             report.say(f"{problem}; the next save tries again")
         unsaved[name] = problem
 
-    unsaved = {}                                        # what went wrong in the latest save of each file
     with runtime.Stop() as stop:
         watch = runtime.Watch(ranks, stop, optimizers, device, cfg.dtype)
         while True:
             step = state["step"]
             last = step >= cfg.max_iters
-            due = cfg.eval_only or (step % cfg.eval_interval == 0 or last) and step > state["evaluated"]
-            with report.paused():                       # the stopwatch counts training only
+            due = cfg.eval_only or (step > state["evaluated"] and (last or step % cfg.eval_interval == 0))
+            show = cfg.sample_tokens and (step % cfg.sample_interval == 0 if cfg.sample_interval else due)
+            with report.paused() if due or show else nullcontext():     # the stopwatch counts training only
                 if due:
                     save("last.pt")                     # an evaluation can take long, and be cut off
-                    alone = stop if ranks.world == 1 else None
+                    alone = stop if ranks.world == 1 else None      # several must all go on, or all stop
                     losses = estimate_loss(model, data, cfg, ranks, device, alone)
                     if losses is None:
                         break
@@ -679,7 +685,7 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
                         save("ckpt.pt")
                     if last:
                         save("last.pt")
-                if cfg.sample_tokens and (step % cfg.sample_interval == 0 if cfg.sample_interval else due):
+                if show:
                     report.sample(step, partial(sample_text, model, tokenizer, cfg, step, device))
             if last or cfg.eval_only:
                 break
@@ -711,9 +717,11 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
             look = log_now or save_now or step % cfg.eval_interval == 0
             bad, stopping = watch.check(loss, norm, look)
             if bad:
-                return report.not_finite(step)
+                break
+            overflow = cfg.dtype == "float16" and not norm.isfinite()   # the scaler lowers its scale
             for optimizer in optimizers:
-                scaler.step(optimizer)
+                if not overflow:
+                    scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
             scaler.update()
             state["step"] = step
@@ -725,12 +733,12 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
                     save("last.pt")
             if stopping:
                 break
-    report.finish(stop.signal, unsaved)
+    code = report.not_finite(step) if bad else report.finish(stop, unsaved)
     del step_model                                      # it keeps the process group and its threads alive
     ranks.leave()
     if lock:
         lock.close()
-    return stop.exit_code if stop.signal else 4 if any(unsaved.values()) else 0
+    return code
 
 
 def main(argv: list) -> int:
@@ -745,9 +753,12 @@ def main(argv: list) -> int:
         cfg = Config(**merge(Config, resumed["config"], parsed, FIXED_FIELDS, out_dir / "last.pt"))
     elif cfg.init_from != "scratch":
         weights = runtime.load_checkpoint(Path(cfg.init_from))
+        # The model comes from the checkpoint, everything else from the files and flags given now.
         typed = replace(parsed, typed=parsed.typed & MODEL_FIELDS)
-        stored = asdict(Config(**merge(Config, weights["config"], typed, MODEL_FIELDS, cfg.init_from)))
+        stored = merge(Config, weights["config"], typed, MODEL_FIELDS, cfg.init_from)
         cfg = Config(**asdict(cfg) | {name: stored[name] for name in MODEL_FIELDS})
+    if "max_iters" in parsed.typed and "max_epochs" not in parsed.typed:
+        cfg.max_epochs = 0.0                            # what is typed wins over what a file or the run says
     if problems := cfg.problems():
         fail("; ".join(problems))
     cfg.out_dir = str(out_dir)
@@ -755,5 +766,4 @@ def main(argv: list) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")            # a console may lack a character of a sample
-    sys.exit(main(sys.argv[1:]))
+    run(main)

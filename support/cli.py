@@ -58,6 +58,21 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+def run(main) -> NoReturn:
+    """Run a program: UTF-8 wherever it prints, and no traceback for Ctrl-C or a closed pipe."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:                 # the reader has enough, as in `sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
 def nearest(name: str, known) -> str:
     """`; did you mean --x?` for the closest known name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
@@ -198,12 +213,12 @@ def from_dict(options: type, stored: dict, source) -> dict:
 def merge(options: type, stored: dict, parsed: Parsed, fixed: set, source) -> dict:
     """The stored settings, then the flags typed now; what a config file says changes nothing. A typed change of a
     `fixed` field is refused, any other is printed."""
-    values = from_dict(options, stored, source)
+    values = {field.name: field.default for field in fields(options)} | from_dict(options, stored, source)
     changed = {name: parsed.values[name] for name in sorted(parsed.typed)
-               if name in values and parsed.values[name] != values[name] and name not in ("init_from", "out_dir")}
+               if parsed.values[name] != values[name] and name not in ("init_from", "out_dir")}
     if refused := [f"{name}={value} (it has {values[name]})" for name, value in changed.items() if name in fixed]:
         fail(f"{source} cannot go on with {', '.join(refused)}: leave the flag out, or start from scratch")
-    if changed:
+    if changed and os.environ.get("RANK", "0") == "0":          # torchrun's first process speaks for all
         changes = [f"{name} {values[name]} -> {value}" for name, value in changed.items()]
         print(f"changed  {', '.join(changes)}", flush=True)
     return values | changed

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import io
 import math
+import re
 import sys
 import time
 from dataclasses import fields
@@ -85,7 +86,7 @@ class Report:
         val = meta["splits"]["val"]
         self.to_bits_per_byte = val["tokens"] / max(1, val["bytes"]) / math.log(2)
         self.first_step = self.last_step = state["step"]
-        self.bar, self.loggers, self.finished = None, [], False
+        self.bar, self.loggers, self.closers = None, [], []
         self.before, self.running_since = state["seconds"], time.perf_counter()
         self.last_seconds = self.before
         if not first:
@@ -121,7 +122,10 @@ class Report:
 
     def say(self, line: str):
         if self.first:
-            self.bar.write(line) if self.bar else print(line, flush=True)
+            if self.bar:
+                self.bar.write(line)
+            else:
+                print(line, flush=True)
 
     def banner(self, model, meta: dict, compile_note: str):
         import torch
@@ -159,8 +163,8 @@ class Report:
 
         if torch.device(self.device).type != "cuda" or self.cfg.dtype == "float32":
             return 0
-        name = torch.cuda.get_device_name(self.device)
-        return next((rate * 1e12 for part, rate in PEAKS.items() if part in name), 0) * runtime.Ranks().world
+        words = re.findall(r"\w+", torch.cuda.get_device_name(self.device))
+        return next((rate * 1e12 for card, rate in PEAKS.items() if card in words), 0) * runtime.Ranks().world
 
     def update(self, step: int, loss: float, norm: float, lr: float):
         """A line for update number `step`."""
@@ -234,6 +238,7 @@ class Report:
                 fail("tensorboard=True needs the package: pip install tensorboard")
             board = SummaryWriter(str(self.out_dir))
             self.loggers.append(lambda step, row: [board.add_scalar(key, value, step) for key, value in row.items()])
+            self.closers.append(board.close)
         if cfg.wandb_log:
             try:
                 import wandb
@@ -241,6 +246,7 @@ class Report:
                 fail("wandb_log=True needs the package: pip install wandb")
             run = wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or self.out_dir.name, config=vars(cfg))
             self.loggers.append(lambda step, row: run.log(row, step=step))
+            self.closers.append(run.finish)
 
     def log(self, step: int, **row):
         """A row of log.csv, and the same figures to TensorBoard and W&B. A full disk costs the row, not the run."""
@@ -261,7 +267,8 @@ class Report:
         """Say that update number `step` was stopped; returns the exit code."""
         self.close()
         if self.first:
-            print(f"stopped: the loss or gradient of step {step} is not finite, and was not applied. "
+            late = "" if self.device == "cpu" else f" (seen there; it may be up to {self.cfg.log_interval} steps older)"
+            print(f"stopped: the loss or gradient of step {step}{late} is not finite, and was not applied. "
                   f"{self.out_dir}/last.pt "
                   "holds the run as it was at its last save. Try a lower --learning_rate, --grad_clip=1.0, more "
                   "--warmup_iters or --dtype=float32", file=sys.stderr, flush=True)
@@ -271,18 +278,24 @@ class Report:
         if self.bar:
             self.bar.close()
             self.bar = None
+        for close in self.closers:
+            close()
 
-    def finish(self, signal: int, unsaved: dict):
+    def finish(self, stop, unsaved: dict) -> int:
+        """Say how the run ended; returns the exit code. unsaved: what went wrong in the last save of each file."""
         self.close()
+        problems = list(filter(None, unsaved.values()))
+        for problem in problems:
+            self.say(f"unsaved  {problem}")
+        code = stop.exit_code if stop.signal else 4 if problems else 0
         if not self.writes:
-            return
+            return code
         cfg, state = self.cfg, self.state
-        steps, seconds = state["step"] - self.first_step, self.seconds()
-        if signal:
+        if stop.signal:
             self.say(f"stopped  at step {state['step']} of {cfg.max_iters}: the same command with --init_from=resume "
                      "goes on")
-            return
-        self.say(f"done     {steps:,} steps in {duration(seconds)} of training; best val loss "
+            return code
+        self.say(f"done     {state['step']:,} steps in {duration(self.seconds())} of training; best val loss "
                  f"{state['best_val_loss']:.4f} at step {state['best_step']}")
         if state["losses"] and state["losses"]["val"] > state["best_val_loss"] + 0.01:
             self.say(f"note     the val loss has risen to {state['losses']['val']:.4f} since: the model learns its "
@@ -290,6 +303,5 @@ class Report:
         purposes = {"ckpt.pt": "best weights", "last.pt": "to go on", "log.csv": "figures", "loss.png": "picture"}
         there = [f"{name} ({purpose})" for name, purpose in purposes.items() if (self.out_dir / name).exists()]
         self.say(f"files    {self.out_dir}/: {', '.join(there)}")
-        for problem in filter(None, unsaved.values()):
-            self.say(f"unsaved  {problem}")
         self.say(f"next     python sample.py --out_dir={self.out_dir}")
+        return code

@@ -331,7 +331,7 @@ COMPILE_PAYS_AFTER = 100        # seconds of eager training left; compiling take
 
 def compiler_missing(device: str) -> str:
     """Why torch.compile cannot work here, or ""."""
-    kind = __import__("torch").device(device).type
+    kind = device.split(":")[0]
     if kind == "cpu" and not (os.environ.get("CXX") or any(map(shutil.which, ("g++", "clang++", "cl")))):
         return "there is no C++ compiler"
     if kind == "cuda":
@@ -488,6 +488,7 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
+        """What a shell expects of a process that a signal ended."""
         return 128 + self.signal
 
 
@@ -501,7 +502,7 @@ class Watch:
 
         self.ranks, self.stop, self.optimizers = ranks, stop, optimizers
         self.scaled = dtype == "float16"        # its gradients may overflow; the GradScaler skips those steps
-        self.immediate = self.scaled or torch.device(device).type == "cpu"
+        self.immediate = self.scaled or torch.device(device).type != "cuda"     # only fused AdamW knows found_inf
         self.bad = torch.zeros((), device=device)
 
     def check(self, loss, norm, look: bool) -> tuple:

@@ -83,7 +83,7 @@ def test_the_slices_of_all_processes_are_the_global_batch(start, toy, monkeypatc
         def leave(self):
             pass
 
-    def wrapped(model, devices):
+    def wrapped(model, devices, **_):
         model.no_sync = nullcontext
         return model
 

@@ -24,6 +24,7 @@ from conftest import ROOT, TOY, flags, log_rows, one_line_error, trained
 
 import sample
 import train
+from prepare import write_set
 from support import runtime
 from support.report import COLUMNS, Report
 
@@ -760,3 +761,21 @@ def test_an_overflow_in_float16_is_skipped(start, spoiled, tmp_path):
 def test_a_loss_of_nan_stops_in_float16_too(start, spoiled):
     spoiled(5, lambda loss: loss * math.nan)
     assert start("run", dtype="float16").returncode == 3
+
+
+def test_a_data_set_that_has_changed_under_a_run_is_refused(start, tmp_path):
+    text = (ROOT / "data" / "fables" / "input.txt").read_text(encoding="utf-8")[:20_000]
+    for name in ("one", "two"):
+        (tmp_path / "text.txt").write_text(text if name == "one" else text[::-1], encoding="utf-8")
+        write_set(tmp_path / "data" / "mine", [tmp_path / "text.txt"], "char", 0.1)
+        settings = dict(dataset="mine", data_dir=tmp_path / "data")
+        if name == "one":
+            assert start("run", **settings).returncode == 0
+    one_line_error(start("run", init_from="resume", max_iters=8, **settings), "mine has changed since the run began")
+
+
+def test_typed_max_iters_win_over_stored_max_epochs(start, tmp_path):
+    assert start("run", max_epochs=0.05).returncode == 0
+    stored = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert start("run", "--init_from=resume", f"--max_iters={stored['step'] + 2}").returncode == 0
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == stored["step"] + 2

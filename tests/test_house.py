@@ -69,3 +69,13 @@ def test_without_tqdm_matplotlib_and_safetensors_everything_still_runs(run, tmp_
         assert process.returncode == 0, process.stderr
     assert process.stdout.startswith("The")
     assert {path.name for path in (tmp_path / "out" / "cats").iterdir()} == {".lock", "ckpt.pt", "last.pt", "log.csv"}
+
+
+def test_a_closed_pipe_and_ctrl_c_leave_no_traceback(run, tmp_path):
+    program = tmp_path / "program.py"
+    for body, code in (("raise KeyboardInterrupt", 130), ("raise BrokenPipeError", 0), ("print('é'); return 7", 7)):
+        program.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom support.cli import run\n"
+                           f"def main(argv):\n    {body}\nrun(main)\n", encoding="utf-8")
+        process = run(program, env={"PYTHONIOENCODING": "ascii"})
+        assert (process.returncode, process.stderr) == (code, "")
+    assert process.stdout == "é\n"

@@ -793,3 +793,13 @@ def test_a_late_rank_meets_the_others_as_often_as_the_first(tmp_path):
 def test_a_missing_set_of_ones_own_is_one_line(tmp_path, refused):
     one_line_error(refused(ensure_set, "mine", str(tmp_path), Rank()), str(tmp_path / "mine"),
                    "python prepare.py", "--name=mine")
+
+
+def test_decoding_needs_no_tiktoken_and_encoding_says_that_it_does(monkeypatch, capsys):
+    ranks = "\n".join(f"{base64.b64encode(bytes([value])).decode()} {value}" for value in range(256))
+    tokenizer = Tokenizer({"kind": "bpe", "name": "bytes", "pattern": r"[\s\S]", "ranks": ranks, "special": {}})
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    assert tokenizer.decode(b"cat") == "cat"
+    with pytest.raises(SystemExit):
+        tokenizer.encode("cat")
+    assert "pip install tiktoken" in capsys.readouterr().err

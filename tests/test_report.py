@@ -69,10 +69,12 @@ def test_overfitting_is_said_at_the_end(data_dir, tmp_path):
 
 def test_wandb_and_tensorboard_get_the_figures_of_the_log(data_dir, tmp_path, monkeypatch):
     logged, scalars, begun = [], [], {}
-    run = types.SimpleNamespace(log=lambda row, step: logged.append((step, row)))
+    closed = []
+    run = types.SimpleNamespace(log=lambda row, step: logged.append((step, row)), finish=lambda: closed.append("wandb"))
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **how: begun.update(how) or run))
     board = types.SimpleNamespace(
-        SummaryWriter=lambda folder: types.SimpleNamespace(add_scalar=lambda *row: scalars.append(row)))
+        SummaryWriter=lambda folder: types.SimpleNamespace(add_scalar=lambda *row: scalars.append(row),
+                                                          close=lambda: closed.append("tensorboard")))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     trained(data_dir, tmp_path / "run", wandb_log=True, wandb_project="tests", wandb_run_name="one", tensorboard=True)
     rows = read_log(tmp_path / "run" / "log.csv")
@@ -82,6 +84,7 @@ def test_wandb_and_tensorboard_get_the_figures_of_the_log(data_dir, tmp_path, mo
     for key in ("loss", "val_loss"):
         assert [row[key] for _, row in logged if key in row] == [row[key] for row in rows if key in row]
     assert len(scalars) == sum(len(row) - 1 for row in rows)
+    assert sorted(closed) == ["tensorboard", "wandb"]
 
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
@@ -110,7 +113,7 @@ def test_ranks_other_than_the_first_say_and_write_nothing(tmp_path, capsys):
     report.update(1, 2.0, 0.5, 0.01)
     report.evaluation(1, {"train": 2.0, "val": 2.0}, True)
     report.sample(1, lambda: 1 / 0)
-    report.finish(0, {})
+    report.finish(types.SimpleNamespace(signal=0), {})
     assert capsys.readouterr() == ("", "")
     assert not list(tmp_path.iterdir())
 
