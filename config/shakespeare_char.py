@@ -2,8 +2,8 @@
 #
 #     python train.py config/shakespeare_char.py
 #
-# Expected: final val loss 1.459-1.470 (full val split, context 256; seeds 1337, 1, 2: 1.4593, 1.4699, 1.4648) in 5 minutes of
-# training on 2 cores of a Xeon with AMX (bfloat16, compiled, 500 ms a step; compiling takes 15-40 s more).
+# Expected: final val loss 1.459-1.470 (full val split, context 256; seeds 1337, 1, 2: 1.4593, 1.4699, 1.4648) in 5
+# minutes of training on 2 cores of a Xeon with AMX (bfloat16, compiled, 500 ms a step; compiling takes 15-40 s more).
 
 dataset = "shakespeare_char"
 
