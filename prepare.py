@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.cli import fail, parse, printable, run
+from support.cli import fail, parse, run
 from support.runtime import NAME, ROOT, check_ids, data_folder, open_split, read_meta, sha256, token_dtype, written
 
 END_OF_TEXT = "<|endoftext|>"
@@ -210,6 +210,7 @@ def fetch(name: str, folder: Path) -> Path:
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", error))
         time.sleep(1 + attempt)
+    folder.mkdir(parents=True, exist_ok=True)       # so that the file can be put there
     fail(f"could not download {source['url']} ({reason}); put that file at {folder / 'input.txt'} by hand and try "
          "again; python train.py, which trains on the embedded fables, needs no network")
 
@@ -311,7 +312,7 @@ def check_set(folder: Path):
         if hashlib.sha256(ids).hexdigest() != meta["splits"][split]["sha256"]:
             fail(f"{folder / (split + '.bin')} differs from its checksum in meta.json: prepare {folder.name} again")
         print(f"{folder}/{split}.bin: {ids.size:,} tokens of {meta['dtype']}, as meta.json says; "
-              f"it begins {printable(tokenizer.decode(ids[:30])[:60])!r}")
+              f"it begins {tokenizer.decode(ids[:30])[:60]!r}")
 
 
 def main(argv: list):

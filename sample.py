@@ -95,7 +95,7 @@ def main(argv: list) -> int:
         try:
             start = Path(start[5:]).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            fail(f"cannot read the prompt from {start[5:]}: {error}")
+            fail(f"cannot read the prompt from {start[5:]}: {getattr(error, 'strerror', None) or error}")
     device = runtime.choose_device(options.device)
     dtype = options.dtype
     if dtype == "auto":                 # for one token at a time, casting costs a CPU more than it saves

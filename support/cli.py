@@ -220,7 +220,7 @@ def merge(options: type, stored: dict, parsed: Parsed, fixed: set, source) -> di
         fail(f"{source} cannot go on with {', '.join(refused)}: leave the flag out, or start from scratch")
     if changed and os.environ.get("RANK", "0") == "0":          # torchrun's first process speaks for all
         changes = [f"{name} {values[name]} -> {value}" for name, value in changed.items()]
-        print(f"changed  {', '.join(changes)}", flush=True)
+        print(f"changed  since the run was saved: {', '.join(changes)}", flush=True)
     return values | changed
 
 

@@ -146,7 +146,7 @@ class Report:
         self.say(f"steps    {cfg.max_iters:,} of {self.tokens_per_step:,} tokens, {per_epoch:.1f} to an epoch; "
                  f"the first loss should be near ln {meta['vocab_size']} = {math.log(meta['vocab_size']):.3f}")
         if changed:
-            self.say(f"changed  {', '.join(map(str, changed))}")
+            self.say(f"settings {', '.join(changed)} (the rest as --help says)")
         if self.writes:
             going_on = f", going on at step {self.first_step:,}" if self.first_step else ""
             self.say(f"writes   {self.out_dir}/{going_on}")
@@ -293,7 +293,7 @@ class Report:
         cfg, state = self.cfg, self.state
         if stop.signal:
             self.say(f"stopped  at step {state['step']} of {cfg.max_iters}: the same command with --init_from=resume "
-                     "goes on")
+                     f"goes on; python sample.py --ckpt={self.out_dir / 'last.pt'} samples from the weights of now")
             return code
         self.say(f"done     {state['step']:,} steps in {duration(self.seconds())} of training; best val loss "
                  f"{state['best_val_loss']:.4f} at step {state['best_step']}")

@@ -20,7 +20,7 @@ def run_with_picture(data_dir, out, **settings):
 def test_lines_tell_what_was_asked_and_what_came_of_it(data_dir, tmp_path):
     said = trained(data_dir, tmp_path / "run", learning_rate=0.005).stdout
     lines = said.splitlines()
-    assert "changed  dataset=toy" in said
+    assert "settings dataset=toy" in said
     assert "learning_rate=0.005" in said
     vocabulary = int(lines[0].rpartition(" ")[2])
     assert f"ln {vocabulary} = {math.log(vocabulary):.3f}" in said
