@@ -312,19 +312,6 @@ def wait(device: str):
         torch.mps.synchronize()
 
 
-def peak_memory(device: str) -> int:
-    """Bytes: of the device where it keeps count, else of this process (0 where the system does not tell)."""
-    import torch
-
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
-
-
 # -- compiling -----------------------------------------------------------------------------------------------------
 
 COMPILE_PAYS_AFTER = 100        # seconds of eager training left; compiling takes 20-40 s and saves about half of them
