@@ -187,19 +187,33 @@ def rotate(x, cos, sin):
 
 
 class Cache:
-    """Keys and values of the tokens seen so far: two tensors (B, n_kv_head, block_size, head_dim) a block."""
+    """Keys and values of the tokens seen so far: two tensors (B, n_kv_head, size, head_dim) a block."""
 
-    def __init__(self, cfg: Config):
-        self.length, self.size, self.tensors = 0, cfg.block_size, [None] * cfg.n_layer
+    def __init__(self, cfg: Config, size: int):
+        self.length, self.size, self.tensors, self.at = 0, size, [None] * cfg.n_layer, slice(0)
 
     def extend(self, layer: int, *new):
-        """Add the keys and values (B, n_kv_head, T, head_dim) of new tokens; returns those of all so far."""
-        B, heads, T, head_dim = new[0].shape
+        """Put the keys and values (B, n_kv_head, T, head_dim) of new tokens at their places. Returns those of
+        all tokens so far; of all places, if `at` is a tensor, since compiled code wants shapes that stay."""
         if self.tensors[layer] is None:
-            self.tensors[layer] = [z.new_empty(B, heads, self.size, head_dim) for z in new]
+            self.tensors[layer] = [z.new_zeros(*z.shape[:2], self.size, z.size(3)) for z in new]
         for stored, z in zip(self.tensors[layer], new, strict=True):
-            stored[:, :, self.length:self.length + T] = z
-        return [stored[:, :, :self.length + T] for stored in self.tensors[layer]]
+            stored[:, :, self.at] = z
+        return [stored[:, :, :getattr(self.at, "stop", None)] for stored in self.tensors[layer]]
+
+
+class Linear(nn.Linear):
+    """nn.Linear, but a few rows without gradient on a CPU go through the matrix as columns through a batch of
+    four: that reads it at memory's pace, BLAS's usual way at a third of it (bench/generate.py)."""
+
+    def forward(self, x):
+        rows = x.numel() // self.in_features
+        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") \
+                or torch.is_grad_enabled() or rows > 16 or self.out_features % 4:
+            return super().forward(x)
+        columns = x.reshape(rows, -1).mT.expand(4, -1, -1)                      # (4, in_features, rows)
+        y = torch.bmm(self.weight.view(4, -1, self.in_features), columns).view(-1, rows).mT
+        return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], -1)
 
 
 class Attention(nn.Module):
@@ -211,13 +225,13 @@ class Attention(nn.Module):
         self.cfg, self.layer, self.head_dim = cfg, layer, cfg.n_embd // cfg.n_head
         self.n_kv_head = cfg.n_kv_head or cfg.n_head
         bias = cfg.bias if cfg.qkv_bias == "auto" else cfg.qkv_bias
-        self.q = nn.Linear(cfg.n_embd, cfg.n_head * self.head_dim, bias=bias)
-        self.k = nn.Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=bias)
-        self.v = nn.Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=bias)
-        self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.q = Linear(cfg.n_embd, cfg.n_head * self.head_dim, bias=bias)
+        self.k = Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=bias)
+        self.v = Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=bias)
+        self.out = Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.shortcuts and layer else None
 
-    def forward(self, x, rotation, v_first, cache):
+    def forward(self, x, rotation, v_first, cache, mask):
         """x (B, T, C), normed, and the first block's values; returns the output and this block's values."""
         B, T, C = x.shape
         q, k, v = (linear(x).view(B, T, -1, self.head_dim) for linear in (self.q, self.k, self.v))
@@ -229,16 +243,10 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         keys, values = k.transpose(1, 2), v.transpose(1, 2)         # (B, n_kv_head, T, head_dim)
-        past = 0
         if cache is not None:
-            past = cache.length
             keys, values = cache.extend(self.layer, keys, values)
-        # Query t sees keys 0 to past + t, so a single new token sees all of them and needs no mask.
-        mask = None
-        if past and T > 1:
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=not past and T > 1,
+            q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None and T > 1,
             dropout_p=self.cfg.dropout if self.cfg.attn_dropout and self.training else 0.0,
             enable_gqa=self.n_kv_head != self.cfg.n_head)           # (B, n_head, T, head_dim)
         return self.out(y.transpose(1, 2).reshape(B, T, C)), v
@@ -255,9 +263,9 @@ class MLP(nn.Module):
         gated = cfg.mlp == "swiglu"
         width = cfg.ffn_dim or (128 * math.ceil(8 * cfg.n_embd / 3 / 128) if gated else 4 * cfg.n_embd)
         self.activation = self.activations[cfg.mlp]
-        self.up = nn.Linear(cfg.n_embd, width, bias=cfg.bias)
-        self.gate = nn.Linear(cfg.n_embd, width, bias=cfg.bias) if gated else None
-        self.down = nn.Linear(width, cfg.n_embd, bias=cfg.bias)
+        self.up = Linear(cfg.n_embd, width, bias=cfg.bias)
+        self.gate = Linear(cfg.n_embd, width, bias=cfg.bias) if gated else None
+        self.down = Linear(width, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x):
         if self.gate is None:
@@ -275,12 +283,12 @@ class Block(nn.Module):
         self.norm2, self.mlp = make_norm(cfg), MLP(cfg)
         self.embed_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if cfg.shortcuts else None
 
-    def forward(self, x, x_first, rotation, v_first, cache):
+    def forward(self, x, x_first, rotation, v_first, cache, mask):
         p = self.dropout if self.training else 0.0
         if self.embed_mix is not None:
             mix = self.embed_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x_first
-        y, v = self.attn(self.norm1(x), rotation, v_first, cache)
+        y, v = self.attn(self.norm1(x), rotation, v_first, cache, mask)
         x = x + dropout(y, p)
         return x + dropout(self.mlp(self.norm2(x)), p), v
 
@@ -298,7 +306,7 @@ class GPT(nn.Module):
         self.embed_norm = make_norm(cfg) if cfg.embed_norm else None
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
         self.norm = make_norm(cfg)
-        self.head = nn.Linear(cfg.n_embd, rows, bias=cfg.head_bias)
+        self.head = Linear(cfg.n_embd, rows, bias=cfg.head_bias)
         if cfg.tie_weights:
             self.head.weight = self.wte.weight
         cos, sin = rotation_table(cfg) if cfg.positions == "rope" else (None, None)
@@ -326,26 +334,35 @@ class GPT(nn.Module):
             elif isinstance(module, nn.Linear):         # an embedding keeps PyTorch's std of 1
                 nn.init.normal_(module.weight, std=math.sqrt(0.33 / module.in_features))
 
-    def trunk(self, idx, cache: Cache | None = None):
-        """Token ids (B, T) to features (B, T, C). With a cache, idx holds the tokens after those in it."""
-        kind, T = idx.device.type, idx.size(1)
-        past = cache.length if cache else 0
+    def trunk(self, idx, cache: Cache | None = None, at=None):
+        """Token ids (B, T) to features (B, T, C). With a cache, idx holds the tokens after those in it; `at`
+        (T,) gives their positions as a tensor, for a compiled step that does not know how many there are."""
+        kind, T, fixed, mask = idx.device.type, idx.size(1), at is not None, None
+        past = cache.length if cache and not fixed else 0
+        at = at if fixed else slice(past, past + T)
+        if cache:
+            cache.at = at
+        # Query t sees keys 0 to past + t: all when it is alone, the usual triangle when nothing is past.
+        if fixed:
+            mask = torch.arange(cache.size, device=at.device) <= at[:, None]        # (T, size)
+        elif past and T > 1:
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(past)
         x = self.wte(idx)
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))    # a stream in 16 bits halves the element-wise traffic
         if self.wpe is not None:
-            x = x + self.wpe.weight[past:past + T].to(x.dtype)
+            x = x + self.wpe.weight[at].to(x.dtype)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         x = dropout(x, self.cfg.dropout if self.training else 0.0)
         rotation = None
         if self.cos is not None:
-            rotation = [table[past:past + T, None].to(x.dtype) for table in (self.cos, self.sin)]
+            rotation = [table[at, None].to(x.dtype) for table in (self.cos, self.sin)]
         x_first, v_first = x, None
         for block in self.blocks:
-            x, v = block(x, x_first, rotation, v_first, cache)
+            x, v = block(x, x_first, rotation, v_first, cache, mask)
             v_first = v if v_first is None else v_first
-        if cache:
+        if cache and not fixed:
             cache.length += T
         return self.norm(x)
 
@@ -361,31 +378,45 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
+    def next_logits(self, idx, cache: Cache, at=None):
+        """Logits (B, vocab_size) of the token after idx (B, T); see trunk."""
+        return self.logits(self.trunk(idx, cache, at)[:, -1])
+
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens: int, pick):
+    def generate(self, idx, max_new_tokens: int, pick, step=None):
         """Continue the prompts idx (B, T >= 1), yielding the ids (B,) of one new position at a time.
-        pick: logits (B, vocab_size) -> ids (B,).
+        pick: logits (B, vocab_size) -> ids (B,). step: next_logits, compiled, for one token at a time.
 
         Past block_size the last half of the window is kept, and its keys and values are computed afresh in
         one pass: a cache that rolled on would hold values which had seen tokens that are gone."""
-        size, cache = self.cfg.block_size, Cache(self.cfg)
+        size = self.cfg.block_size
         window = new = idx[:, -size:]
+        cache = Cache(self.cfg, min(size, window.size(1) + max_new_tokens))
         for _ in range(max_new_tokens):
             if cache.length + new.size(1) > size:
                 window = new = window[:, -max(1, size // 2):]
                 cache.length = 0
-            token = pick(self.logits(self.trunk(new, cache)[:, -1]))
+            if step and new.size(1) == 1:
+                logits = step(new, cache, torch.full((1,), cache.length, device=idx.device))
+                cache.length += 1
+            else:
+                logits = self.next_logits(new, cache)
+            token = pick(logits)
             yield token
             new = token[:, None]
             window = torch.cat((window, new), dim=1)
 
 
-def draw(logits, temperature: float, generator=None):
-    """Ids (B,) drawn from softmax(logits (B, vocab_size) / temperature); at 0 the likeliest."""
+def draw(logits, temperature: float, uniform=None):
+    """Ids (B,) drawn from softmax(logits (B, vocab_size) / temperature); at 0 the likeliest.
+    uniform (B,): the numbers in [0, 1) to draw with, where the sums of the probabilities first exceed them."""
     if temperature == 0:
         return logits.argmax(-1)
     p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)   # safe near temperature 0
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
+    # In float32 the many small probabilities of a large vocabulary would be lost in their sum.
+    sums = p.cumsum(-1, dtype=torch.float32 if p.device.type == "mps" else torch.float64)
+    uniform = torch.rand(len(p), dtype=sums.dtype, device=p.device) if uniform is None else uniform
+    return torch.searchsorted(sums, uniform.to(sums)[:, None] * sums[:, -1:], right=True)[:, 0]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -582,11 +613,11 @@ def load(path, device: str = "cpu") -> tuple:
 
 def sample_text(model: GPT, tokenizer, cfg: Config, step: int, device: str) -> str:
     """A short continuation of sample_start by the current weights."""
-    generator = torch.Generator(device).manual_seed(cfg.seed + step)
     prompt = torch.from_numpy(prompt_ids(tokenizer, cfg.sample_start, "--sample_start"))[None].to(device)
+    numbers = iter(torch.rand(cfg.sample_tokens, 1, generator=torch.Generator().manual_seed(cfg.seed + step)))
     model.eval()
     ids = [token.item() for token in model.generate(
-        prompt, cfg.sample_tokens, lambda logits: draw(logits, cfg.sample_temperature, generator))]
+        prompt, cfg.sample_tokens, lambda logits: draw(logits, cfg.sample_temperature, next(numbers).to(device)))]
     model.train()
     return cfg.sample_start + tokenizer.decode(ids)
 
