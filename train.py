@@ -48,6 +48,7 @@ class Config:
     eval_iters: int = 0                 # N: N batches of 16 windows spread evenly; 0: all of the val split
     eval_only: bool = False             # evaluate once, write nothing, leave
     log_interval: int = 10              # steps between lines of progress
+    patience: int = 0                   # stop after so many evaluations without a better val loss; 0: never
     save_interval: int = 0              # steps between saves of last.pt; 0: at every evaluation
     always_save_checkpoint: bool = False  # write ckpt.pt at every evaluation, not only at the best so far
     sample_interval: int = 0            # steps between samples of text; 0: at every evaluation
@@ -714,11 +715,12 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
                     report.evaluation(step, losses, best)
                     if best or cfg.always_save_checkpoint:
                         save("ckpt.pt")
-                    if last:
-                        save("last.pt")
+                stale = 0 < cfg.patience * cfg.eval_interval <= state["evaluated"] - state["best_step"]
+                if due and (last or stale):
+                    save("last.pt")
                 if show:
                     report.sample(step, partial(sample_text, model, tokenizer, cfg, step, device))
-            if last or cfg.eval_only:
+            if last or stale or cfg.eval_only:
                 break
 
             # One update. Its random numbers come from (seed, step, rank) alone, so none need to be restored.
