@@ -18,7 +18,7 @@ import torch
 from prepare import prompt_ids
 from support import runtime
 from support.cli import fail, parse, printable, run
-from train import draw, load
+from train import draw, load, restore
 
 
 @dataclass
@@ -26,7 +26,8 @@ class Options:
     # -- which model
     ckpt: str = ""                      # checkpoint file; empty: ckpt.pt of out_dir
     out_dir: str = ""                   # folder of the run; empty: the most recently written one under out/
-    init_from: Literal["resume"] = "resume"  # a model of ours, for nanoGPT's command lines
+    init_from: Literal["resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "resume"  # resume: a model of
+                                        # ours; else OpenAI's weights, from the Hugging Face cache or downloaded to it
     # -- what to write
     start: str = ""                     # the prompt, or FILE:path of it; empty: the start of a text
     num_samples: int = 1                # texts, one after another
@@ -83,8 +84,10 @@ def main(argv: list) -> int:
              "seed": options.seed >= 0}
     if broken := [f"{name}={getattr(options, name)}" for name, holds in rules.items() if not holds]:
         fail(f"out of range: {', '.join(broken)} (see --help)")
-    path = Path(options.ckpt or (Path(options.out_dir) / "ckpt.pt" if options.out_dir else runtime.newest_checkpoint()))
-    if not options.ckpt:
+    pretrained = "" if options.init_from == "resume" else options.init_from
+    path = Path(pretrained or options.ckpt or (Path(options.out_dir) / "ckpt.pt" if options.out_dir
+                                                else runtime.newest_checkpoint()))
+    if not (pretrained or options.ckpt):
         if not os.path.isfile(path):
             other = path.with_name("last.pt")
             fail(f"no {path}" + (f", but {other} is there: --ckpt={other}" if os.path.isfile(other)
@@ -100,7 +103,12 @@ def main(argv: list) -> int:
     dtype = options.dtype
     if dtype == "auto":                 # for one token at a time, casting costs a CPU more than it saves
         dtype = runtime.choose_dtype(device, "auto") if torch.device(device).type == "cuda" else "float32"
-    model, tokenizer = load(path, device)
+    if pretrained:
+        from convert import imported  # for the weights of OpenAI alone
+        model, tokenizer = restore(imported(pretrained), pretrained)
+        model.to(device).eval()
+    else:
+        model, tokenizer = load(path, device)
     prompt = torch.from_numpy(prompt_ids(tokenizer, start, "--start"))[None].to(device)             # (1, T)
     if options.compile and (why := runtime.compiler_missing(device)):
         print(f"not compiled: {why}", file=sys.stderr, flush=True)
