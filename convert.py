@@ -14,9 +14,11 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 from base64 import b64encode
 from dataclasses import dataclass
 from math import inf
@@ -111,9 +113,11 @@ def read_settings(hf: dict) -> tuple:
         must("hidden_act", "silu")
         must("partial_rotary_factor", 1)
         must("head_dim", config["n_embd"] / config["n_head"])
-        bias = must("attention_bias", False, True)
-        must("mlp_bias", bias) if bias else must("mlp_bias", False)
-        config |= dict(n_kv_head=number("num_key_value_heads", config["n_head"]), bias=bias,
+        attention, mlp = must("attention_bias", False, True), must("mlp_bias", False, True)
+        if mlp and not attention:
+            refused.append("mlp_bias=True with attention_bias=False")
+        config |= dict(n_kv_head=number("num_key_value_heads", config["n_head"]), bias=mlp,
+                       qkv_bias="auto" if attention == mlp else True,
                        rope_theta=float(number("rope_theta", 10_000.0, False)),
                        norm_eps=number("rms_norm_eps", 1e-6, False),
                        tie_weights=must("tie_word_embeddings", False, True))
@@ -239,11 +243,17 @@ def from_hf(hf: dict, tensors: dict) -> tuple:
         tensor = found.pop(name).float()
         ours |= zip(names, (piece.contiguous() for piece in (tensor.T if turned else tensor).chunk(len(names))),
                     strict=True)
-    # A model of ours that lacked these was exported with neutral ones; it gets back its shape as long as they are so.
-    lacked = config | {name: value for name, value in dict(hf.get("inkling") or {}).items() if name in OPTIONAL}
-    extra = [name for name in ours if not present(name, lacked)]
-    if all(torch.equal(ours[name], neutral(name, ours[name].shape)) for name in extra):
-        config, ours = lacked, {name: tensor for name, tensor in ours.items() if name not in extra}
+    # What a model of ours lacked was exported as neutral; while it still is, the model gets its own switches back.
+    lacked = {name: value for name, value in dict(hf.get("inkling") or {}).items() if name in OPTIONAL}
+    for switches in (config | lacked, config):
+        extra = [name for name in ours if not present(name, switches)]
+        given = [name for name in extra if not torch.equal(ours[name], neutral(name, ours[name].shape))]
+        if not given:
+            break
+    else:
+        raise ValueError("Inkling's Llama has no counterpart of attention_bias=True with mlp_bias=False, but for "
+                         "biases of queries, keys and values alone")
+    config, ours = switches, {name: tensor for name, tensor in ours.items() if name not in extra}
     if config["tie_weights"]:
         ours["head.weight"] = ours["wte.weight"]
     return config, ours, vocab_size
@@ -289,8 +299,12 @@ LETTERS = byte_letters()
 BYTES = {letter: value for value, letter in enumerate(LETTERS)}
 
 
+def spelled(token: bytes) -> str:
+    return "".join(LETTERS[value] for value in token)
+
+
 def merged_pairs(ranks: dict) -> list:
-    """[(left, right, token)] in the order of ranks (bytes -> id): the last two parts that each token is merged from,
+    """[(left, right)] in the order of ranks (bytes -> id): the last two parts that each token is merged from,
     which are the only ones in any text, since a token's inside is merged before and without its outside. A token that
     lower ranks do not merge into two parts can only be met as a whole, and is left out."""
     pairs = []
@@ -303,7 +317,7 @@ def merged_pairs(ranks: dict) -> list:
                 break
             parts[at:at + 2] = [parts[at] + parts[at + 1]]
         if len(parts) == 2:
-            pairs.append((*parts, token))
+            pairs.append(tuple(parts))
     return pairs
 
 
@@ -328,10 +342,6 @@ def write_tokenizer(tokenizer: Tokenizer) -> dict:
         vocab = {char: value for value, char in enumerate(tokenizer.stored["chars"])}
         return content | {"pre_tokenizer": split_by(r"[\s\S]"), "decoder": {"type": "Fuse"},
                           "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}}
-
-    def spelled(token: bytes) -> str:
-        return "".join(LETTERS[value] for value in token)
-
     ranks = {bytes([value]): value for value in range(256)}
     if tokenizer.kind == "bpe":
         ranks = tokenizer.bpe["mergeable_ranks"]
@@ -342,68 +352,73 @@ def write_tokenizer(tokenizer: Tokenizer) -> dict:
         vocab[text] = value             # its place in the vocabulary is what gives it this id
         content["added_tokens"].append({"id": value, "content": text, "single_word": False, "lstrip": False,
                                         "rstrip": False, "normalized": False, "special": True})
-    merges = [[spelled(left), spelled(right)] for left, right, _ in merged_pairs(ranks)]
+    merges = [[spelled(left), spelled(right)] for left, right in merged_pairs(ranks)]
     return content | {"model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                                 "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
                                 "ignore_merges": True, "vocab": vocab, "merges": merges}}
 
 
-def read_tokenizer(content: dict, name: str, ours: dict) -> Tokenizer:
+def read_pattern(content: dict, ours: dict) -> str:
+    """The pattern by which tokenizer.json's content splits a text, in tiktoken's dialect, or ValueError."""
+    steps = content.get("pre_tokenizer") or {"type": "nothing"}
+    steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+    *first, last = steps
+    if last["type"] == "ByteLevel" and not last.get("add_prefix_space"):
+        if not first and last.get("use_regex", True):
+            return GPT2_PATTERN
+        if len(first) == 1 and not last.get("use_regex", True) and first[0]["type"] == "Split":
+            there = first[0]["pattern"].get("Regex", "")
+            if first[0] == split_by(there):
+                if pattern_there(ours.get("pattern", "")) == there:
+                    return ours["pattern"]
+                # Possessive repeats and anchors differ between the dialects; all else that is in use does not.
+                if not re.search(r"([?*+]|\{\d+(,\d*)?\})\+|\\[zZAG]|(?<!\\)[$^]", there.replace("[^", "")):
+                    return there
+                raise ValueError(f"it splits a text by {there!r}, which may mean something else in tiktoken")
+    raise ValueError(f"it prepares a text by {', '.join(str(step['type']) for step in steps)}, unlike byte-level BPE")
+
+
+def read_tokenizer(content: dict, ours: dict) -> Tokenizer:
     """The tokenizer in tokenizer.json's content, or ValueError with what Inkling cannot express. `ours`: name and
-    pattern, if it was exported by Inkling."""
-    model, split = content["model"], content.get("pre_tokenizer") or {}
-    if model["type"] == "WordLevel":
-        tokenizer = Tokenizer({"kind": "char", "chars": "".join(sorted(model["vocab"], key=model["vocab"].get))})
-    elif model["type"] == "BPE" and not model["merges"]:
-        tokenizer = Tokenizer({"kind": "byte"})
-    else:
-        tokenizer = None
-    if tokenizer:                       # ours if we would write the same
+    pattern, if it was exported by Inkling. One that has no name is called bpe, or gpt2 where it is that."""
+    model, added = content["model"], content.get("added_tokens") or []
+    if model["type"] not in ("BPE", "WordLevel") or model.get("byte_fallback"):
+        raise ValueError(f"it is {model['type']}, {'with byte_fallback, ' * bool(model.get('byte_fallback'))}"
+                         "not byte-level BPE")
+    if not model.get("merges"):         # char and byte: ours, if we would write the same
+        tokenizer = Tokenizer({"kind": "byte"} if model["type"] == "BPE" else {
+            "kind": "char", "chars": "".join(sorted(model["vocab"], key=model["vocab"].get))})
         same = write_tokenizer(tokenizer)
-        if any(content.get(part) != same[part] for part in ("model", "pre_tokenizer", "normalizer", "added_tokens")):
-            raise ValueError(f"its {model['type']} vocabulary was not exported by Inkling")
+        if any(content.get(part) != same[part] for part in ("pre_tokenizer", "normalizer")) or added or (
+                model["vocab"] != same["model"]["vocab"]):
+            raise ValueError(f"it is {model['type']} without merges, and was not exported by Inkling")
         return tokenizer
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise ValueError(f"its model is {model['type']}{' with byte_fallback' * bool(model.get('byte_fallback'))}, "
-                         "not a byte-level BPE (sentencepiece?)")
     unlike = [f"{key}={model[key]!r}" for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
               if model.get(key)]
     unlike += [f"the normalizer {content['normalizer']['type']}"] if content.get("normalizer") else []
-    steps = split["pretokenizers"] if split.get("type") == "Sequence" else [split]
-    levels = [step for step in steps if step.get("type") == "ByteLevel"]
-    splits = [step["pattern"]["Regex"] for step in steps if step == split_by(step.get("pattern", {}).get("Regex"))]
-    if len(levels) != 1 or levels[0].get("add_prefix_space") or steps[-1] != levels[0] or len(steps) > 2:
-        unlike += [f"the pre_tokenizer {'+'.join(str(step.get('type')) for step in steps)}"]
-    elif levels[0].get("use_regex", True) and len(steps) == 1:
-        pattern = GPT2_PATTERN
-    elif len(splits) == 1 and not levels[0].get("use_regex", True):
-        pattern = ours["pattern"] if pattern_there(ours.get("pattern", "")) == splits[0] else splits[0]
-        if pattern_there(pattern) != splits[0] or re.search(r"\\[zZAG]|[?*+]\+", splits[0]) and pattern == splits[0]:
-            unlike += [f"the pattern {splits[0]!r}"]
-    else:
-        unlike += ["its way to split a text"]
-    special = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-    unlike += [f"the added token {token['content']!r} that is not special"
-               for token in content.get("added_tokens") or [] if not token["special"]][:3]
+    unlike += [f"the added token {token['content']!r} that is not special" for token in added if not token["special"]]
     if unlike:
-        raise ValueError(f"it has {', '.join(unlike)}")
-    ranks = {}
-    for token, value in model["vocab"].items():
-        if token not in special:
-            ranks[bytes(BYTES[letter] for letter in token)] = value
+        raise ValueError(f"it has {', '.join(unlike[:5])}")
+    pattern, special = read_pattern(content, ours), {token["content"]: token["id"] for token in added}
+    plain = {token: value for token, value in model["vocab"].items() if token not in special}
+    if strange := {letter for token in plain for letter in token} - BYTES.keys():
+        raise ValueError(f"its vocabulary is not spelled in bytes: it has {min(strange)!r}")
+    ranks = {bytes(BYTES[letter] for letter in token): value for token, value in plain.items()}
+    if lacking := [value for value in range(256) if bytes([value]) not in ranks]:
+        raise ValueError(f"its vocabulary lacks byte {lacking[0]:#04x}")
+    # tiktoken merges in the order of the ids, and knows every pair that forms a token.
     listed = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-    order = [model["vocab"][left + right] for left, right in listed]
-    derived = {("".join(LETTERS[b] for b in left), "".join(LETTERS[b] for b in right))
-               for left, right, _ in merged_pairs(ranks)}
-    whole = sum(len(token) > 1 for token in ranks) - len(derived)
-    if order != sorted(order) or derived - set(listed) or whole and not model.get("ignore_merges"):
+    order = [plain[left + right] for left, right in listed]
+    pairs = [(spelled(left), spelled(right)) for left, right in merged_pairs(ranks)]
+    by_merges = len(pairs) == len(ranks) - 256 or model.get("ignore_merges")
+    if order != sorted(order) or not set(pairs) <= set(listed) or not by_merges:
         raise ValueError("its merges are not in the order of its ids, as tiktoken needs them")
-    if pattern == GPT2_PATTERN and special == {END_OF_TEXT: 50_256} and len(ranks) == 50_256:
-        name = "gpt2"
-    return Tokenizer({"kind": "bpe", "name": str(ours.get("name", name)), "pattern": pattern,
+    # Sets that prepare.py made with tiktoken's gpt2 are to have the very same tokenizer.
+    gpt2 = pattern == GPT2_PATTERN and special == {END_OF_TEXT: 50_256} and len(ranks) == 50_256
+    name = ours.get("name", "gpt2" if gpt2 else "bpe")
+    return Tokenizer({"kind": "bpe", "name": name, "pattern": pattern, "special": special,
                       "ranks": "\n".join(f"{b64encode(token).decode()} {rank}"
-                                         for token, rank in sorted(ranks.items(), key=lambda item: item[1])),
-                      "special": special})
+                                         for token, rank in sorted(ranks.items(), key=lambda item: item[1]))})
 
 
 # -- directories -----------------------------------------------------------------------------------------------------
@@ -449,7 +464,9 @@ def read_weights(folder: Path) -> dict:
     for path in paths:
         try:
             if path.suffix == ".bin":
-                part = torch.load(path, map_location="cpu", weights_only=True)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    part = torch.load(path, map_location="cpu", weights_only=True)
                 if not all(isinstance(tensor, torch.Tensor) for tensor in part.values()):
                     raise ValueError("it holds more than tensors")
             else:
@@ -481,7 +498,10 @@ def folder_tokenizer(folder: Path, hf: dict) -> Tokenizer:
             return Tokenizer.build("gpt2", "")
         else:
             raise ValueError("neither tokenizer.json nor vocab.json with merges.txt is there")
-        tokenizer = read_tokenizer(content, folder.name, dict(settings.get("inkling") or {}))
+        tokenizer = read_tokenizer(content, dict(settings.get("inkling") or {}))
+        if "TemplateProcessing" in str(content.get("post_processor")):
+            print(f"note     the tokenizer in {folder} puts special tokens around every text; Inkling does not",
+                  file=sys.stderr, flush=True)
         if tokenizer.kind == "bpe":
             tokenizer.encode("Once")    # tiktoken reads the pattern here
         return tokenizer
@@ -663,7 +683,7 @@ def export_folder(source: str, options: Options):
         settings["inkling"] = {key: tokenizer.stored[key] for key in ("name", "pattern")}
     beside, old = out.with_name(out.name + ".tmp"), out.with_name(out.name + ".old.tmp")
     try:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)       # a killed process may have left it
         beside.mkdir(parents=True)
         for name, part in (("config.json", hf), ("tokenizer.json", write_tokenizer(tokenizer)),
                            ("tokenizer_config.json", settings), ("generation_config.json", {
@@ -675,8 +695,10 @@ def export_folder(source: str, options: Options):
             os.rename(out, old)
         os.rename(beside, out)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        fail(f"could not write {out}: {error.strerror or error}")
+    except (OSError, RuntimeError) as error:
+        fail(f"could not write {out}: {getattr(error, 'strerror', None) or error}")
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     print(f"{out}: {TITLES[hf['model_type']]}, {sum(map(torch.numel, tensors.values())):,} parameters, and its "
           f"tokenizer ({tokenizer.kind})\nnext     hf upload USER/NAME {out}", flush=True)
 
