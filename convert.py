@@ -37,6 +37,7 @@ EXPORTED = {"config.json", "generation_config.json", "model.safetensors", "token
 
 @dataclass
 class Options:
+    # -- what is written
     out: str = ""                       # import: folder of the run, empty: out/NAME; export: the directory to write
     tokenizer: str = ""                 # import: the tokenizer, if the directory's own cannot be used: byte, a name
                                         # that tiktoken knows, or the path of a meta.json or ckpt.pt of Inkling
