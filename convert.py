@@ -20,6 +20,7 @@ import urllib.error
 import urllib.request
 import warnings
 from base64 import b64encode
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -275,9 +276,11 @@ def to_hf(config: dict, tensors: dict, vocab_size: int, eot: int | None = None) 
         # Only biases and gains can be absent.
         pieces = [tensors[part] if part in tensors else neutral(part, shape[0] // len(names)) for part in names]
         tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        if names[0] in ("wte.weight", "head.weight"):
-            tensor = tensor[:vocab_size]
-        theirs[name] = (tensor.T if turned else tensor).contiguous()
+        tensor = tensor.T if turned else tensor
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"its weights do not fit its settings: {names[0]} gives {name} {tuple(tensor.shape)}, "
+                             f"not {shape}")
+        theirs[name] = (tensor[:vocab_size] if names[0] in ("wte.weight", "head.weight") else tensor).contiguous()
     return hf, theirs
 
 
@@ -383,16 +386,17 @@ def read_tokenizer(content: dict, ours: dict) -> Tokenizer:
     """The tokenizer in tokenizer.json's content, or ValueError with what Inkling cannot express. `ours`: name and
     pattern, if it was exported by Inkling. One that has no name is called bpe, or gpt2 where it is that."""
     model, added = content["model"], content.get("added_tokens") or []
-    if model["type"] not in ("BPE", "WordLevel") or model.get("byte_fallback"):
-        raise ValueError(f"it is {model['type']}, {'with byte_fallback, ' * bool(model.get('byte_fallback'))}"
+    kind = model.get("type", "BPE")     # files older than tokenizers 0.10, as GPT-2's own, leave it out
+    if kind not in ("BPE", "WordLevel") or model.get("byte_fallback"):
+        raise ValueError(f"it is {kind}, {'with byte_fallback, ' * bool(model.get('byte_fallback'))}"
                          "not byte-level BPE")
     if not model.get("merges"):         # char and byte: ours, if we would write the same
-        tokenizer = Tokenizer({"kind": "byte"} if model["type"] == "BPE" else {
+        tokenizer = Tokenizer({"kind": "byte"} if kind == "BPE" else {
             "kind": "char", "chars": "".join(sorted(model["vocab"], key=model["vocab"].get))})
         same = write_tokenizer(tokenizer)
         if any(content.get(part) != same[part] for part in ("pre_tokenizer", "normalizer")) or added or (
                 model["vocab"] != same["model"]["vocab"]):
-            raise ValueError(f"it is {model['type']} without merges, and was not exported by Inkling")
+            raise ValueError(f"it is {kind} without merges, and was not exported by Inkling")
         return tokenizer
     unlike = [f"{key}={model[key]!r}" for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
               if model.get(key)]
@@ -578,6 +582,15 @@ class FirstHeaders(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, file, code, message, headers, url)
 
 
+def with_bar(answer, have: int, size: int):
+    """The answer, with a progress bar as it is read on a terminal, where tqdm is installed. Sizes in bytes."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return nullcontext(answer)
+    return tqdm.wrapattr(answer, "read", initial=have, total=size, disable=None, leave=False)
+
+
 def download(url: str, path: Path) -> str:
     """Bring `url` to `path`, whole and checked (size, and SHA-256 where the server tells it), in three tries that go on
     where the last one, or the last process, was cut off. Returns the server's commit, or ""."""
@@ -587,14 +600,15 @@ def download(url: str, path: Path) -> str:
         have = part.stat().st_size if part.is_file() else 0
         first = FirstHeaders()
         try:
-            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+            wanted = {"User-Agent": "inkling"} | ({"Range": f"bytes={have}-"} if have else {})
+            request = urllib.request.Request(url, headers=wanted)
             with urllib.request.build_opener(first).open(request, timeout=30) as answer:
                 headers = first.headers or answer.headers
                 have = have if answer.status == 206 else 0          # some servers send all of it again
                 size = have + int(answer.headers["Content-Length"])
                 print(f"downloading {url} ({size / 1e6:,.1f} MB)", flush=True)
-                with open(part, "ab" if have else "wb") as file:
-                    shutil.copyfileobj(answer, file, 1 << 20)
+                with open(part, "ab" if have else "wb") as file, with_bar(answer, have, size) as stream:
+                    shutil.copyfileobj(stream, file, 1 << 20)
                     os.fsync(file.fileno())
             digest = (headers.get("X-Linked-Etag") or "").strip('"')
             if part.stat().st_size != size:

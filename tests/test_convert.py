@@ -371,7 +371,8 @@ def test_weights_that_are_not_those_of_the_settings_are_not_exported(run_of):
     run_of(OUR_GPT2)
     whole = torch.load("run/ckpt.pt")
     for change in (dict(config=whole["config"] | dict(bias=False)), dict(config={}), dict(tokenizer={}),
-                   dict(model={}), dict(model={name: 1 for name in whole["model"]})):
+                   dict(model={}), dict(model={name: 1 for name in whole["model"]}),
+                   dict(model=whole["model"] | {"blocks.1.norm2.bias": torch.zeros(31)})):
         torch.save(whole | change, "run/ckpt.pt")
         refused("export", "run/ckpt.pt", "--out=there", parts=["run/ckpt.pt"])
     refused("export", "run/no.pt", "--out=there", parts=["run/no.pt"])
@@ -493,6 +494,20 @@ def test_merged_pairs_are_what_two_tokens_are_made_of():
     ranks = {bytes([value]): value for value in range(256)} | {b"ab": 256, b"cd": 257, b"abc": 258, b"abcd": 259,
                                                                b"xyz": 260}
     assert convert.merged_pairs(ranks) == [(b"a", b"b"), (b"c", b"d"), (b"ab", b"c"), (b"ab", b"cd")]
+
+
+def test_a_file_of_the_first_versions_is_read(their_bpe):
+    """As GPT-2's own was written: no type of the model, merges as texts, empty affixes, no use_regex."""
+    content = json.loads(their_bpe.to_str())
+    ours = convert.read_tokenizer(content, {})
+    content["model"] = {"dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
+                        "fuse_unk": False, "vocab": content["model"]["vocab"],
+                        "merges": [" ".join(pair) for pair in content["model"]["merges"]]}
+    content["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    content["added_tokens"][0]["normalized"] = True
+    assert convert.read_tokenizer(content, {}).stored == ours.stored
+    theirs = PreTrainedTokenizerFast(tokenizer_object=Theirs.from_str(json.dumps(content)))
+    assert their_ids(theirs, TEXT) == ours.encode(TEXT).tolist()
 
 
 def test_vocab_json_and_merges_txt_are_enough(saved, their_bpe):
@@ -707,7 +722,10 @@ def arrived(site, cache) -> bool:
         not list(cache.rglob("*.part")))
 
 
-def test_a_name_is_downloaded_once(site, cache):
+@pytest.mark.parametrize("tqdm", ["with a bar", "without tqdm"])
+def test_a_name_is_downloaded_once(site, cache, monkeypatch, tqdm):
+    if tqdm == "without tqdm":
+        monkeypatch.setitem(sys.modules, "tqdm", None)
     converted("import", "gpt2", "--out=one")
     assert arrived(site, cache)
     assert [path for path, _ in site.asked if path.startswith("/open")] == [
@@ -814,6 +832,20 @@ def test_train_fine_tunes_pretrained_weights(pretrained):
     assert tuned().returncode == 0
     assert torch.load("tuned/last.pt")["step"] == 2
     assert tuned(init_from="resume", max_iters=3).returncode == 0       # its last.pt is a run like any other
+
+
+def test_the_configs_run(pretrained):
+    for name in convert.NAMES:
+        said = (ROOT / "config" / f"{name.replace('-', '_')}.py").read_text()
+        assert f'init_from = "{name}"' in said
+        assert f"--init_from={name}" in said
+    small = dict(TUNE, max_iters=1, gradient_accumulation_steps=2, out_dir="fine")
+    for name in ("optimizer", "learning_rate", "init_from", "batch_size", "eval_interval"):
+        small.pop(name)
+    outcome = inside(train.main, ROOT / "config" / "finetune_shakespeare.py", *flags(**small))
+    assert outcome.returncode == 0, outcome.stderr
+    assert "the first loss should be" not in outcome.stdout             # it is that of trained weights
+    assert train.load("fine")[0].cfg.learning_rate == 3e-5
 
 
 def test_block_size_may_be_lowered(pretrained):
