@@ -219,6 +219,8 @@ def from_hf(hf: dict, tensors: dict) -> tuple:
     bytes, 16-bit weights become float32. Raises ValueError when they do not fit one another, or Inkling."""
     config, vocab_size = read_settings(hf)
     kind = hf["model_type"]
+    if config["n_layer"] > len(tensors):
+        raise ValueError(f"its {len(tensors)} tensors are not those of {config['n_layer']} layers")
     prefix = "transformer." if kind == "gpt2" else "model."
     found = {}
     for name, tensor in tensors.items():
@@ -264,10 +266,11 @@ def from_hf(hf: dict, tensors: dict) -> tuple:
 def to_hf(config: dict, tensors: dict, vocab_size: int, eot: int | None = None) -> tuple:
     """(config.json's content, tensors by their name there) of a model of ours, without the rows that pad its
     vocabulary. Raises ValueError naming the switches that neither architecture has."""
-    up = tensors.get("blocks.0.mlp.up.weight")
-    hf = write_settings(config, 0 if up is None else up.size(0), vocab_size, eot)
-    rows = tensors["wte.weight"].size(0)
-    table = layout(hf["model_type"], config, rows, up.size(0))
+    rows, width = (tensors[name].size(0) for name in ("wte.weight", "blocks.0.mlp.up.weight"))
+    hf = write_settings(config, width, vocab_size, eot)
+    if config["n_layer"] > len(tensors):
+        raise ValueError(f"its {len(tensors)} tensors are not those of {config['n_layer']} layers")
+    table = layout(hf["model_type"], config, rows, width)
     needed = {name for names, _, _ in table.values() for name in names if present(name, config)} | {"head.weight"}
     if needed != set(tensors):
         raise ValueError(f"its weights do not fit its settings: {sorted(needed ^ set(tensors))[:4]}")

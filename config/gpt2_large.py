@@ -5,9 +5,10 @@
 #         --num_samples=5 --max_new_tokens=100
 #
 # 774,030,080 parameters (a test counts them): 36 layers, 20 heads, 1280 wide, context 1024, vocabulary 50,257. The
-# weights come from the local Hugging Face cache, or are downloaded to it once, about 3.1 GB, as much as they take in
-# memory. nanoGPT, after whose config/eval_gpt2_large.py this is, reports 2.67 on the val split of OpenWebText. On
-# Shakespeare (val: 35 windows of 1024 tokens, all of them read) it is not measured: the weights could not be had here.
+# weights come from the local Hugging Face cache, or are downloaded to it once: 3.1 GB, as much as they take in memory,
+# and twice that while they are read. nanoGPT, after whose config/eval_gpt2_large.py this is, reports a val loss of
+# 2.67 on OpenWebText. On Shakespeare (val: 35 windows of 1024 tokens, all of them read) it is not measured: the weights
+# could not be had where this was written.
 
 dataset = "shakespeare"
 
