@@ -34,7 +34,8 @@ class Options:
     # -- which model
     ckpt: str = ""                      # checkpoint file; empty: ckpt.pt of out_dir
     out_dir: str = ""                   # folder of the run; empty: the most recently written one under out/
-    init_from: Literal["resume"] = "resume"  # a model of ours, for nanoGPT's command lines
+    init_from: Literal["resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "resume"  # resume: a model of
+                                        # ours; else OpenAI's weights, from the Hugging Face cache or downloaded to it
     # -- prompts
     start: str = ""                     # the prompt, FILE:path, or - for standard input; empty: the start of a text
     prompts: str = ""                   # file with one prompt a line, instead of start
@@ -364,7 +365,8 @@ def main(argv: list) -> int:
             fail(f"--prompts={options.prompts} holds no prompt: one a line")
     options.start = starts[0]
 
-    path, device = find_checkpoint(options), runtime.choose_device(options.device)
+    path = find_checkpoint(options) if options.init_from == "resume" else options.init_from
+    device = runtime.choose_device(options.device)
     dtype = options.dtype
     if dtype == "auto":                 # on a CPU float32 is as fast for one text, and the same in any batch
         dtype = runtime.choose_dtype(device, "auto") if torch.device(device).type == "cuda" else "float32"

@@ -39,7 +39,7 @@ class Config:
     dataset: str = "fables"             # folder under data/; prepare.py writes it, a named set on first use
     data_dir: str = ""                  # folder that holds the data sets; empty: data/ beside this file
     out_dir: str = ""                   # folder of the run; empty: out/<config file's name>, or out/<dataset>
-    init_from: str = "scratch"          # scratch | resume | auto (resume if possible) | PATH of a ckpt.pt
+    init_from: str = "scratch"          # scratch | resume | auto: either | PATH.pt | gpt2[-medium|-large|-xl]
     seed: int = 1337                    # of the initial weights, the batches and dropout
     max_iters: int = 250                # optimizer steps
     max_epochs: float = 0.0             # passes over the training tokens; above 0 it sets max_iters
@@ -119,10 +119,8 @@ class Config:
 
     def problems(self) -> list:
         """Every broken rule, with its values, so that all can be mended at once."""
-        limits = dict.fromkeys(("eval_interval", "log_interval", "batch_size", "gradient_accumulation_steps"),
-                               (1, 2**31))
-        limits |= dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd", "rope_theta", "pad_vocab_to"),
-                                (1, 2**31))
+        counts = "eval_interval log_interval batch_size gradient_accumulation_steps block_size n_layer n_head"
+        limits = dict.fromkeys([*counts.split(), "n_embd", "rope_theta", "pad_vocab_to"], (1, 2**31))
         limits |= dict.fromkeys(("momentum", "beta1", "beta2"), (0, 0.99999))
         limits |= dict(dropout=(0, 0.99), rope_fraction=(0, 1), cooldown=(0, 1), adam_eps=(1e-30, 1))
         found = []
@@ -143,9 +141,8 @@ class Config:
 
 
 # What a checkpoint's weights depend on, from n_layer to pad_vocab_to, and what a resumed run cannot change.
-_NAMES = list(Config.__dataclass_fields__)
-MODEL_FIELDS = {"block_size", *_NAMES[_NAMES.index("n_layer"):_NAMES.index("init")]}
-MODEL_FIELDS -= {"dropout", "attn_dropout"}
+_ALL = list(Config.__dataclass_fields__)
+MODEL_FIELDS = {"block_size", *_ALL[_ALL.index("n_layer"):_ALL.index("init")]} - {"dropout", "attn_dropout"}
 FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer"}
 
 # -----------------------------------------------------------------------------------------------------------
@@ -597,18 +594,27 @@ def restore(checkpoint: dict, source, cfg: Config | None = None) -> tuple:
         tokenizer, model = Tokenizer(checkpoint["tokenizer"]), GPT(cfg, checkpoint["vocab_size"])
         if tokenizer.vocab_size != model.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}")
+        if cfg.positions == "learned":                  # block_size may have been lowered
+            checkpoint["model"]["wpe.weight"] = checkpoint["model"]["wpe.weight"][:cfg.block_size]
         model.load_state_dict(checkpoint["model"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         fail(f"{source}: its parts do not fit together: {str(error)[:400]}")
     return model, tokenizer
 
 
+def read_weights(source) -> dict:
+    """A checkpoint's content, from its path or, for OpenAI's weights, their name."""
+    if str(source).startswith("gpt2") and not os.path.isfile(source):
+        import convert  # for these alone
+        return convert.imported(source)
+    return runtime.load_checkpoint(Path(source))
+
+
 def load(path, device: str = "cpu") -> tuple:
-    """(model, tokenizer) for use from Python, in eval mode. path: a checkpoint, or the folder of a run.
+    """(model, tokenizer) for use from Python, in eval mode. path: a checkpoint, a run's folder, gpt2, ...
     `for ids in model.generate(prompt, 100, lambda logits: draw(logits, 0.8))` continues a prompt (B, T)."""
-    path = Path(path)
-    path = path / "ckpt.pt" if os.path.isdir(path) else path
-    model, tokenizer = restore(runtime.load_checkpoint(path), path)
+    path = Path(path, "ckpt.pt") if os.path.isdir(path) else path
+    model, tokenizer = restore(read_weights(path), path)
     return model.to(device).eval(), tokenizer
 
 
@@ -690,10 +696,9 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
         if name == "last.pt":
             content |= dict(optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
                             threads=torch.get_num_threads())
-        problem = runtime.save_checkpoint(content, out_dir / name)
-        if problem:
-            report.say(f"{problem}; the next save tries again")
-        unsaved[name] = problem
+        unsaved[name] = runtime.save_checkpoint(content, out_dir / name)
+        if unsaved[name]:
+            report.say(f"{unsaved[name]}; the next save tries again")
 
     with runtime.Stop() as stop:
         watch = runtime.Watch(ranks, stop, optimizers, device, cfg.dtype)
@@ -785,11 +790,11 @@ def main(argv: list) -> int:
         resumed = runtime.load_checkpoint(out_dir / "last.pt", resumable=True)
         cfg = Config(**merge(Config, resumed["config"], parsed, FIXED_FIELDS, out_dir / "last.pt"))
     elif cfg.init_from != "scratch":
-        weights = runtime.load_checkpoint(Path(cfg.init_from))
+        weights = read_weights(cfg.init_from)
         # The model comes from the checkpoint, everything else from the files and flags given now.
         typed = replace(parsed, typed=parsed.typed & MODEL_FIELDS)
-        stored = merge(Config, weights["config"], typed, MODEL_FIELDS, cfg.init_from)
-        cfg = Config(**asdict(cfg) | {name: stored[name] for name in MODEL_FIELDS})
+        stored = merge(Config, weights["config"], typed, MODEL_FIELDS, cfg.init_from, lower={"block_size"})
+        cfg = Config(**asdict(cfg) | {name: stored[name] for name in MODEL_FIELDS | {"init"}})
     if "max_iters" in parsed.typed and "max_epochs" not in parsed.typed:
         cfg.max_epochs = 0.0                            # what is typed wins over what a file or the run says
     if problems := cfg.problems():

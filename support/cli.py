@@ -23,6 +23,7 @@ import textwrap
 import traceback
 import types
 import typing
+from collections.abc import Container
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NoReturn
@@ -216,13 +217,14 @@ def from_dict(options: type, stored: dict, source) -> dict:
     return values
 
 
-def merge(options: type, stored: dict, parsed: Parsed, fixed: set, source) -> dict:
+def merge(options: type, stored: dict, parsed: Parsed, fixed: set, source, lower: Container = ()) -> dict:
     """The stored settings, then the flags typed now; what a config file says changes nothing. A typed change of a
-    `fixed` field is refused, any other is printed."""
+    `fixed` field is refused (unless it lowers one of `lower`), any other is printed."""
     values = {field.name: field.default for field in fields(options)} | from_dict(options, stored, source)
     changed = {name: parsed.values[name] for name in sorted(parsed.typed)
                if parsed.values[name] != values[name] and name not in ("init_from", "out_dir")}
-    if refused := [f"{name}={value} (it has {values[name]})" for name, value in changed.items() if name in fixed]:
+    if refused := [f"{name}={value} (it has {values[name]})" for name, value in changed.items()
+                   if name in fixed and not (name in lower and value < values[name])]:
         fail(f"{source} cannot go on with {', '.join(refused)}: leave the flag out, or start from scratch")
     if changed and os.environ.get("RANK", "0") == "0":          # torchrun's first process speaks for all
         changes = [f"{name} {values[name]} -> {value}" for name, value in changed.items()]

@@ -146,8 +146,9 @@ class Report:
         self.say(f"model    {short(parameters)} parameters ({parameters:,}): {cfg.n_layer} layers, {cfg.n_head} heads, "
                  f"{cfg.n_embd} wide, context {cfg.block_size}")
         self.say(f"machine  {self.device}{', ' + name if name else ''}; {cfg.dtype}; compile {compile_note}")
-        self.say(f"steps    {cfg.max_iters:,} of {self.tokens_per_step:,} tokens, {per_epoch:.1f} to an epoch; "
-                 f"the first loss should be near ln {meta['vocab_size']} = {math.log(meta['vocab_size']):.3f}")
+        first = f"; the first loss should be near ln {meta['vocab_size']} = {math.log(meta['vocab_size']):.3f}"
+        self.say(f"steps    {cfg.max_iters:,} of {self.tokens_per_step:,} tokens, {per_epoch:.1f} to an epoch"
+                 f"{first if cfg.init_from == 'scratch' else ''}")
         if changed:
             self.say(f"settings {', '.join(changed)} (the rest as --help says)")
         if self.writes:

@@ -70,9 +70,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lock(folder: Path):
-    """Hold `folder` for this process, or fail naming the process that does. The lock dies with its process, however
-    it ends. Returns the open file; keep it."""
+def lock(folder: Path, wait: bool = False):
+    """Hold `folder` for this process, or fail naming the process that does (wait: until it lets go). The lock dies
+    with its process, however it ends. Returns the open file; keep it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+")     # noqa: SIM115, held open on purpose
@@ -80,10 +80,10 @@ def lock(folder: Path):
         fail(f"cannot use the folder {folder}: {error.strerror or error}: give another --out_dir")
     try:
         if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         elif msvcrt:
             file.seek(1 << 20)          # a byte past the text, so that others can still read who holds it
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)   # waits 10 s
     except OSError:
         file.seek(0)
         holder = file.read().strip() or "another process"

@@ -2,12 +2,14 @@
 
 import ast
 import re
+import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, TOY, flags
 
-PROGRAMS = ["train.py", "prepare.py", "sample.py", "support/cli.py", "support/runtime.py", "support/report.py"]
+PROGRAMS = ["train.py", "prepare.py", "sample.py", "convert.py", "support/cli.py", "support/runtime.py",
+            "support/report.py"]
 
 
 def imports(name: str) -> set:
@@ -22,11 +24,19 @@ def imports(name: str) -> set:
 
 
 def test_nothing_points_back():
-    assert not imports("train.py") & {"sample", "convert"}
-    assert not imports("prepare.py") & {"train", "sample", "torch"}
+    assert "sample" not in imports("train.py")
+    assert not imports("prepare.py") & {"train", "sample", "convert", "torch"}
+    assert not imports("convert.py") & {"train", "sample"}
     for name in ("support/cli.py", "support/runtime.py", "support/report.py"):
-        assert not imports(name) & {"train", "sample", "prepare"}, name
+        assert not imports(name) & {"train", "sample", "prepare", "convert"}, name
     assert not any(module.split(".")[0] == "torch" for module in imports("support/cli.py"))
+
+
+def test_convert_is_imported_when_pretrained_weights_are_asked_for_and_not_before():
+    for program in ("train", "sample"):
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {program}; print('convert' in sys.modules)"
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert process.stdout == "False\n", process.stderr
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -50,7 +60,7 @@ def test_train_py_can_be_read_in_one_sitting():
 def test_requirements_hold_what_the_programs_import():
     named = set(re.findall(r"^([a-z]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M))
     optional = {"wandb", "triton"}                       # only when asked for, or where PyTorch brings it
-    own = {"train", "prepare", "sample", "support"}
+    own = {"train", "prepare", "sample", "convert", "support"}
     third_party = {module.split(".")[0] for name in PROGRAMS for module in imports(name)} - set(sys.stdlib_module_names)
     assert third_party - own - optional <= named
 

@@ -1,0 +1,936 @@
+"""Weights and tokenizers travel to Hugging Face directories and back: the same logits, the same bytes, the same ids;
+what has no counterpart is refused by name. Compared with the installed transformers; no network."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import sys
+import threading
+import typing
+from base64 import b64encode
+from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+from conftest import ROOT, flags, inside, one_line_error, perturbed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Theirs
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+import convert
+import sample
+import train
+from prepare import END_OF_TEXT, Tokenizer, write_set
+from support import runtime
+from train import GPT, Config
+
+TEXT = (ROOT / "data" / "fables" / "input.txt").read_text(encoding="utf-8")[:20_000]
+VOCAB = 300
+COMMIT = "0123456789" * 4
+# What the programs load must be what the tests say, not what this machine has cached.
+GPT2 = dict(vocab_size=VOCAB, n_positions=24, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+LLAMA = dict(vocab_size=VOCAB, max_position_embeddings=24, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=0)
+THEIRS = {
+    "gpt2": ("gpt2", {}),
+    "gpt2 untied": ("gpt2", dict(tie_word_embeddings=False)),
+    "gpt2 another width, exact gelu": ("gpt2", dict(n_inner=80, activation_function="gelu", layer_norm_epsilon=1e-3)),
+    "gpt2 relu": ("gpt2", dict(activation_function="relu", n_layer=1, n_embd=24, n_head=3)),
+    "gpt2 squared relu": ("gpt2", dict(activation_function="relu2")),
+    "gpt2 tanh": ("gpt2", dict(activation_function="gelu_pytorch_tanh", reorder_and_upcast_attn=True)),
+    "llama": ("llama", {}),
+    "llama with as many kv heads": ("llama", dict(num_key_value_heads=4, rms_norm_eps=1e-3)),
+    "llama with one kv head": ("llama", dict(num_key_value_heads=1, intermediate_size=56)),
+    "llama tied": ("llama", dict(tie_word_embeddings=True)),
+    "llama with biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
+    "llama of another base": ("llama", dict(rope_parameters={"rope_type": "default", "rope_theta": 5e5})),
+    "llama of odd shapes": ("llama", dict(hidden_size=30, num_attention_heads=5, num_key_value_heads=5,
+                                          num_hidden_layers=3)),
+}
+SMALL = dict(block_size=24, n_layer=2, n_head=4, n_embd=32, embed_norm=False, qk_norm=False, logit_cap=0.0,
+             shortcuts=False, init="torch")
+OUR_GPT2 = SMALL | dict(positions="learned", norm="layernorm", norm_gain=True, norm_eps=1e-5, mlp="gelu_tanh",
+                        bias=True)
+OUR_LLAMA = SMALL | dict(norm_gain=True, mlp="swiglu", rope_fraction=1.0, ffn_dim=40)
+OURS = {
+    "gpt2": OUR_GPT2,
+    "gpt2 tied": OUR_GPT2 | dict(tie_weights=True, ffn_dim=72),
+    "nanoGPT without biases": OUR_GPT2 | dict(bias=False, tie_weights=True, mlp="gelu"),
+    "the verdict": OUR_GPT2 | dict(qkv_bias=False),
+    "biases of queries, keys and values": OUR_GPT2 | dict(bias=False, qkv_bias=True),
+    "norms without gains": OUR_GPT2 | dict(norm_gain=False),
+    "gpt2 padded": OUR_GPT2 | dict(pad_vocab_to=64, mlp="relu2"),
+    "llama": OUR_LLAMA,
+    "llama tied and padded": OUR_LLAMA | dict(tie_weights=True, pad_vocab_to=64, n_kv_head=2),
+    "llama of the usual width, one kv head": OUR_LLAMA | dict(ffn_dim=0, n_kv_head=1),
+    "llama with biases": OUR_LLAMA | dict(bias=True),
+    "llama with biases of queries, keys and values": OUR_LLAMA | dict(qkv_bias=True),
+    "llama with biases but of queries, keys and values": OUR_LLAMA | dict(bias=True, qkv_bias=False),
+    "llama without gains": OUR_LLAMA | dict(norm_gain=False, norm_eps=1e-3, rope_theta=500.0),
+}
+
+
+@pytest.fixture(scope="module")
+def their_bpe():
+    """A byte-level BPE that the tokenizers library has trained: end-of-text, the 256 bytes, 43 merges."""
+    theirs = Theirs(models.BPE())
+    theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    theirs.train_from_iterator([TEXT], trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=[END_OF_TEXT], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return theirs
+
+
+@pytest.fixture
+def saved(tmp_path, their_bpe, monkeypatch):
+    """saved("gpt2", n_layer=3): a random model of transformers, none of its weights trivial, and its directory, with a
+    tokenizer. The test stands in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def saved(kind="gpt2", folder="there", shard="1GB", **changes):
+        torch.manual_seed(1)
+        model = (GPT2LMHeadModel(GPT2Config(**GPT2 | changes)) if kind == "gpt2"
+                 else LlamaForCausalLM(LlamaConfig(**LLAMA | changes)))
+        perturbed(model.eval()).save_pretrained(folder, max_shard_size=shard)
+        their_bpe.save(f"{folder}/tokenizer.json")
+        return model, Path(folder)
+    return saved
+
+
+def ids(*shape, vocab=VOCAB):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(0))
+
+
+def near(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+def same_bytes(one: dict, other: dict):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].shape == other[name].shape, name
+        assert one[name].numpy().tobytes() == other[name].numpy().tobytes(), name
+
+
+def converted(*words):
+    """convert.py in this process, which must succeed."""
+    outcome = inside(convert.main, *words)
+    assert outcome.returncode == 0, outcome.stderr
+    return outcome
+
+
+def refused(*words, parts=()):
+    """convert.py must leave with one line, and nothing written but what was there."""
+    before = {path for path in Path().rglob("*") if path.name != ".lock"}
+    one_line_error(inside(convert.main, *words), *parts)
+    assert {path for path in Path().rglob("*") if path.name != ".lock"} == before
+
+
+def edited(path: Path, **changes):
+    """A JSON file with some keys changed; a change to ... takes the key away."""
+    content = {name: value for name, value in (json.loads(path.read_text()) | changes).items() if value is not ...}
+    path.write_text(json.dumps(content))
+
+
+# -- weights, both ways ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("kind", "changes"), THEIRS.values(), ids=THEIRS)
+def test_their_model_has_the_same_logits_here_and_the_same_bytes_back(saved, kind, changes):
+    theirs, folder = saved(kind, **changes)
+    converted("import", folder, "--out=ours")
+    ours, tokenizer = train.load("ours")
+    assert tokenizer.vocab_size == VOCAB
+    near(ours(ids(3, 24))[0], theirs(ids(3, 24)).logits)
+    converted("export", "ours/ckpt.pt", "--out=back")
+    same_bytes(load_file("back/model.safetensors"), load_file(folder / "model.safetensors"))
+    near(AutoModelForCausalLM.from_pretrained("back")(ids(3, 24)).logits, theirs(ids(3, 24)).logits)
+
+
+@pytest.mark.parametrize("switches", OURS.values(), ids=OURS)
+def test_our_model_has_the_same_logits_there_and_the_same_bytes_back(tmp_path, monkeypatch, their_bpe, switches):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(2)
+    tokenizer = convert.read_tokenizer(json.loads(their_bpe.to_str()), {})
+    model = perturbed(GPT(Config(**switches), VOCAB).eval())
+    Path("run").mkdir()
+    stored = dict(model.state_dict())
+    runtime.save_checkpoint(dict(config=asdict(model.cfg), tokenizer=tokenizer.stored, vocab_size=VOCAB, step=7,
+                                 model=stored), "run/ckpt.pt")
+    converted("export", "run/ckpt.pt", "--out=there")
+    there, theirs = load_file("there/model.safetensors"), AutoModelForCausalLM.from_pretrained("there")
+    near(theirs(ids(3, 24)).logits, model(ids(3, 24))[0])
+    assert all(VOCAB in tensor.shape for name, tensor in there.items() if "embed_tokens" in name or "wte" in name)
+    assert theirs.config.vocab_size == VOCAB
+    converted("import", "there", "--out=back")
+    back = torch.load("back/ckpt.pt")
+    assert back["tokenizer"] == tokenizer.stored
+    cropped = {name: tensor[:VOCAB] if name in ("wte.weight", "head.weight") else tensor
+               for name, tensor in stored.items()}
+    same_bytes(back["model"], cropped)
+    converted("export", "back/ckpt.pt", "--out=again")
+    same_bytes(load_file("again/model.safetensors"), there)
+
+
+def test_a_bias_learned_elsewhere_is_kept(saved):
+    """A model that was exported without biases and has them now is a GPT-2 with biases."""
+    theirs, folder = saved()
+    edited(folder / "config.json", inkling=dict(bias=False, qkv_bias="auto", norm_gain=False))
+    config, tensors, _ = convert.from_hf(json.loads((folder / "config.json").read_text()),
+                                         load_file(folder / "model.safetensors"))
+    assert config["bias"] is config["norm_gain"] is True
+    assert "blocks.0.attn.q.bias" in tensors
+
+
+def test_weights_in_16_bits_become_float32_exactly(saved):
+    theirs, folder = saved("llama")
+    for dtype in (torch.bfloat16, torch.float16):
+        theirs.to(dtype).save_pretrained(folder)
+        converted("import", folder, "--out=ours")
+        weight = torch.load("ours/ckpt.pt")["model"]["blocks.1.mlp.gate.weight"]
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, theirs.model.layers[1].mlp.gate_proj.weight.float())
+    save_file({name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()},
+              folder / "model.safetensors")
+    refused("import", folder, "--out=other", parts=["torch.float64"])
+
+
+def test_the_names_of_the_bare_model_and_its_old_constants_are_understood(saved):
+    theirs, folder = saved()
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in
+               load_file(folder / "model.safetensors").items()}
+    tensors |= {f"h.{layer}.attn.bias": torch.ones(24, 24).tril()[None, None] for layer in range(2)}
+    save_file(tensors | {"h.0.attn.masked_bias": torch.tensor(-1e4), "lm_head.weight": theirs.lm_head.weight.clone()},
+              folder / "model.safetensors")
+    converted("import", folder, "--out=ours")
+    near(train.load("ours")[0](ids(2, 24))[0], theirs(ids(2, 24)).logits)
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+def test_shards_are_read_as_one(saved):
+    theirs, folder = saved("llama", shard="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    converted("import", folder, "--out=ours")
+    near(train.load("ours")[0](ids(2, 24))[0], theirs(ids(2, 24)).logits)
+    index = folder / "model.safetensors.index.json"
+    first, second, *_ = sorted(folder.glob("model-*.safetensors"))
+    whole = second.read_bytes()
+    save_file(load_file(second) | dict(list(load_file(first).items())[:1]), second)
+    refused("import", folder, "--out=other", parts=[second.name, "again"])
+    second.write_bytes(whole)
+    first.unlink()
+    refused("import", folder, "--out=other", parts=["there holds no complete model.safetensors"])
+    edited(index, weight_map={"wte.weight": "../elsewhere.safetensors"})
+    refused("import", folder, "--out=other", parts=["outside its folder"])
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("it_ran",)
+
+
+def test_a_pickle_is_read_when_it_holds_tensors_and_refused_when_it_runs_code(saved):
+    theirs, folder = saved()
+    (folder / "model.safetensors").unlink()
+    torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
+    converted("import", folder, "--out=ours")
+    near(train.load("ours")[0](ids(2, 24))[0], theirs(ids(2, 24)).logits)
+    for content in (torch.save, lambda weights, path: path.write_bytes(pickle.dumps(weights))):
+        content({"wte.weight": Hostile()}, folder / "pytorch_model.bin")
+        refused("import", folder, "--out=other", parts=["pytorch_model.bin", "nothing was loaded"])
+    torch.save({"wte.weight": "text"}, folder / "pytorch_model.bin")
+    refused("import", folder, "--out=other", parts=["pytorch_model.bin"])
+
+
+def test_a_damaged_directory_is_one_line(saved):
+    _, folder = saved()
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for cut in (0, 5, len(whole) // 2, len(whole) - 1):
+        weights.write_bytes(whole[:cut])
+        refused("import", folder, "--out=other", parts=["model.safetensors", "nothing was loaded"])
+    weights.write_bytes(whole)
+    for content in ("", "[]", "{", '{"a": NaN', "null", '{"model_type": "gpt2", "vocab_size": {}}'):
+        (folder / "config.json").write_text(content)
+        refused("import", folder, "--out=other", parts=["there"])
+    refused("import", "nowhere", "--out=other", parts=["nowhere", "gpt2-xl"])
+    (folder / "config.json").unlink()
+    refused("import", folder, "--out=other", parts=["config.json"])
+
+
+def test_weights_that_do_not_fit_are_named(saved):
+    _, folder = saved()
+    path = folder / "model.safetensors"
+    whole = load_file(path)
+    norm = "transformer.h.1.ln_1.weight"
+    for changes, parts in (({norm: None}, [norm, "missing"]), ({norm: torch.ones(31)}, [norm, "(31,)", "(32,)"]),
+                           ({"score.weight": torch.ones(2)}, ["transformer.score.weight", "not known"]),
+                           ({"lm_head.weight": torch.ones(VOCAB, 32)}, ["tie_word_embeddings", "differs"])):
+        save_file({name: tensor for name, tensor in (whole | changes).items() if tensor is not None}, path)
+        refused("import", folder, "--out=other", parts=parts)
+
+
+def test_without_safetensors_one_line_says_what_to_install(saved, monkeypatch):
+    _, folder = saved()
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    refused("import", folder, "--out=other", parts=["pip install safetensors"])
+
+
+# -- what has no counterpart -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("kind", "changes", "said"), [
+    ("gpt2", dict(activation_function="silu"), "activation_function='silu'"),
+    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
+    ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights=False"),
+    ("gpt2", dict(add_cross_attention=True), "add_cross_attention=True"),
+    ("gpt2", dict(n_ctx=12), "n_ctx=12"),
+    ("gpt2", dict(n_layer="two"), "n_layer='two'"),
+    ("gpt2", dict(n_embd=0), "n_embd=0"),
+    ("gpt2", dict(n_layer=10**9), "1000000000 layers"),
+    ("gpt2", dict(vocab_size=...), "vocab_size=None"),
+    ("gpt2", dict(model_type="bert"), "model_type='bert'"),
+    ("gpt2", dict(quantization_config={"bits": 4}), "quantization_config="),
+    ("llama", dict(hidden_act="gelu"), "hidden_act='gelu'"),
+    ("llama", dict(head_dim=16), "head_dim=16"),
+    ("llama", dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}, rope_parameters=...), "llama3"),
+    ("llama", dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_parameters="),
+    ("llama", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "yarn"),
+    ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+    ("llama", dict(mlp_bias=True), "mlp_bias=True with attention_bias=False"),
+    ("llama", dict(sliding_window=128), "sliding_window=128"),
+    ("llama", dict(some_new_switch="on"), "some_new_switch='on'"),
+    ("llama", dict(rms_norm_eps="small"), "rms_norm_eps='small'"),
+])
+def test_a_field_without_a_counterpart_is_refused_by_name(saved, kind, changes, said):
+    _, folder = saved(kind)
+    edited(folder / "config.json", **changes)
+    refused("import", folder, "--out=other", parts=["there", said])
+
+
+def test_the_older_spelling_of_the_rotary_base_is_read(saved):
+    theirs, folder = saved("llama", rope_parameters={"rope_type": "default", "rope_theta": 777.0})
+    edited(folder / "config.json", rope_parameters=..., rope_theta=777.0, rope_scaling=None, torch_dtype="float32")
+    converted("import", folder, "--out=ours")
+    near(train.load("ours")[0](ids(2, 24))[0], theirs(ids(2, 24)).logits)
+
+
+def test_biases_of_all_of_attention_but_not_of_the_mlp_are_refused(saved):
+    _, folder = saved("llama", attention_bias=True)
+    refused("import", folder, "--out=other", parts=["attention_bias=True"])
+
+
+@pytest.fixture
+def run_of(tmp_path, monkeypatch):
+    """run_of(settings): a checkpoint of an untrained byte model, in run/ckpt.pt."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_of(settings, tokenizer="byte", text=""):
+        tokenizer = Tokenizer.build(tokenizer, text)
+        model = GPT(Config(**settings), tokenizer.vocab_size)
+        Path("run").mkdir(exist_ok=True)
+        runtime.save_checkpoint(dict(config=asdict(model.cfg), tokenizer=tokenizer.stored, step=0,
+                                     vocab_size=tokenizer.vocab_size, model=dict(model.state_dict())), "run/ckpt.pt")
+        return model, tokenizer
+    return run_of
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    (dict(n_layer=1, n_embd=32), ["Llama", "embed_norm=True", "qk_norm=True", "logit_cap=15.0", "shortcuts=True",
+                                  "rope_fraction=0.5", "mlp=relu2"]),
+    (OUR_GPT2 | dict(head_bias=True), ["GPT-2", "head_bias=True"]),
+    (OUR_GPT2 | dict(n_kv_head=2), ["n_kv_head=2"]),
+    (OUR_GPT2 | dict(mlp="swiglu"), ["mlp=swiglu"]),
+    (OUR_GPT2 | dict(norm="rmsnorm"), ["norm=rmsnorm"]),
+    (OUR_LLAMA | dict(norm="layernorm", logit_cap=1.0), ["Llama", "norm=layernorm", "logit_cap=1.0"]),
+])
+def test_switches_without_a_counterpart_are_listed(run_of, settings, said):
+    run_of(settings)
+    refused("export", "run/ckpt.pt", "--out=there", parts=["run/ckpt.pt", *said])
+
+
+def test_every_switch_of_the_model_is_accounted_for():
+    """A new switch must be given a counterpart, or a value that it must have."""
+    sizes = {name for known in convert.SIZES.values() for name in known}
+    by_name = {"mlp", "norm_eps", "tie_weights", "rope_theta", "pad_vocab_to", *convert.OPTIONAL}
+    free = {"learned": {"rope_fraction", "rope_theta"}, "rope": set()}      # what nothing depends on there
+    for fixed in convert.SWITCHES.values():
+        assert sizes | by_name | set(fixed) | free[fixed["positions"]] == train.MODEL_FIELDS
+
+
+def test_weights_that_are_not_those_of_the_settings_are_not_exported(run_of):
+    run_of(OUR_GPT2)
+    whole = torch.load("run/ckpt.pt")
+    for change in (dict(config=whole["config"] | dict(bias=False)), dict(config=whole["config"] | dict(n_layer=10**9)),
+                   dict(config={}), dict(tokenizer={}),
+                   dict(model={}), dict(model={name: 1 for name in whole["model"]}),
+                   dict(model=whole["model"] | {"blocks.1.norm2.bias": torch.zeros(31)})):
+        torch.save(whole | change, "run/ckpt.pt")
+        refused("export", "run/ckpt.pt", "--out=there", parts=["run/ckpt.pt"])
+    refused("export", "run/no.pt", "--out=there", parts=["run/no.pt"])
+
+
+# -- tokenizers ------------------------------------------------------------------------------------------------------
+
+anything = st.text(st.one_of(st.characters(exclude_categories=["Cs"]),
+                             st.sampled_from(" \n\r\t'sStTlLrReEvV0123456789ab\u017f\u00a0\u3000\u0301")), max_size=60)
+
+
+def their_ids(theirs, text: str) -> list:
+    return theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "llama3"])
+def test_their_tokenizer_has_the_same_ids_here(their_bpe, pattern):
+    theirs = Theirs.from_str(their_bpe.to_str())
+    if pattern == "llama3":
+        words = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+        theirs.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"),
+                                                        pre_tokenizers.ByteLevel(False, use_regex=False)])
+    ours = convert.read_tokenizer(json.loads(theirs.to_str()), {})
+    assert ours.vocab_size == VOCAB
+    assert ours.eot == 0
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=theirs)
+
+    @given(anything)
+    def same(text):
+        assert ours.encode(text).tolist() == their_ids(wrapped, text)
+        assert ours.decode(ours.encode(text)) == text
+    same()
+    assert ours.encode(TEXT).tolist() == their_ids(wrapped, TEXT)
+    assert len(ours.encode(TEXT)) < 0.8 * len(TEXT)             # it does merge
+
+
+def exported(tokenizer: Tokenizer, tmp_path: Path):
+    """AutoTokenizer of what convert.py export writes for a tiny model with this tokenizer."""
+    tmp_path.mkdir(exist_ok=True)
+    cfg = Config(**OUR_LLAMA | dict(n_embd=4, n_head=1, n_layer=1, ffn_dim=4))
+    with torch.no_grad():
+        weights = dict(GPT(cfg, tokenizer.vocab_size).state_dict())
+    runtime.save_checkpoint(dict(config=asdict(cfg), tokenizer=tokenizer.stored, vocab_size=tokenizer.vocab_size,
+                                 step=0, model=weights), tmp_path / "ckpt.pt")
+    converted("export", tmp_path / "ckpt.pt", f"--out={tmp_path / 'there'}")
+    converted("import", tmp_path / "there", f"--out={tmp_path / 'back'}")
+    assert torch.load(tmp_path / "back" / "ckpt.pt")["tokenizer"] == tokenizer.stored
+    return AutoTokenizer.from_pretrained(tmp_path / "there")
+
+
+PATTERNS = {                                            # as tiktoken spells those of GPT-2, GPT-4 and GPT-4o
+    "gpt2": convert.GPT2_PATTERN,
+    "cl100k_base": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
+                   r"|\s*[\r\n]|\s+(?!\S)|\s",
+    "anything": r"[\s\S]+",
+    "a last word": r"\w+$|\w|\W",
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_our_bpe_has_the_same_ids_there(tmp_path, pattern):
+    """Every two of some letters are a token, and every two of these if they are the same: wherever a text is split at
+    another place the ids differ. One token cannot be merged from two, and ids are left out before end-of-text."""
+    letters = "12 \n'sLſá"
+    pairs = [(a + b).encode() for a in letters for b in letters]
+    tokens = [bytes([value]) for value in range(256)] + [pair for pair in pairs if len(pair) == 2]
+    tokens += [pair + pair for pair in pairs] + [b"1 unheard-of word"]
+    ranks = "\n".join(f"{b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens))
+    ours = Tokenizer({"kind": "bpe", "name": f"mine of {pattern}", "pattern": PATTERNS[pattern], "ranks": ranks,
+                      "special": {END_OF_TEXT: 700, "<|other|>": 600}})
+    theirs = exported(ours, tmp_path)
+    assert (theirs.eos_token_id, theirs.bos_token_id, ours.vocab_size) == (700, 700, 701)
+    assert theirs(f"a{END_OF_TEXT}b<|other|>").input_ids == [*ours.encode("a"), 700, *ours.encode("b"), 600]
+
+    @given(st.one_of(anything, st.text(letters, max_size=20)))
+    @settings(max_examples=300)
+    def same(text):
+        assert their_ids(theirs, text) == ours.encode(text).tolist()
+        assert theirs.decode(ours.encode(text).tolist()) == text
+    same()
+    for text in (TEXT, "a\n", "a \n", "  \n\n x", "1212121 12", "x  ", "$ 5$\n", "1 unheard-of word"):
+        assert their_ids(theirs, text) == ours.encode(text).tolist()
+
+
+def test_char_and_byte_have_the_same_ids_there(tmp_path):
+    ours = Tokenizer.build("char", TEXT + "é中🦊\t")
+    theirs = exported(ours, tmp_path / "char")
+    for text in (TEXT[:500], "é\n\n  中 🦊\t.", ""):
+        assert their_ids(theirs, text) == ours.encode(text).tolist()
+        assert theirs.decode(ours.encode(text).tolist()) == text
+    with pytest.raises(Exception, match="UNK"):         # a character that it lacks is refused there, too
+        their_ids(theirs, "ß")
+    ours = Tokenizer.build("byte", "")
+    theirs = exported(ours, tmp_path / "byte")
+
+    @given(anything)
+    def same(text):
+        assert their_ids(theirs, text) == list(text.encode())
+        assert theirs.decode(list(text.encode())) == text
+    same()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base"])
+def test_named_tokenizers_have_the_same_ids_there(tmp_path, name):
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except Exception:
+        pytest.skip(f"tiktoken has no {name} here, and tests need no network")
+    ours = Tokenizer.build(name, "")
+    theirs = exported(ours, tmp_path)
+    assert theirs.eos_token_id == encoding.eot_token
+
+    @given(anything)
+    def same(text):
+        assert their_ids(theirs, text) == encoding.encode_ordinary(text)
+    same()
+    text = TEXT + "\n\n  1234567 naïve 狐狸 🦊 don'T\n"
+    assert their_ids(theirs, text) == encoding.encode_ordinary(text)
+
+
+def test_the_pattern_of_gpt2_is_tiktokens():
+    from tiktoken_ext import openai_public
+    assert openai_public.r50k_pat_str == convert.GPT2_PATTERN
+
+
+def test_merged_pairs_are_what_two_tokens_are_made_of():
+    ranks = {bytes([value]): value for value in range(256)} | {b"ab": 256, b"cd": 257, b"abc": 258, b"abcd": 259,
+                                                               b"xyz": 260}
+    assert convert.merged_pairs(ranks) == [(b"a", b"b"), (b"c", b"d"), (b"ab", b"c"), (b"ab", b"cd")]
+
+
+def test_a_file_of_the_first_versions_is_read(their_bpe):
+    """As GPT-2's own was written: no type of the model, merges as texts, empty affixes, no use_regex."""
+    content = json.loads(their_bpe.to_str())
+    ours = convert.read_tokenizer(content, {})
+    content["model"] = {"dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
+                        "fuse_unk": False, "vocab": content["model"]["vocab"],
+                        "merges": [" ".join(pair) for pair in content["model"]["merges"]]}
+    content["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    content["added_tokens"][0]["normalized"] = True
+    assert convert.read_tokenizer(content, {}).stored == ours.stored
+    theirs = PreTrainedTokenizerFast(tokenizer_object=Theirs.from_str(json.dumps(content)))
+    assert their_ids(theirs, TEXT) == ours.encode(TEXT).tolist()
+
+
+def test_vocab_json_and_merges_txt_are_enough(saved, their_bpe):
+    theirs, folder = saved()
+    (folder / "tokenizer.json").unlink()
+    their_bpe.model.save(str(folder))
+    assert (folder / "merges.txt").read_text().startswith("#version")
+    converted("import", folder, "--out=ours")
+    ours = train.load("ours")[1]
+    assert ours.stored == convert.read_tokenizer(json.loads(their_bpe.to_str()), {}).stored
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda t: t["model"].update(byte_fallback=True), "byte_fallback"),
+    (lambda t: t["model"].update(type="Unigram"), "Unigram"),
+    (lambda t: t["model"].update(type="WordLevel", merges=[]), "WordLevel"),
+    (lambda t: t["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
+    (lambda t: t["model"].update(merges=t["model"]["merges"][::-1]), "order"),
+    (lambda t: t["model"].update(merges=t["model"]["merges"][1:]), "order"),
+    (lambda t: t["model"]["vocab"].update({"\u2581the": 300}), "\u2581"),
+    (lambda t: t["model"]["vocab"].pop("!"), "0x21"),
+    (lambda t: t.update(normalizer={"type": "NFC"}), "NFC"),
+    (lambda t: t.update(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
+    (lambda t: t.update(pre_tokenizer=None), "nothing"),
+    (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "ByteLevel"),
+    (lambda t: t.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        convert.split_by(r"\w++$"), {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}),
+     "tiktoken"),
+    (lambda t: t["added_tokens"].append({"content": "<tool>", "id": 300, "special": False}), "<tool>"),
+    (lambda t: t.update(model=[]), "damaged"),
+])
+def test_a_tokenizer_without_a_counterpart_is_refused_and_another_can_be_named(saved, change, said):
+    theirs, folder = saved()
+    content = json.loads((folder / "tokenizer.json").read_text())
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    refused("import", folder, "--out=other", parts=["there", said, "--tokenizer=NAME"])
+    converted("import", folder, "--out=ours", "--tokenizer=byte")
+    assert torch.load("ours/ckpt.pt")["tokenizer"] == {"kind": "byte"}
+
+
+def test_the_tokenizer_can_come_from_a_data_set_or_a_checkpoint(saved, tmp_path):
+    _, folder = saved(vocab_size=256)
+    shutil.rmtree(folder / "none", ignore_errors=True)
+    (folder / "tokenizer.json").unlink()
+    refused("import", folder, "--out=other", parts=["tokenizer.json", "--tokenizer=NAME"])
+    (tmp_path / "t.txt").write_text(TEXT)
+    meta = write_set(tmp_path / "set", [tmp_path / "t.txt"], "char", 0.1)
+    converted("import", folder, "--out=one", "--tokenizer=set/meta.json")
+    converted("import", folder, "--out=two", "--tokenizer=one/ckpt.pt")
+    assert torch.load("one/ckpt.pt")["tokenizer"] == torch.load("two/ckpt.pt")["tokenizer"] == meta["tokenizer"]
+    refused("import", folder, "--out=other", "--tokenizer=char", parts=["char"])
+    refused("import", folder, "--out=other", "--tokenizer=gpt3", parts=["gpt3"])
+
+
+def test_rows_beyond_the_tokenizer_are_padding(saved):
+    theirs, folder = saved("llama", vocab_size=320)
+    converted("import", folder, "--out=ours")
+    ours, tokenizer = train.load("ours")
+    assert (ours.vocab_size, tokenizer.vocab_size, ours.cfg.pad_vocab_to) == (VOCAB, VOCAB, 320)
+    assert ours.wte.weight.shape == (320, 32)
+    near(ours(ids(2, 24))[0], theirs(ids(2, 24)).logits[..., :VOCAB])
+    converted("export", "ours/ckpt.pt", "--out=back")
+    assert json.loads(Path("back/config.json").read_text())["vocab_size"] == VOCAB
+    _, folder = saved(folder="small", vocab_size=299)
+    refused("import", folder, "--out=other", parts=["300", "299", "--tokenizer"])
+
+
+# -- what is written -------------------------------------------------------------------------------------------------
+
+def test_an_export_replaces_an_export_and_nothing_else(run_of):
+    run_of(OUR_GPT2)
+    converted("export", "run/ckpt.pt", "--out=there")
+    first = Path("there/model.safetensors").read_bytes()
+    run_of(OUR_GPT2)
+    converted("export", "run/ckpt.pt", "--out=there")
+    assert Path("there/model.safetensors").read_bytes() != first
+    assert {path.name for path in Path("there").iterdir()} == convert.EXPORTED
+    assert {path.name for path in Path().iterdir()} == {"run", "there"}
+    Path("there/README.md").write_text("my notes")
+    refused("export", "run/ckpt.pt", "--out=there", parts=["there", "--out"])
+    refused("export", "run/ckpt.pt", "--out=run", parts=["run", "--out"])
+    refused("export", "run/ckpt.pt", "--out=run/ckpt.pt", parts=["run/ckpt.pt", "--out"])
+    refused("export", "run/ckpt.pt", parts=["--out=DIR"])
+    Path("empty").mkdir()
+    converted("export", "run/ckpt.pt", "--out=empty")
+
+
+def test_a_full_disk_leaves_the_former_export(run_of, monkeypatch):
+    run_of(OUR_GPT2)
+    converted("export", "run/ckpt.pt", "--out=there")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    refused("export", "run/ckpt.pt", "--out=there", parts=["No space left on device"])
+    assert AutoModelForCausalLM.from_pretrained("there").config.n_layer == 2
+
+
+def test_an_import_sets_a_former_run_aside(saved):
+    _, folder = saved()
+    converted("import", folder, "--out=ours")
+    assert "ours.1" in converted("import", folder, "--out=ours").stdout
+    same_bytes(torch.load("ours/ckpt.pt")["model"], torch.load("ours.1/ckpt.pt")["model"])
+    assert {path.name for path in Path("ours").iterdir()} == {".lock", "ckpt.pt"}
+
+
+@pytest.mark.parametrize("words", [[], ["import"], ["export", "a", "b"], ["convert", "a"], ["import", "gpt3"]])
+def test_a_wrong_command_is_one_line(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(*words)
+
+
+# -- names: the cache and downloads ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty Hugging Face cache, alone in the world."""
+    for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path / "hf" / "hub"
+
+
+@pytest.mark.parametrize("repository", ["models--gpt2", "models--openai-community--gpt2"])
+@pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "HOME"])
+def test_a_name_is_found_in_the_cache(cache, saved, monkeypatch, tmp_path, repository, variable):
+    hub = {"HF_HOME": "x/hub", "HF_HUB_CACHE": "x", "XDG_CACHE_HOME": "x/huggingface/hub",
+           "HOME": "x/.cache/huggingface/hub"}[variable]
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.setenv(variable, str(tmp_path / "x"))
+    _, folder = saved()
+    place = tmp_path / hub / repository
+    shutil.copytree(folder, place / "snapshots" / COMMIT)
+    (place / "snapshots" / "unfinished").mkdir()
+    assert convert.cached("gpt2") == place / "snapshots" / COMMIT
+    assert convert.cached("gpt2-xl") is None
+    converted("import", "gpt2", "--out=ours")
+    _, other = saved(folder="other", n_layer=1)
+    shutil.copytree(other, place / "snapshots" / COMMIT[::-1])
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(COMMIT)
+    assert convert.cached("gpt2").name == COMMIT
+
+
+def test_what_is_not_in_the_cache_needs_a_network(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused("import", "gpt2-large", parts=["gpt2-large", str(cache), "HF_HUB_OFFLINE"])
+
+
+class Site(BaseHTTPRequestHandler):
+    """huggingface.co as far as files go: the first answer names commit and checksum, and sends on to the bytes."""
+
+    def do_GET(self):
+        site, name = self.server, self.path.rsplit("/", 1)[-1]
+        site.asked.append((self.path, self.headers.get("Range")))
+        content = site.files.get(name)
+        fault = site.faults.pop(0) if site.faults and name == "model.safetensors" else ""
+        if content is None or fault == "404":
+            return self.send_error(404)
+        if self.path.startswith("/openai-community/"):
+            self.send_response(302)
+            self.send_header("X-Repo-Commit", COMMIT)
+            if name == "model.safetensors":
+                self.send_header("X-Linked-Etag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("Location", f"/bytes/{name}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        fault = site.byte_faults.pop(0) if site.byte_faults and name == "model.safetensors" else ""
+        start = int((self.headers.get("Range") or "bytes=0-")[6:-1]) if site.ranges else 0
+        if start and start >= len(content):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        if fault == "flipped":
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        part = content[start:]
+        self.wfile.write(part[:len(part) // 2] if fault == "cut" else part)
+        return None
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def site(cache, saved, monkeypatch):
+    """A server on 127.0.0.1 with a tiny `gpt2`. faults: of the first answers about the weights; byte_faults: of the
+    answers that carry them."""
+    _, folder = saved()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    server.files = {name: (folder / name).read_bytes() for name in convert.FILES}
+    server.asked, server.faults, server.byte_faults, server.ranges = [], [], [], True
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def arrived(site, cache) -> bool:
+    """Whether the cache holds exactly what the site has, where huggingface_hub would look for it."""
+    from huggingface_hub import try_to_load_from_cache
+    found = [try_to_load_from_cache("openai-community/gpt2", name, cache_dir=cache) for name in convert.FILES]
+    return [Path(path).read_bytes() for path in found] == [site.files[name] for name in convert.FILES] and (
+        not list(cache.rglob("*.part")))
+
+
+@pytest.mark.parametrize("tqdm", ["with a bar", "without tqdm"])
+def test_a_name_is_downloaded_once(site, cache, monkeypatch, tqdm):
+    if tqdm == "without tqdm":
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    converted("import", "gpt2", "--out=one")
+    assert arrived(site, cache)
+    assert [path for path, _ in site.asked if path.startswith("/open")] == [
+        "/openai-community/gpt2/resolve/main/config.json",
+        f"/openai-community/gpt2/resolve/{COMMIT}/model.safetensors",
+        f"/openai-community/gpt2/resolve/{COMMIT}/tokenizer.json"]
+    asked = len(site.asked)
+    converted("import", "gpt2", "--out=two")
+    assert len(site.asked) == asked
+    same_bytes(torch.load("one/ckpt.pt")["model"], torch.load("two/ckpt.pt")["model"])
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_that_is_cut_goes_on_where_it_was(site, cache, ranges):
+    site.byte_faults, site.ranges = ["cut", "cut"], ranges
+    converted("import", "gpt2", "--out=one")
+    assert arrived(site, cache)
+    size = len(site.files["model.safetensors"])
+    asked = [place for path, place in site.asked if path == "/bytes/model.safetensors"]
+    assert asked == ([None, f"bytes={size // 2}-", f"bytes={size // 2 + (size - size // 2) // 2}-"] if ranges else
+                     [None, f"bytes={size // 2}-", f"bytes={size // 2}-"])
+
+
+def test_another_process_goes_on_with_what_has_arrived(site, cache):
+    site.byte_faults = ["cut"] * 3
+    refused_name(site, "bytes arrived")
+    part, = cache.rglob("*.part")
+    held = part.stat().st_size
+    converted("import", "gpt2", "--out=one")
+    assert (f"/bytes/{part.stem}", f"bytes={held}-") in site.asked
+    assert arrived(site, cache)
+
+
+def refused_name(site, *parts):
+    outcome = inside(convert.main, "import", "gpt2", "--out=one")
+    one_line_error(outcome, os.environ["HF_ENDPOINT"].rstrip("/"), "model.safetensors",
+                   "python convert.py import FOLDER", *parts)
+    assert not Path("one").exists()
+    assert convert.cached("gpt2") is None
+
+
+def test_three_tries_then_one_line(site, cache):
+    site.faults = ["404"] * 3
+    refused_name(site, "404")
+    assert sum("model.safetensors" in path for path, _ in site.asked) == 3
+    site.byte_faults = ["flipped"] * 3
+    refused_name(site, "SHA-256")
+    assert not list(cache.rglob("*.part"))                      # no bad file is kept
+    site.byte_faults = ["flipped", "cut"]
+    converted("import", "gpt2", "--out=one")
+    assert arrived(site, cache)
+
+
+def test_too_much_of_a_file_is_fetched_anew(site, cache):
+    place = cache / "models--openai-community--gpt2" / "snapshots" / COMMIT
+    place.mkdir(parents=True)
+    (place / "model.safetensors.part").write_bytes(b"x" * (len(site.files["model.safetensors"]) + 1))
+    converted("import", "gpt2", "--out=one")
+    assert arrived(site, cache)
+
+
+# -- --init_from=gpt2 ------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def pretrained(cache, saved, tmp_path, their_bpe):
+    """A tiny random `gpt2` in the cache, and a data set `tale` with its tokens. Returns the model of transformers."""
+    theirs, folder = saved()
+    place = cache / "models--openai-community--gpt2" / "snapshots" / COMMIT
+    shutil.copytree(folder, place)
+    (tmp_path / "tale.txt").write_text(TEXT, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tokenizer, "build", classmethod(lambda cls, *_: convert.folder_tokenizer(place, {})))
+        write_set(tmp_path / "sets" / "tale", [tmp_path / "tale.txt"], "gpt2", 0.1)
+    return theirs
+
+
+TUNE = dict(dataset="tale", data_dir="sets", out_dir="tuned", init_from="gpt2", batch_size=2, eval_iters=1, max_iters=2,
+            eval_interval=2, log_interval=1, sample_tokens=4, optimizer="adamw", learning_rate=1e-3, device="cpu",
+            dtype="float32", compile=False)
+
+
+def tuned(*words, **settings):
+    return inside(train.main, *flags(**TUNE | settings), *words)
+
+
+def test_train_evaluates_pretrained_weights(pretrained, tmp_path):
+    outcome = inside(train.main, ROOT / "config" / "gpt2.py", *flags(dataset="tale", data_dir="sets", device="cpu",
+                                                                     dtype="float32", sample_tokens=0))
+    assert outcome.returncode == 0, outcome.stderr
+    val = torch.from_numpy(runtime.open_data(tmp_path / "sets" / "tale", 24)[0]["val"].astype("int64"))
+    whole = (len(val) - 1) // 24
+    x, y = val[:whole * 24].view(whole, 24), val[1:whole * 24 + 1].view(whole, 24)
+    expected = torch.nn.functional.cross_entropy(pretrained(x).logits.flatten(0, 1), y.flatten()).item()
+    assert f"val {expected:.4f}" in outcome.stdout
+    assert not (tmp_path / "out" / "gpt2" / "ckpt.pt").exists()
+
+
+def test_train_fine_tunes_pretrained_weights(pretrained):
+    outcome = tuned(max_iters=0, dropout=0.2)
+    assert outcome.returncode == 0, outcome.stderr
+    ours = train.load("tuned")[0]
+    assert ours.cfg.dropout == 0.2
+    near(ours(ids(2, 24))[0], pretrained(ids(2, 24)).logits)
+    assert tuned().returncode == 0
+    assert torch.load("tuned/last.pt")["step"] == 2
+    assert tuned(init_from="resume", max_iters=3).returncode == 0       # its last.pt is a run like any other
+
+
+def test_the_configs_run(pretrained):
+    for name in convert.NAMES:
+        said = (ROOT / "config" / f"{name.replace('-', '_')}.py").read_text()
+        assert f'init_from = "{name}"' in said
+        assert f"--init_from={name}" in said
+    small = dict(TUNE, max_iters=1, gradient_accumulation_steps=2, out_dir="fine")
+    for name in ("optimizer", "learning_rate", "init_from", "batch_size", "eval_interval"):
+        small.pop(name)
+    outcome = inside(train.main, ROOT / "config" / "finetune_shakespeare.py", *flags(**small))
+    assert outcome.returncode == 0, outcome.stderr
+    assert "the first loss should be" not in outcome.stdout             # it is that of trained weights
+    assert train.load("fine")[0].cfg.learning_rate == 3e-5
+
+
+def test_block_size_may_be_lowered(pretrained):
+    outcome = tuned("--block_size=8", max_iters=0)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "block_size 24 -> 8" in outcome.stdout
+    ours = train.load("tuned")[0]
+    assert ours.wpe.weight.shape == (8, 32)
+    near(ours(ids(2, 8))[0], pretrained(ids(2, 8)).logits)
+    # so of a path, learned positions or not
+    assert tuned("--block_size=4", init_from="tuned/ckpt.pt", out_dir="less", max_iters=0).returncode == 0
+    near(train.load("less")[0](ids(2, 4))[0], pretrained(ids(2, 4)).logits)
+    one_line_error(tuned("--block_size=9", init_from="tuned/ckpt.pt", out_dir="more"), "block_size=9", "8")
+    one_line_error(tuned("--block_size=0", out_dir="more"), "block_size=0")
+    one_line_error(tuned("--n_layer=1", out_dir="more"), "n_layer=1", "2")
+
+
+def test_block_size_of_a_rotary_model_may_be_lowered(pretrained, saved):
+    theirs, folder = saved("llama", folder="llama")
+    converted("import", folder, "--out=ours")
+    outcome = tuned("--block_size=8", init_from="ours/ckpt.pt", max_iters=0)
+    assert outcome.returncode == 0, outcome.stderr
+    near(train.load("tuned")[0](ids(2, 8))[0], theirs(ids(2, 8)).logits)
+
+
+def test_another_tokenizer_than_the_pretrained_one_is_refused(pretrained, tmp_path):
+    write_set(tmp_path / "sets" / "bytes", [tmp_path / "tale.txt"], "byte", 0.1)
+    one_line_error(tuned(dataset="bytes"), "bytes", "tokenizer")
+
+
+def test_sample_continues_a_prompt_with_pretrained_weights(pretrained):
+    words = ["--init_from=gpt2", "--start=The fox", "--num_samples=2", "--max_new_tokens=12", "--device=cpu"]
+    greedy = inside(sample.main, *words, "--temperature=0")
+    assert greedy.returncode == 0, greedy.stderr
+    tokenizer = convert.folder_tokenizer(convert.cached("gpt2"), {})
+    window = tokenizer.encode("The fox").tolist()
+    for _ in range(12):
+        window.append(pretrained(torch.tensor([window])).logits[0, -1].argmax().item())
+    assert tokenizer.decode(window) in greedy.stdout
+    one_line_error(inside(sample.main, "--init_from=gpt2-medium", "--device=cpu"), "gpt2-medium", "HF_HUB_OFFLINE")
+    one_line_error(inside(sample.main, "--init_from=gpt3"), "gpt2-xl")
+    one_line_error(tuned(init_from="gpt2-huge"), "gpt2-huge", "gpt2-xl")
+
+
+def test_the_names_are_the_same_everywhere():
+    assert typing.get_args(typing.get_type_hints(sample.Options)["init_from"])[1:] == convert.NAMES
+
+
+# The published config.json of each, as far as sizes go.
+PUBLISHED = {"gpt2": (768, 12, 12, 124_439_808), "gpt2-medium": (1024, 24, 16, 354_823_168),
+             "gpt2-large": (1280, 36, 20, 774_030_080), "gpt2-xl": (1600, 48, 25, 1_557_611_200)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_of_the_four_sizes(name):
+    """Without allocating: from a published config.json to our settings, to the model, and the file's own count."""
+    n_embd, n_layer, n_head, expected = PUBLISHED[name]
+    config, vocab_size = convert.read_settings(dict(
+        activation_function="gelu_new", architectures=["GPT2LMHeadModel"], attn_pdrop=0.1, bos_token_id=50256,
+        embd_pdrop=0.1, eos_token_id=50256, initializer_range=0.02, layer_norm_epsilon=1e-05, model_type="gpt2",
+        n_ctx=1024, n_embd=n_embd, n_head=n_head, n_layer=n_layer, n_positions=1024, n_special=0, output_past=True,
+        predict_special_tokens=True, resid_pdrop=0.1, summary_activation=None, summary_first_dropout=0.1,
+        summary_proj_to_labels=True, summary_type="cls_index", summary_use_proj=True, vocab_size=50257,
+        task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}}))
+    with torch.device("meta"):
+        model = GPT(Config(**config), vocab_size)
+        theirs = GPT2LMHeadModel(GPT2Config(n_embd=n_embd, n_layer=n_layer, n_head=n_head))
+    assert sum(p.numel() for p in model.parameters()) == expected
+    table = convert.layout("gpt2", config, vocab_size, 4 * n_embd)
+    assert {name: shape for name, (_, shape, _) in table.items()} == {
+        name: tuple(p.shape) for name, p in theirs.named_parameters()}
+    assert f"{expected:,}" in (ROOT / "config" / f"{name.replace('-', '_')}.py").read_text()
