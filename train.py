@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from prepare import Tokenizer, ensure_set, prompt_ids, stored_tokenizer
 from support import runtime
 from support.cli import fail, from_dict, merge, parse, run
+from support.cpu import Linear, dropout
 from support.report import Report
 
 # -----------------------------------------------------------------------------------------------------------
@@ -149,17 +150,6 @@ FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer"}
 # The model. Shapes: B sequences, T tokens, C = n_embd.
 
 
-def dropout(x, p: float):
-    """Zero each element with probability p (on a CPU in steps of 1/256) and scale the others up.
-
-    A CPU draws F.dropout's numbers one by one; eight to a 64-bit integer are about 3 times faster there."""
-    zeroed = round(256 * p)
-    if zeroed == 0 or x.device.type != "cpu":
-        return F.dropout(x, p)
-    numbers = torch.randint(-2**63, 2**63 - 1, (x.numel() // 8 + 1,), dtype=torch.int64).view(torch.uint8)
-    return x * (numbers[:x.numel()].view(x.shape) >= zeroed) * (256 / (256 - zeroed))
-
-
 def make_norm(cfg: Config):
     """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467), with or without a learned gain."""
     if cfg.norm == "layernorm":
@@ -198,20 +188,6 @@ class Cache:
         for stored, z in zip(self.tensors[layer], new, strict=True):
             stored[:, :, self.at] = z
         return [stored[:, :, :getattr(self.at, "stop", None)] for stored in self.tensors[layer]]
-
-
-class Linear(nn.Linear):
-    """nn.Linear, but a few rows without gradient on a CPU go through the matrix as columns through a batch of
-    four: that reads it at memory's pace, BLAS's usual way at a third of it (bench/generate.py)."""
-
-    def forward(self, x):
-        rows = x.numel() // self.in_features
-        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") \
-                or torch.is_grad_enabled() or rows > 16 or self.out_features % 4:
-            return super().forward(x)
-        columns = x.reshape(rows, -1).mT.expand(4, -1, -1)                      # (4, in_features, rows)
-        y = torch.bmm(self.weight.view(4, -1, self.in_features), columns).view(-1, rows).mT
-        return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], -1)
 
 
 class Attention(nn.Module):
