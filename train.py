@@ -396,7 +396,7 @@ class GPT(nn.Module):
             if cache.length + new.size(1) > size:
                 window = new = window[:, -max(1, size // 2):]
                 cache.length = 0
-            if step and new.size(1) == 1:
+            if step and new.size(1) == 1 and cache.length:
                 logits = step(new, cache, torch.full((1,), cache.length, device=idx.device))
                 cache.length += 1
             else:
@@ -410,7 +410,7 @@ class GPT(nn.Module):
 def draw(logits, temperature: float, uniform=None):
     """Ids (B,) drawn from softmax(logits (B, vocab_size) / temperature); at 0 the likeliest.
     uniform (B,): the numbers in [0, 1) to draw with, where the sums of the probabilities first exceed them."""
-    if temperature == 0:
+    if temperature < 1e-30:                             # 0, or what float32 takes for 0
         return logits.argmax(-1)
     p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)   # safe near temperature 0
     # In float32 the many small probabilities of a large vocabulary would be lost in their sum.

@@ -1,7 +1,7 @@
 """Config files and --key=value flags: read by declared type, never evaluated, refused in one line."""
 
 from dataclasses import dataclass, fields
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from conftest import inside, one_line_error
@@ -11,11 +11,15 @@ from hypothesis import strategies as st
 import prepare
 import sample
 import train
-from support.cli import comments, help_text, parse
+from support.cli import TEXTS, comments, help_text, parse
 from train import Config
 
 PROGRAMS = {"train": (train.main, Config), "prepare": (prepare.main, prepare.Options),
             "sample": (sample.main, sample.Options)}
+
+
+def choices(kind) -> tuple:
+    return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def read(*words) -> dict:
@@ -207,7 +211,7 @@ def test_no_value_is_ever_evaluated(program, tmp_path, monkeypatch):
     for code in ("__import__('os').system('touch ran')", "open('ran', 'w')", "$(touch ran)", "`touch ran`"):
         for field in fields(options):
             outcome = inside(lambda argv: parse(options, argv, "") and 0, f"--{field.name}={code}")
-            assert outcome.returncode == (0 if field.type is str else 2), field.name
+            assert outcome.returncode == (0 if field.type in (str, TEXTS) else 2), field.name
     assert not list(tmp_path.iterdir())
 
 
@@ -223,8 +227,9 @@ def test_help_lists_every_field_with_its_default_and_comment(program):
     unwrapped = "".join(outcome.stdout.split())                     # lines break anywhere
     for field, (_, name, comment) in zip(fields(options), comments(options), strict=True):
         assert name == field.name
-        assert "".join(f"--{name}={field.default} {comment}".split()) in unwrapped
-        for choice in get_args(get_type_hints(options)[name]):
+        default = "" if field.type == TEXTS else field.default
+        assert "".join(f"--{name}={default} {comment}".split()) in unwrapped
+        for choice in choices(get_type_hints(options)[name]):
             assert str(choice) in outcome.stdout
 
 
@@ -270,7 +275,7 @@ def test_any_command_line_is_understood_or_refused_in_one_line(program, line, tm
     inside(lambda argv: read.update(parse(options, argv, "", "words").values), *line)
     for name, value in read.items():
         kind = get_type_hints(options)[name]
-        assert value in get_args(kind) if get_args(kind) else type(value) is kind
+        assert value in choices(kind) if choices(kind) else type(value) is (get_origin(kind) or kind)
     outcome = inside(main, *line, *["--dataset=nowhere"] * (program == "train"))
     if outcome.returncode == 0:
         assert {"-h", "--help"} & set(line)
