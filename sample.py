@@ -158,10 +158,9 @@ class Sample:
             self.logprobs.append(logprob)
         known = len(self.text)
         self.text += self.decoded(token)
-        for stop in self.stops:         # the earliest end of all of them
-            at = self.text.find(stop, max(0, known - len(stop) + 1))
-            if at >= 0:
-                self.text, self.finish = self.text[:at], "stop"
+        found = [self.text.find(stop, max(0, known - len(stop) + 1)) for stop in self.stops]
+        if ends := [at for at in found if at >= 0]:
+            self.text, self.finish = self.text[:min(ends)], "stop"
         if not self.finish and len(self.ids) == self.options.max_new_tokens:
             self.finish = "length"
 
