@@ -1,6 +1,7 @@
 """Config files and --key=value flags: read by declared type, never evaluated, refused in one line."""
 
-from dataclasses import dataclass, fields
+import json
+from dataclasses import asdict, dataclass, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 import prepare
 import sample
 import train
-from support.cli import TEXTS, comments, help_text, parse
+from support.cli import TEXTS, comments, from_dict, help_text, parse
 from train import Config
 
 PROGRAMS = {"train": (train.main, Config), "prepare": (prepare.main, prepare.Options),
@@ -134,6 +135,44 @@ def test_a_bound_and_a_rule_between_fields_are_reported_together():
 def test_sampling_reports_all_its_problems_together():
     flags = ["num_samples=0", "max_new_tokens=-1", "temperature=-0.5", "top_k=-1", "top_p=0.0", "seed=-3"]
     one_line_error(inside(sample.main, *(f"--{flag}" for flag in flags)), *flags)
+
+
+# -- flags that may be given several times
+
+@pytest.mark.parametrize(("words", "stop"), [
+    (["--stop=a"], ("a",)), (["--stop=a", "--stop=b", "--stop=a"], ("a", "b", "a")), (["--stop=a=b"], ("a=b",)),
+    (["--stop="], ("",)), (["--stop=", "--seed=1", "--stop= "], ("", " ")), (["--stop=a,b"], ("a,b",)),
+    (["--stop=('a', 'b')"], ("('a', 'b')",)), (["--stop=--stop=x"], ("--stop=x",)), ([], ()),
+])
+def test_each_one_adds_a_text(words, stop):
+    assert sample.Options(**parse(sample.Options, words, "").values).stop == stop
+
+
+def test_one_without_a_value_is_refused():
+    one_line_error(inside(sample.main, "--stop"), "--stop needs a value", "--stop=TEXT")
+
+
+@pytest.mark.parametrize(("line", "stop"), [
+    ("stop = ['a', 'b']", ("a", "b")), ("stop = ('a', 'b')", ("a", "b")), ("stop = 'ab'", ("ab",)), ("stop = ()", ())])
+def test_a_config_file_sets_them_all_and_flags_replace_them(config, line, stop):
+    path = config(line)
+    assert parse(sample.Options, [path], "").values["stop"] == stop
+    assert parse(sample.Options, [path, "--stop=x", "--stop=y"], "").values["stop"] == ("x", "y")
+    assert parse(sample.Options, ["--stop=x", path, "--stop=y"], "").values["stop"] == ("x", "y")
+
+
+@pytest.mark.parametrize("line", ["stop = 5", "stop = ['a', 5]", "stop = None", "stop = {'a': 1}", "stop = b'a'"])
+def test_a_config_file_that_sets_no_texts_is_refused(config, line):
+    one_line_error(inside(sample.main, config(line)), "mine.py: stop=", "text")
+
+
+def test_they_come_back_from_where_they_were_stored():
+    for texts in ((), ("a",), ("a", "", "猫\n")):
+        stored = asdict(sample.Options(stop=texts))
+        assert from_dict(sample.Options, stored, "here") == stored
+        assert from_dict(sample.Options, json.loads(json.dumps(stored)), "here") == stored      # as a list
+    outcome = inside(lambda argv: from_dict(sample.Options, {"stop": [1]}, "here") and 0)
+    one_line_error(outcome, "here: its config has stop=[1]", "text")
 
 
 # -- config files

@@ -608,8 +608,9 @@ def test_the_score_of_a_text_that_fits_is_that_of_the_model_token_by_token(said,
         found, = records("--score_tokens", score="text", kind=kind)
         size = len("the 猫, the fox".encode()) - len(tokenizer.pieces[ids[0]])
         assert [-x for x in found.pop("token_logprobs")] == pytest.approx(expected, abs=1e-5)
+        assert found.pop("file") == "text"
         assert found == pytest.approx(dict(
-            file="text", tokens=len(ids) - 1, bytes=size, loss=sum(expected) / (len(ids) - 1),
+            tokens=len(ids) - 1, bytes=size, loss=sum(expected) / (len(ids) - 1),
             perplexity=math.exp(sum(expected) / (len(ids) - 1)), bits_per_byte=sum(expected) / math.log(2) / size,
             block_size=SIZE, stride=SIZE // 2), rel=1e-5)
         assert figures(written(score="text", kind=kind)) == pytest.approx(
