@@ -281,7 +281,7 @@ LINES = ["the fox", "a", "", "once there was a hen", "the end of the river, wher
 
 @pytest.mark.parametrize("settings", pairwise(
     temperature=[0, 0.8, 2.0], top_k=[0, 5], top_p=[1.0, 0.8], min_p=[0.0, 0.1], repetition_penalty=[1.0, 1.4],
-    stop=["", "e"], max_new_tokens=[1, 3 * SIZE]), ids=str)
+    stop=["", "e"], max_new_tokens=[0, 1, 3 * SIZE]), ids=str)
 def test_prompts_of_different_lengths_continue_as_they_do_alone(records, tmp_path, settings):
     (tmp_path / "lines").write_text("\n".join(LINES) + "\n", encoding="utf-8")
     together = records(prompts="lines", seed=5, **settings)
@@ -697,6 +697,19 @@ def test_a_step_that_cannot_be_compiled_is_named_and_done_without(said, written,
     monkeypatch.setattr(sample.runtime, "compiler_missing", lambda device: "there is no C++ compiler")
     outcome = said("--compile", "--max_new_tokens=9")
     assert (outcome.returncode, outcome.stderr) == (0, "not compiled: there is no C++ compiler\n")
+    assert outcome.stdout == written(max_new_tokens=9)
+
+
+def test_a_step_whose_compiling_fails_goes_on_without(said, written, monkeypatch):
+    def compile(step, **how):
+        def fail(*given):
+            raise RuntimeError("no such compiler\nand more of it")
+        return fail
+
+    monkeypatch.setattr(sample.runtime, "compiler_missing", lambda device: "")
+    monkeypatch.setattr(torch, "compile", compile)
+    outcome = said("--compile", "--max_new_tokens=9")
+    assert (outcome.returncode, outcome.stderr) == (0, "not compiled: RuntimeError: no such compiler\n")
     assert outcome.stdout == written(max_new_tokens=9)
 
 
