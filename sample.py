@@ -52,7 +52,7 @@ class Options:
     top_k: int = 200                    # only the k likeliest; 0: all
     top_p: float = 1.0                  # only the likeliest that together have this probability; 1: all
     min_p: float = 0.0                  # only those with this share of the likeliest one's probability; 0: all
-    repetition_penalty: float = 1.0     # above 1: tokens that have occurred become less likely; 1: no change
+    repetition_penalty: float = 1.0     # above 1: what has occurred becomes less likely; 1: no change; 0.01 to 100
     seed: int = 1337                    # of the first text, the next has the next one; the same seed, the same text
     # -- scoring
     score: str = ""                     # file (or -) whose loss to report, instead of writing
@@ -77,6 +77,7 @@ def filtered(logits, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0):
         ordered, at = logits.sort(descending=True)
         p = ordered.softmax(-1)
         tail = p.cumsum(-1) - p >= top_p            # what is reached without this one
+        tail[:, 0] = False                          # float32 takes a top_p below 1e-45 for 0
         logits = logits.masked_fill(tail.scatter(-1, at, tail), -torch.inf)
     if min_p > 0:
         logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
@@ -125,11 +126,12 @@ class Picker:
         if self.seen is not None:       # arXiv 1909.05858; negative logits are multiplied, so that they fall as well
             penalty = options.repetition_penalty
             logits = torch.where(self.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-        if options.temperature == 0:
+        if options.temperature < 1e-30:
             return draw(logits, 0)
         uniform = torch.tensor([numbers.random() if mine else 0.0
-                                for numbers, mine in zip(self.numbers, choosing, strict=True)],
-                               dtype=torch.float32 if logits.device.type == "mps" else torch.float64)
+                                for numbers, mine in zip(self.numbers, choosing, strict=True)], dtype=torch.float64)
+        if logits.device.type == "mps":                 # knows no float64; and nothing may be rounded up to 1
+            uniform = uniform.float().clamp(max=1 - 2**-24)
         # Temperature first, as everywhere: top_p and min_p count the probabilities that are drawn from.
         logits = (logits - logits.amax(-1, keepdim=True)) / options.temperature
         logits = filtered(logits, options.top_k, options.top_p, options.min_p)
@@ -157,10 +159,9 @@ class Sample:
             self.logprobs.append(logprob)
         known = len(self.text)
         self.text += self.decoded(token)
-        for stop in self.stops:         # the earliest end of all of them
-            at = self.text.find(stop, max(0, known - len(stop) + 1))
-            if at >= 0:
-                self.text, self.finish = self.text[:at], "stop"
+        found = [self.text.find(stop, max(0, known - len(stop) + 1)) for stop in self.stops]
+        if ends := [at for at in found if at >= 0]:
+            self.text, self.finish = self.text[:min(ends)], "stop"
         if not self.finish and len(self.ids) == self.options.max_new_tokens:
             self.finish = "length"
 
@@ -242,6 +243,7 @@ def converse(model, tokenizer, options: Options, step) -> int:
         import readline  # noqa: F401, gives input() a history and editing
     print("Type text and Enter to have it continued; Enter alone goes on, /new starts afresh, Ctrl-C stops a text, "
           "Ctrl-D ends.", file=sys.stderr, flush=True)
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     so_far, seed = options.start, options.seed
     while True:
         try:
@@ -284,8 +286,7 @@ def token_losses(model, ids: np.ndarray, stride: int) -> torch.Tensor:
         some = ends[first:first + rows]
         windows = torch.stack([ids[end - size:end + 1] for end in some]).to(device)
         found = F.cross_entropy(model(windows[:, :-1])[0].transpose(1, 2), windows[:, 1:], reduction="none").cpu()
-        for end, row in zip(some, found, strict=True):
-            reached = 0 if end == size else ends[ends.index(end) - 1]
+        for reached, end, row in zip([0, *ends][first:], some, found, strict=False):
             losses[reached:end] = row[size - (end - reached):]
     return losses
 
@@ -351,16 +352,17 @@ def main(argv: list) -> int:
     rules = {"num_samples": options.num_samples >= 1, "batch_size": options.batch_size >= 1,
              "max_new_tokens": options.max_new_tokens >= 0, "temperature": options.temperature >= 0,
              "top_k": options.top_k >= 0, "top_p": 0 < options.top_p <= 1, "min_p": 0 <= options.min_p <= 1,
-             "repetition_penalty": options.repetition_penalty > 0, "seed": options.seed >= 0,
+             "repetition_penalty": 0.01 <= options.repetition_penalty <= 100, "seed": options.seed >= 0,
              "stride": options.stride >= 0}
     if broken := [f"{name}={getattr(options, name)}" for name, holds in rules.items() if not holds]:
         fail(f"out of range: {', '.join(broken)} (see --help)")
     modes = [f"--{name}" for name in ("prompts", "interactive", "score") if getattr(options, name)]
     if len(modes) > 1:
         fail(f"{' and '.join(modes)} exclude each other: choose one")
-    starts = [read_start(options.start, "--start")]
+    starts = [read_start(options.start, "--start").replace("\r\n", "\n")]     # as editors on Windows write it
     if options.prompts:
-        starts = read_start(f"FILE:{options.prompts}" if options.prompts != "-" else "-", "--prompts").splitlines()
+        text = read_start(f"FILE:{options.prompts}" if options.prompts != "-" else "-", "--prompts")
+        starts = text.replace("\r\n", "\n").removesuffix("\n").split("\n")        # no other ends: U+2028 is text
         if not any(starts):
             fail(f"--prompts={options.prompts} holds no prompt: one a line")
     options.start = starts[0]

@@ -359,18 +359,18 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens: int, pick, step=None):
         """Continue the prompts idx (B, T >= 1), yielding the ids (B,) of one new position at a time.
-        pick: logits (B, vocab_size) -> ids (B,). step: next_logits, compiled, for one token at a time.
-
-        Past block_size the last half of the window is kept, and its keys and values are computed afresh in
-        one pass: a cache that rolled on would hold values which had seen tokens that are gone."""
+        pick: logits (B, vocab_size) -> ids (B,). step: next_logits, compiled, for one token at a time; again
+        for each size of the cache, hence few sizes. Past block_size the last half of the window is kept, and
+        its keys and values are computed afresh in one pass: a cache that rolled on would hold values which
+        had seen tokens that are gone."""
         size = self.cfg.block_size
         window = new = idx[:, -size:]
-        cache = Cache(self.cfg, min(size, window.size(1) + max_new_tokens))
+        cache = Cache(self.cfg, min(size, 128 * math.ceil((window.size(1) + max_new_tokens) / 128)))
         for _ in range(max_new_tokens):
             if cache.length + new.size(1) > size:
                 window = new = window[:, -max(1, size // 2):]
                 cache.length = 0
-            if step and new.size(1) == 1:
+            if step and new.size(1) == 1 and cache.length:
                 logits = step(new, cache, torch.full((1,), cache.length, device=idx.device))
                 cache.length += 1
             else:
@@ -383,8 +383,8 @@ class GPT(nn.Module):
 
 def draw(logits, temperature: float, uniform=None):
     """Ids (B,) drawn from softmax(logits (B, vocab_size) / temperature); at 0 the likeliest.
-    uniform (B,): numbers in [0, 1) to draw with, where the sums of the probabilities first exceed them."""
-    if temperature == 0:
+    uniform (B,): numbers in [0, 1) to draw with: where the sums of the probabilities first exceed them."""
+    if temperature < 1e-30:                             # 0, or what float32 takes for 0
         return logits.argmax(-1)
     p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)   # safe near temperature 0
     # In float32 the many small probabilities of a large vocabulary would be lost in their sum.
@@ -596,14 +596,11 @@ def load(path, device: str = "cpu") -> tuple:
 
 def sample_text(model: GPT, tokenizer, cfg: Config, step: int, device: str) -> str:
     """A short continuation of sample_start by the current weights."""
-    generator = torch.Generator().manual_seed(cfg.seed + step)
-
-    def pick(logits):
-        return draw(logits, cfg.sample_temperature, torch.rand(1, generator=generator).to(device))
-
     prompt = torch.from_numpy(prompt_ids(tokenizer, cfg.sample_start, "--sample_start"))[None].to(device)
+    numbers = iter(torch.rand(cfg.sample_tokens, 1, generator=torch.Generator().manual_seed(cfg.seed + step)))
     model.eval()
-    ids = [token.item() for token in model.generate(prompt, cfg.sample_tokens, pick)]
+    ids = [token.item() for token in model.generate(
+        prompt, cfg.sample_tokens, lambda z: draw(z, cfg.sample_temperature, next(numbers).to(device)))]
     model.train()
     return cfg.sample_start + tokenizer.decode(ids)
 

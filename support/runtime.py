@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 import warnings
 import zipfile
@@ -372,12 +373,25 @@ def compile(wanted: bool, model, run_once, device: str):
 
 def compile_step(step, device: str):
     """`step` compiled for shapes that stay the same: what generates one token after another is a small matter for a
-    processor, and the way there from Python most of its time. Replayed as a CUDA graph on an NVIDIA card."""
+    processor, and the way there from Python most of its time. Replayed as a CUDA graph on an NVIDIA card. Where
+    compiling fails, which shows at the first call, it goes on uncompiled and says so on stderr."""
     import torch
 
-    if torch.device(device).type == "cuda":
-        return torch.compile(step, dynamic=False, mode="reduce-overhead")
-    return torch.compile(step, dynamic=False, options={"cpp_wrapper": True})
+    cuda = torch.device(device).type == "cuda"
+    how = dict(mode="reduce-overhead") if cuda else dict(options={"cpp_wrapper": True})
+    chosen = torch.compile(step, dynamic=False, **how)
+
+    def run(*given):
+        nonlocal chosen
+        try:
+            return chosen(*given)
+        except Exception as error:      # whatever it is
+            if chosen is step:
+                raise
+            chosen, reason = step, (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+            print(f"not compiled: {type(error).__name__}: {reason}", file=sys.stderr, flush=True)
+        return run(*given)
+    return run
 
 
 def restore_optimizers(optimizers: list, scaler, stored: dict, first: bool):

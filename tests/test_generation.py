@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import TOY, flags, pairwise, perturbed
+from conftest import TOY, pairwise, perturbed, trained
 
-import sample
 import train
-from train import GPT, Cache, Config, draw
+from support import runtime
+from train import GPT, Cache, Config, Linear, draw, load
 
 VOCAB, SIZE = 50, 16
 SMALL = dict(n_layer=3, n_head=4, n_embd=32, block_size=SIZE, dropout=0.1, init="gpt2")
@@ -28,11 +28,15 @@ def tokens(*shape):
     return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(0))
 
 
+def uniforms(n: int):
+    return torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
 def near(actual, expected, atol=1e-5):
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
-def dictated(model, prompt, ids):
+def dictated(model, prompt, ids, step=None):
     """The logits (B, n, vocab_size) that generate shows when it is told to continue with ids (B, n)."""
     shown = []
 
@@ -40,7 +44,7 @@ def dictated(model, prompt, ids):
         shown.append(logits)
         return ids[:, len(shown) - 1]
 
-    yielded = list(model.generate(prompt, ids.size(1), pick))
+    yielded = list(model.generate(prompt, ids.size(1), pick, step))
     assert torch.equal(torch.stack(yielded, 1), ids)
     return torch.stack(shown, 1)
 
@@ -65,7 +69,7 @@ def test_cached_logits_equal_uncached_at_every_position(switches):
 def test_a_cache_filled_in_pieces_equals_one_pass(switches):
     model, idx = small(**switches), tokens(2, SIZE)
     for sizes in ([SIZE], [1, 15], [5, 1, 1, 4, 5]):
-        cache = Cache(model.cfg)
+        cache = Cache(model.cfg, SIZE)
         pieces = [model.logits(model.trunk(piece, cache)) for piece in idx.split(sizes, 1)]
         near(torch.cat(pieces, 1), model(idx)[0])
 
@@ -83,6 +87,125 @@ def test_past_block_size_the_last_half_of_the_window_is_kept(positions, size):
             if window.size(1) > size:
                 window = window[:, -max(1, size // 2):]
         near(dictated(model, prompt, rest), torch.stack(expected, 1))
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_a_step_of_fixed_shapes_equals_the_growing_one(switches):
+    model, ids = small(**switches), tokens(2, 3 * SIZE)
+    for length in (1, 5, SIZE):
+        seen, prompt, rest = [], ids[:, :length], ids[:, length:]
+
+        def step(new, cache, at, seen=seen, model=model):
+            seen.append(at.item())
+            return model.next_logits(new, cache, at)
+
+        near(dictated(model, prompt, rest, step), dictated(model, prompt, rest))
+        assert len(seen) > SIZE                     # it has been taken, for one token at a time
+        assert set(seen) <= set(range(1, SIZE))
+
+
+def test_a_step_of_fixed_shapes_never_sees_what_lies_beyond_its_position():
+    model, idx = small(), tokens(1, SIZE)
+    cache = Cache(model.cfg, SIZE)
+    with torch.no_grad():
+        model.trunk(idx, cache)                     # what a window that has been left leaves in the cache
+        for keys, values in cache.tensors:
+            keys[:, :, 6:], values[:, :, 6:] = 1e3, 1e3
+        near(model.next_logits(idx[:, 5:6], cache, torch.tensor([5])), last_logits(model, idx[:, :6]))
+
+
+def test_a_compiled_step_equals_the_eager_one():
+    if runtime.compiler_missing("cpu"):
+        pytest.skip(runtime.compiler_missing("cpu"))
+    model, ids = small(n_layer=1, n_kv_head=2), tokens(2, 3 * SIZE)
+    torch._dynamo.reset()
+    step = runtime.compile_step(model.next_logits, "cpu")
+    compiled = dictated(model, ids[:, :5], ids[:, 5:], step)
+    near(compiled, dictated(model, ids[:, :5], ids[:, 5:]))
+    near(dictated(model, ids[:, :3], ids[:, 3:9], step), dictated(model, ids[:, :3], ids[:, 3:9]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1      # for all positions and lengths
+
+
+def test_without_a_compiler_the_reason_is_told(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
+    assert runtime.compiler_missing("cpu") == "there is no C++ compiler"
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert runtime.compiler_missing("cpu") == ""
+
+
+def test_a_long_generation_needs_no_more_memory_than_a_short_one(monkeypatch):
+    caches, read = [], []
+    monkeypatch.setattr(train, "Cache", lambda *given: caches.append(Cache(*given)) or caches[-1])
+    model = small()
+    monkeypatch.setattr(model, "next_logits", lambda new, cache: read.append(new.size(1)) or
+                        GPT.next_logits(model, new, cache))
+    places = set()
+    with torch.no_grad():
+        generated = GPT.generate.__wrapped__(model, tokens(2, 5), 200, lambda logits: draw(logits, 1.0))
+        for _ in generated:
+            assert generated.gi_frame.f_locals["window"].size(1) <= SIZE
+            assert all(z.shape == (2, 4, SIZE, 8) for pair in caches[0].tensors for z in pair)
+            places.add(tuple(z.data_ptr() for pair in caches[0].tensors for z in pair))
+    assert len(caches) == len(places) == 1              # one cache, whose tensors are written in place
+    assert len(read) == 200
+    assert set(read[1:]) == {1, SIZE // 2}              # and never more than half a window is computed afresh
+
+
+def test_a_cache_is_little_larger_than_what_is_asked_for_and_has_few_sizes(monkeypatch):
+    caches = []
+    monkeypatch.setattr(train, "Cache", lambda *given: caches.append(Cache(*given)) or caches[-1])
+    for count in (3, 123, 124, 400):
+        next(small(block_size=300).generate(tokens(1, 5), count, lambda logits: draw(logits, 0)))
+    assert [cache.size for cache in caches] == [128, 128, 256, 300]
+
+
+# ---- a few rows
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(("bias", "outputs"), [(False, 12), (True, 12), (True, 10), (False, 4)])
+def test_a_linear_layer_gives_the_same_for_few_rows_and_many(bias, outputs, gradient):
+    torch.manual_seed(0)
+    linear, x = Linear(24, outputs, bias=bias), torch.randn(17, 24)
+    expected = torch.nn.functional.linear(x, linear.weight, linear.bias).detach()
+    for rows in range(1, 18):
+        with torch.set_grad_enabled(gradient):
+            y = linear(x[:rows])
+        near(y, expected[:rows], atol=1e-6)
+        assert y.requires_grad == gradient
+    with torch.set_grad_enabled(gradient):
+        near(linear(x[:6].view(3, 2, 24)), expected[:6].view(3, 2, outputs), atol=1e-6)
+        near(linear(x[3]), expected[3], atol=1e-6)
+        near(linear(x[:12].view(2, 6, 24).transpose(0, 1)), expected[:12].view(2, 6, -1).transpose(0, 1), atol=1e-6)
+
+
+def test_few_rows_without_gradient_take_the_way_of_their_own(monkeypatch):
+    taken, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: taken.append(b.size(-1)) or bmm(a, b))
+    linear = Linear(24, 12)
+    with torch.no_grad():
+        for rows in (1, 16, 17):
+            linear(torch.randn(rows, 24))
+        Linear(24, 10)(torch.randn(1, 24))              # does not divide by four
+        linear.bfloat16()(torch.randn(1, 24).bfloat16())
+    Linear(24, 12)(torch.randn(1, 24))
+    assert taken == [1, 16]
+
+
+# ---- from Python
+
+
+def test_generation_from_python_as_documented(data_dir, tmp_path):
+    assert trained(data_dir, tmp_path / "x", max_iters=1, sample_tokens=0).returncode == 0
+    for path in (tmp_path / "x", str(tmp_path / "x"), tmp_path / "x" / "ckpt.pt"):
+        model, tokenizer = load(path)
+        assert not model.training
+        prompt = torch.from_numpy(tokenizer.encode("The fox").astype("int64"))[None]
+        found = [ids.item() for ids in model.generate(prompt, 100, lambda logits: draw(logits, 0.8))]
+        assert len(tokenizer.decode(found)) == 100
+    assert TOY["block_size"] < 100                      # past the end of the window, too
+    assert "for ids in model.generate(prompt, 100, lambda logits: draw(logits, 0.8))" in load.__doc__
 
 
 def test_generation_leaves_the_prompt_and_the_weights_alone():
@@ -114,118 +237,45 @@ def test_greedy_is_the_argmax_of_the_uncached_logits():
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_draw_follows_softmax(temperature):
     logits, n = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0]), 20_000
-    ids = draw(logits.expand(n, 6), temperature, torch.Generator().manual_seed(0))
+    ids = draw(logits.expand(n, 6), temperature, uniforms(n))
     weights = [math.exp(z / temperature) for z in logits.tolist()]
     expected = torch.tensor(weights) * n / sum(weights)
     chi_square = ((torch.bincount(ids, minlength=6) - expected) ** 2 / expected).sum()
     assert chi_square < 15.09                           # once in 100 by chance, with 5 degrees of freedom
 
 
-@pytest.mark.parametrize("temperature", [0, 1e-9, 1e-38])
+@pytest.mark.parametrize("temperature", [0, 1e-9, 1e-38, 1e-50, 1e-320])
 def test_draw_near_temperature_0_is_greedy(temperature):
     logits = torch.randn(100, VOCAB, generator=torch.Generator().manual_seed(0))
     assert torch.equal(draw(logits, temperature), logits.argmax(-1))
 
 
+def test_draw_takes_the_id_at_which_the_sums_exceed_the_number():
+    logits = torch.tensor([-torch.inf, 0.25, 0.25, 0.5, -torch.inf]).log().nan_to_num(nan=-torch.inf)
+    below = 1 - 2**-53                                  # the largest number that a stream gives
+    numbers = torch.tensor([0.0, 0.25 - 1e-9, 0.25 + 1e-9, 0.5 + 1e-9, below], dtype=torch.float64)
+    assert draw(logits.expand(5, 5), 1.0, numbers).tolist() == [1, 1, 2, 3, 3]
+
+
+def test_draw_loses_none_of_many_small_probabilities():
+    # One of 0.5, and 2**20 that share the other half: in float32 each would vanish beside a sum near 1.
+    logits = torch.zeros(1, 2**20 + 1)
+    logits[:, 0] = 20 * math.log(2)
+    numbers = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+    ids = torch.stack([draw(logits, 1.0, number[None])[0] for number in numbers[[100, 499, 600, 750, 998]]])
+    expected = (2 * numbers[[100, 499, 600, 750, 998]] - 1) * 2**20
+    near(ids.double(), expected.clamp(min=0), atol=300)
+
+
 def test_draw_never_takes_what_is_ruled_out():
     logits = torch.zeros(1000, 6)
     logits[:, ::2] = -torch.inf
-    assert set(draw(logits, 1.0, torch.Generator().manual_seed(0)).tolist()) == {1, 3, 5}
-
-
-# ---- top_k and top_p
-
-
-def kept(logits) -> list:
-    return [row.isfinite().nonzero()[:, 0].tolist() for row in logits]
-
-
-def test_top_k_keeps_the_k_largest():
-    logits = sample.filtered(TOY_LOGITS, top_k=3)
-    assert logits.topk(3).indices.tolist() == [[3, 7, 0]]
-    near(logits.topk(3).values, torch.tensor([[6.75, 6.28, 4.51]]))
-    p = logits.softmax(-1)[0]
-    near(p[[3, 7, 0]], torch.tensor([.5775, .3610, .0615]), atol=5e-5)
-    assert kept(p.log()[None]) == [[0, 3, 7]]
-
-
-@pytest.mark.parametrize("top_k", [0, 9, 200])
-def test_top_k_of_0_or_more_than_the_vocabulary_keeps_all(top_k):
-    assert torch.equal(sample.filtered(TOY_LOGITS, top_k=top_k), TOY_LOGITS)
+    assert set(draw(logits, 1.0, uniforms(1000)).tolist()) == {1, 3, 5}
 
 
 @pytest.mark.parametrize(("temperature", "likeliest"), [(0.1, .9910), (1.0, .5721), (5.0, .2421)])
 def test_temperature_sharpens_and_flattens(temperature, likeliest):
     n = 20_000
-    ids = draw(TOY_LOGITS.expand(n, 9), temperature, torch.Generator().manual_seed(0))
+    ids = draw(TOY_LOGITS.expand(n, 9), temperature, uniforms(n))
     error = 4 * math.sqrt(likeliest * (1 - likeliest) / n)
     assert (ids == 3).double().mean().item() == pytest.approx(likeliest, abs=error)
-
-
-@pytest.mark.parametrize("top_p", [1e-9, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999])
-def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p):
-    logits = 3 * torch.randn(20, VOCAB, generator=torch.Generator().manual_seed(0))
-    expected = []
-    for p in logits.double().softmax(-1):
-        nucleus, total = [], 0.0
-        for at in p.argsort(descending=True).tolist():
-            if total < top_p:
-                nucleus.append(at)
-            total += p[at]
-        expected.append(sorted(nucleus))
-    filtered = sample.filtered(logits, top_p=top_p)
-    assert kept(filtered) == expected
-    assert torch.equal(filtered[filtered.isfinite()], logits[filtered.isfinite()])      # as before
-
-
-def test_top_p_of_1_keeps_all():
-    logits = torch.tensor([[50.0, 0.0, -50.0]])         # the sum of the first is 1 in float32
-    assert torch.equal(sample.filtered(logits, top_p=1.0), logits)
-
-
-def test_top_p_counts_the_probabilities_of_top_k():
-    # Of the top 3, .5775 and .3610 make .9385 > .93; of all 9 they make .9297.
-    assert kept(sample.filtered(TOY_LOGITS, top_k=3, top_p=0.93)) == [[3, 7]]
-    assert kept(sample.filtered(TOY_LOGITS, top_p=0.93)) == [[0, 3, 7]]
-
-
-def picks(options: sample.Options, n=2000) -> set:
-    pick = sample.picker(options, 0, "cpu")
-    return {pick(TOY_LOGITS).item() for _ in range(n)}
-
-
-def test_top_p_counts_the_probabilities_at_the_temperature():
-    assert picks(sample.Options(temperature=0.1, top_k=0, top_p=0.95)) == {3}
-    assert picks(sample.Options(temperature=5.0, top_k=0, top_p=0.4)) == {3, 7}
-    assert picks(sample.Options(temperature=5.0, top_k=1)) == {3}
-    assert picks(sample.Options(temperature=0, top_k=0)) == {3}
-
-
-# ---- one stream of random numbers for each sample
-
-
-def test_each_picker_has_random_numbers_of_its_own():
-    logits, options = torch.zeros(1, 1000), sample.Options(top_k=0)
-    alone = sample.picker(options, 5, "cpu")
-    expected = [alone(logits).item() for _ in range(20)]
-    one, other, seen = sample.picker(options, 5, "cpu"), sample.picker(options, 6, "cpu"), []
-    for _ in range(20):
-        torch.rand(3)
-        other(logits)
-        seen.append(one(logits).item())
-    assert seen == expected
-    assert expected != [other(logits).item() for _ in range(20)]
-
-
-def test_a_later_sample_is_that_of_the_next_seed(data_dir, tmp_path, capsys):
-    words = flags(**TOY | dict(max_iters=1, sample_tokens=0), data_dir=data_dir, out_dir=tmp_path / "run")
-    assert train.main(words) == 0
-
-    def texts(**options):
-        capsys.readouterr()
-        assert sample.main(flags(out_dir=tmp_path / "run", device="cpu", max_new_tokens=40, **options)) == 0
-        return [text.strip() for text in capsys.readouterr().out.split("\n---------------\n") if text.strip()]
-
-    three = texts(seed=10, num_samples=3, start="The fox")
-    assert len(set(three)) == 3
-    assert three == [texts(seed=seed, start="The fox")[0] for seed in (10, 11, 12)]

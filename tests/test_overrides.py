@@ -1,7 +1,8 @@
 """Config files and --key=value flags: read by declared type, never evaluated, refused in one line."""
 
-from dataclasses import dataclass, fields
-from typing import get_args, get_type_hints
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from conftest import inside, one_line_error
@@ -11,11 +12,15 @@ from hypothesis import strategies as st
 import prepare
 import sample
 import train
-from support.cli import comments, help_text, parse
+from support.cli import TEXTS, comments, from_dict, help_text, parse
 from train import Config
 
 PROGRAMS = {"train": (train.main, Config), "prepare": (prepare.main, prepare.Options),
             "sample": (sample.main, sample.Options)}
+
+
+def choices(kind) -> tuple:
+    return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def read(*words) -> dict:
@@ -132,6 +137,44 @@ def test_sampling_reports_all_its_problems_together():
     one_line_error(inside(sample.main, *(f"--{flag}" for flag in flags)), *flags)
 
 
+# -- flags that may be given several times
+
+@pytest.mark.parametrize(("words", "stop"), [
+    (["--stop=a"], ("a",)), (["--stop=a", "--stop=b", "--stop=a"], ("a", "b", "a")), (["--stop=a=b"], ("a=b",)),
+    (["--stop="], ("",)), (["--stop=", "--seed=1", "--stop= "], ("", " ")), (["--stop=a,b"], ("a,b",)),
+    (["--stop=('a', 'b')"], ("('a', 'b')",)), (["--stop=--stop=x"], ("--stop=x",)), ([], ()),
+])
+def test_each_one_adds_a_text(words, stop):
+    assert sample.Options(**parse(sample.Options, words, "").values).stop == stop
+
+
+def test_one_without_a_value_is_refused():
+    one_line_error(inside(sample.main, "--stop"), "--stop needs a value", "--stop=TEXT")
+
+
+@pytest.mark.parametrize(("line", "stop"), [
+    ("stop = ['a', 'b']", ("a", "b")), ("stop = ('a', 'b')", ("a", "b")), ("stop = 'ab'", ("ab",)), ("stop = ()", ())])
+def test_a_config_file_sets_them_all_and_flags_replace_them(config, line, stop):
+    path = config(line)
+    assert parse(sample.Options, [path], "").values["stop"] == stop
+    assert parse(sample.Options, [path, "--stop=x", "--stop=y"], "").values["stop"] == ("x", "y")
+    assert parse(sample.Options, ["--stop=x", path, "--stop=y"], "").values["stop"] == ("x", "y")
+
+
+@pytest.mark.parametrize("line", ["stop = 5", "stop = ['a', 5]", "stop = None", "stop = {'a': 1}", "stop = b'a'"])
+def test_a_config_file_that_sets_no_texts_is_refused(config, line):
+    one_line_error(inside(sample.main, config(line)), "mine.py: stop=", "text")
+
+
+def test_they_come_back_from_where_they_were_stored():
+    for texts in ((), ("a",), ("a", "", "猫\n")):
+        stored = asdict(sample.Options(stop=texts))
+        assert from_dict(sample.Options, stored, "here") == stored
+        assert from_dict(sample.Options, json.loads(json.dumps(stored)), "here") == stored      # as a list
+    outcome = inside(lambda argv: from_dict(sample.Options, {"stop": [1]}, "here") and 0)
+    one_line_error(outcome, "here: its config has stop=[1]", "text")
+
+
 # -- config files
 
 def test_config_files_in_order_then_flags_and_the_last_one_wins(config):
@@ -207,7 +250,7 @@ def test_no_value_is_ever_evaluated(program, tmp_path, monkeypatch):
     for code in ("__import__('os').system('touch ran')", "open('ran', 'w')", "$(touch ran)", "`touch ran`"):
         for field in fields(options):
             outcome = inside(lambda argv: parse(options, argv, "") and 0, f"--{field.name}={code}")
-            assert outcome.returncode == (0 if field.type is str else 2), field.name
+            assert outcome.returncode == (0 if field.type in (str, TEXTS) else 2), field.name
     assert not list(tmp_path.iterdir())
 
 
@@ -223,8 +266,9 @@ def test_help_lists_every_field_with_its_default_and_comment(program):
     unwrapped = "".join(outcome.stdout.split())                     # lines break anywhere
     for field, (_, name, comment) in zip(fields(options), comments(options), strict=True):
         assert name == field.name
-        assert "".join(f"--{name}={field.default} {comment}".split()) in unwrapped
-        for choice in get_args(get_type_hints(options)[name]):
+        default = "" if field.type == TEXTS else field.default
+        assert "".join(f"--{name}={default} {comment}".split()) in unwrapped
+        for choice in choices(get_type_hints(options)[name]):
             assert str(choice) in outcome.stdout
 
 
@@ -270,7 +314,7 @@ def test_any_command_line_is_understood_or_refused_in_one_line(program, line, tm
     inside(lambda argv: read.update(parse(options, argv, "", "words").values), *line)
     for name, value in read.items():
         kind = get_type_hints(options)[name]
-        assert value in get_args(kind) if get_args(kind) else type(value) is kind
+        assert value in choices(kind) if choices(kind) else type(value) is (get_origin(kind) or kind)
     outcome = inside(main, *line, *["--dataset=nowhere"] * (program == "train"))
     if outcome.returncode == 0:
         assert {"-h", "--help"} & set(line)

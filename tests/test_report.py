@@ -98,7 +98,8 @@ def test_a_logger_that_is_not_installed_is_named(data_dir, tmp_path, monkeypatch
 def test_evaluation_and_saving_do_not_count_as_training(data_dir, tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("support.report.time.perf_counter", lambda: now[0])
-    report = Report(Config(), tmp_path, False, None, {"splits": dict.fromkeys(("train", "val"), {"tokens": 1, "bytes": 1})},
+    meta = {"splits": dict.fromkeys(("train", "val"), {"tokens": 1, "bytes": 1})}
+    report = Report(Config(), tmp_path, False, None, meta,
                     dict(step=0, seconds=7.0), "cpu", "")
     now[0] += 2
     with report.paused():
@@ -108,7 +109,8 @@ def test_evaluation_and_saving_do_not_count_as_training(data_dir, tmp_path, monk
 
 
 def test_ranks_other_than_the_first_say_and_write_nothing(tmp_path, capsys):
-    report = Report(Config(), tmp_path, False, None, {"splits": dict.fromkeys(("train", "val"), {"tokens": 1, "bytes": 1})},
+    meta = {"splits": dict.fromkeys(("train", "val"), {"tokens": 1, "bytes": 1})}
+    report = Report(Config(), tmp_path, False, None, meta,
                     dict(step=0, seconds=0.0, **asdict(Config())), "cpu", "")
     report.update(1, 2.0, 0.5, 0.01)
     report.evaluation(1, {"train": 2.0, "val": 2.0}, True)

@@ -1,0 +1,725 @@
+"""sample.py: how it chooses tokens, what it writes of them, and how it scores a text."""
+
+import base64
+import contextlib
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, flags, inside, one_line_error, pairwise, perturbed
+
+import sample
+from prepare import Tokenizer
+from support.runtime import save_checkpoint
+from train import GPT, Config, load
+
+SIZE, VOCAB = 16, 50
+TOY_LOGITS = torch.tensor([[4.51, .89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])     # of SEEDS.md
+CHARS = {"kind": "char", "chars": "\n !,.abcdefghijklmnopqrstuvwxyzé猫"}
+BYTES = {"kind": "byte"}
+EOT = 259
+BPE = {"kind": "bpe", "name": "tiny", "pattern": r"\S+|\s+", "special": {"<|endoftext|>": EOT},
+       "ranks": "\n".join(f"{base64.b64encode(token).decode()} {rank}" for rank, token in
+                          enumerate([*(bytes([value]) for value in range(256)), b"th", b"the", b"he"]))}
+
+
+def near(actual, expected, atol=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+def checkpoint(folder, stored: dict) -> str:
+    """A small model with noise for weights, as a file."""
+    cfg, tokenizer = Config(n_layer=2, n_head=2, n_embd=16, block_size=SIZE, init="gpt2"), Tokenizer(stored)
+    torch.manual_seed(0)
+    model = perturbed(GPT(cfg, tokenizer.vocab_size))
+    with torch.no_grad():
+        model.head.weight *= 4                          # so that some tokens are far likelier than others
+    path = folder / f"{stored['kind']}.pt"
+    assert save_checkpoint(dict(config=asdict(cfg), tokenizer=stored, model=model.state_dict(), step=0,
+                                vocab_size=tokenizer.vocab_size), path) == ""
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("models")
+    return {stored["kind"]: checkpoint(folder, stored) for stored in (CHARS, BYTES, BPE)}
+
+
+@pytest.fixture
+def said(models, tmp_path, monkeypatch):
+    """said("--json", seed=3): what sample.py says, with the characters' model, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def said(*words, stdin: bytes = b"", kind: str = "char", **options):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
+        return inside(sample.main, f"--ckpt={models[kind]}", "--device=cpu", *flags(**options), *words)
+    return said
+
+
+@pytest.fixture
+def written(said):
+    """What it writes, when all is well."""
+    def written(*words, **options) -> str:
+        outcome = said(*words, **options)
+        assert (outcome.returncode, outcome.stderr) == (0, "")
+        return outcome.stdout
+    return written
+
+
+@pytest.fixture
+def records(written):
+    """The objects of --json, one a line."""
+    def records(*words, **options) -> list:
+        return [json.loads(line) for line in written("--json", *words, **options).split("\n")[:-1]]
+    return records
+
+
+class Parrot(GPT):
+    """Says these ids in each of its rows, again and again. `stop_at`: Ctrl-C at that call."""
+
+    def __init__(self, ids, vocab_size: int, stop_at: int = -1):
+        super().__init__(Config(n_layer=1, n_head=1, n_embd=8, block_size=SIZE), vocab_size)
+        self.ids, self.calls, self.stop_at = list(ids), 0, stop_at
+
+    def next_logits(self, idx, cache, at=None):
+        if self.calls == self.stop_at:
+            raise KeyboardInterrupt
+        logits = torch.full((len(idx), self.vocab_size), -100.0)
+        logits[:, self.ids[self.calls % len(self.ids)]] = 100.0
+        cache.length += idx.size(1)
+        self.calls += 1
+        return logits
+
+
+class Spy(io.StringIO):
+    """A stdout that notes how many calls of the model came before each text that is written."""
+
+    def write(self, text):
+        if text:
+            self.notes.append((self.model.calls, text))
+        return super().write(text)
+
+
+@pytest.fixture
+def parrot(monkeypatch):
+    """parrot("text", "--stop=x"): (what is written of a model that says this text, [(calls before, piece)])."""
+    def parrot(says, *words, stored: dict = CHARS, stop_at: int = -1, code: int = 0):
+        tokenizer = Tokenizer(stored)
+        model = Parrot(tokenizer.encode(says) if isinstance(says, str) else says, tokenizer.vocab_size, stop_at)
+        monkeypatch.setattr(sample, "load", lambda path, device: (model, tokenizer))
+        out = Spy()
+        out.notes, out.model = [], model
+        with contextlib.redirect_stdout(out):
+            assert sample.main(["--ckpt=x", "--device=cpu", "--max_new_tokens=40", *words]) == code
+        return out.getvalue(), out.notes
+    return parrot
+
+
+# -- the filters
+
+def kept(logits) -> list:
+    return [row.isfinite().nonzero()[:, 0].tolist() for row in logits]
+
+
+def test_top_k_keeps_the_k_largest():
+    logits = sample.filtered(TOY_LOGITS, top_k=3)
+    assert logits.topk(3).indices.tolist() == [[3, 7, 0]]
+    near(logits.topk(3).values, torch.tensor([[6.75, 6.28, 4.51]]))
+    p = logits.softmax(-1)[0]
+    near(p[[3, 7, 0]], torch.tensor([.5775, .3610, .0615]), atol=5e-5)
+    assert kept(p.log()[None]) == [[0, 3, 7]]
+
+
+@pytest.mark.parametrize("top_k", [0, 9, 200])
+def test_top_k_of_0_or_more_than_the_vocabulary_keeps_all(top_k):
+    assert torch.equal(sample.filtered(TOY_LOGITS, top_k=top_k), TOY_LOGITS)
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999])
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p):
+    logits = 3 * torch.randn(20, VOCAB, generator=torch.Generator().manual_seed(0))
+    expected = []
+    for p in logits.double().softmax(-1):
+        nucleus, total = [], 0.0
+        for at in p.argsort(descending=True).tolist():
+            if total < top_p:
+                nucleus.append(at)
+            total += p[at]
+        expected.append(sorted(nucleus))
+    filtered = sample.filtered(logits, top_p=top_p)
+    assert kept(filtered) == expected
+    assert torch.equal(filtered[filtered.isfinite()], logits[filtered.isfinite()])      # as before
+
+
+def test_top_p_of_1_keeps_all():
+    logits = torch.tensor([[50.0, 0.0, -50.0]])         # the sum of the first is 1 in float32
+    assert torch.equal(sample.filtered(logits, top_p=1.0), logits)
+
+
+def test_top_p_counts_the_probabilities_of_top_k():
+    # Of the top 3, .5775 and .3610 make .9385 > .93; of all 9 they make .9297.
+    assert kept(sample.filtered(TOY_LOGITS, top_k=3, top_p=0.93)) == [[3, 7]]
+    assert kept(sample.filtered(TOY_LOGITS, top_p=0.93)) == [[0, 3, 7]]
+
+
+# -- fair choices
+
+def exact(logits: list, options: sample.Options, prompt: list) -> list:
+    """The probabilities that the options promise, from their definitions."""
+    seen = set(prompt)
+    if options.repetition_penalty != 1:
+        logits = [z if i not in seen else z / options.repetition_penalty if z > 0 else z * options.repetition_penalty
+                  for i, z in enumerate(logits)]
+    p = {i: math.exp(z / options.temperature) for i, z in enumerate(logits)}
+    order = sorted(p, key=p.get, reverse=True)[:options.top_k or None]
+    total = sum(p[i] for i in order)
+    nucleus, reached = [], 0.0
+    for i in order:
+        if reached < options.top_p:
+            nucleus.append(i)
+        reached += p[i] / total
+    order = [i for i in nucleus if p[i] >= options.min_p * p[nucleus[0]]]
+    total = sum(p[i] for i in order)
+    return [p[i] / total if i in order else 0.0 for i in range(len(logits))]
+
+
+def unfair(ids: list, p: list) -> bool:
+    """Whether the counts of ids differ from the probabilities by more than chance does once in 10,000."""
+    counts = np.bincount(ids, minlength=len(p)).tolist()
+    if any(count and not share for count, share in zip(counts, p, strict=True)):
+        return True
+    expected = [share * len(ids) for share in p]
+    common = [i for i, n in enumerate(expected) if n >= 5]
+    pairs = [(counts[i], expected[i]) for i in common]
+    if (rest := len(ids) - sum(n for _, n in pairs)) > 5:       # the rare ones together
+        pairs.append((len(ids) - sum(count for count, _ in pairs), rest))
+    chi_square, freedom = sum((count - n) ** 2 / n for count, n in pairs), len(pairs) - 1
+    if not freedom:
+        return False
+    return chi_square > freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
+
+
+PROMPT = [3, 1, 6]                      # the likeliest of the toy logits, a middling and a negative one
+CHOICES = [{}, dict(temperature=0.5), dict(temperature=2.5), dict(top_k=3), dict(top_k=6, temperature=3.0),
+           dict(top_p=0.9), dict(top_p=0.9, temperature=3.0), dict(top_k=3, top_p=0.93), dict(min_p=0.1),
+           dict(min_p=0.1, temperature=3.0), dict(min_p=0.05, top_p=0.9, top_k=5, temperature=2.0),
+           dict(repetition_penalty=1.3), dict(repetition_penalty=0.7), dict(repetition_penalty=2.0, temperature=3.0),
+           dict(repetition_penalty=1.5, temperature=2.0, top_k=6, top_p=0.95, min_p=0.02)]
+
+
+@pytest.mark.parametrize("settings", CHOICES, ids=str)
+def test_choices_follow_the_exact_probabilities(settings):
+    options, n = sample.Options(**dict(temperature=1.0, top_k=0) | settings), 6000
+    pick = sample.Picker(options, [PROMPT] * n, range(n), 9, "cpu")
+    assert not unfair(pick(TOY_LOGITS.expand(n, 9)).tolist(), exact(TOY_LOGITS[0].tolist(), options, PROMPT))
+
+
+def test_one_stream_of_random_numbers_is_fair_too():
+    options = sample.Options(temperature=2.0, top_k=0)
+    pick = sample.Picker(options, [PROMPT], [1], 9, "cpu")
+    ids = [pick(TOY_LOGITS).item() for _ in range(6000)]
+    assert not unfair(ids, exact(TOY_LOGITS[0].tolist(), options, PROMPT))
+    pairs = [9 * one + other for one, other in zip(ids[::2], ids[1::2], strict=True)]      # and without memory
+    p = exact(TOY_LOGITS[0].tolist(), options, PROMPT)
+    assert not unfair(pairs, [a * b for a in p for b in p])
+
+
+def test_the_seed_logits():
+    n, options = 20_000, sample.Options(temperature=1.0, top_k=3)
+    ids = sample.Picker(options, [[0]] * n, range(n), 9, "cpu")(TOY_LOGITS.expand(n, 9)).tolist()
+    assert not unfair(ids, [.0615, 0, 0, .5775, 0, 0, 0, .3610, 0])
+    ids = sample.Picker(sample.Options(temperature=0.1, top_k=0), [[0]] * n, range(n), 9, "cpu")(
+        TOY_LOGITS.expand(n, 9)).tolist()
+    assert ids.count(3) / n == pytest.approx(.9910, abs=4 * math.sqrt(.991 * .009 / n))
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-50])
+def test_temperature_0_takes_the_likeliest(temperature):
+    logits = torch.randn(100, VOCAB, generator=torch.Generator().manual_seed(0))
+    pick = sample.Picker(sample.Options(temperature=temperature), [[0]] * 100, range(100), VOCAB, "cpu")
+    assert torch.equal(pick(logits), logits.argmax(-1))
+    options = sample.Options(temperature=temperature, repetition_penalty=2.0)
+    assert sample.Picker(options, [[3]], [0], 9, "cpu")(TOY_LOGITS).item() == 7
+
+
+def test_the_penalty_counts_what_has_been_generated_and_lowers_negative_logits_too():
+    pick = sample.Picker(sample.Options(temperature=0, repetition_penalty=4.0), [[3]], [0], 9, "cpu")
+    assert [pick(TOY_LOGITS).item() for _ in range(4)] == [7, 0, 8, 3]
+    pick = sample.Picker(sample.Options(temperature=0, repetition_penalty=4.0), [[0]], [0], 3, "cpu")
+    assert pick(torch.tensor([[-1.0, -2.0, -9.0]])).item() == 1
+
+
+def test_log_probabilities_are_the_models_own():
+    options = sample.Options(temperature=2.0, top_k=2, repetition_penalty=1.5, json=True)
+    pick = sample.Picker(options, [PROMPT] * 10, range(10), 9, "cpu")
+    ids = pick(TOY_LOGITS.expand(10, 9))
+    assert pick.logprobs == pytest.approx(TOY_LOGITS.log_softmax(-1)[0, ids].tolist())
+
+
+def test_settings_at_the_edge_of_float32_choose_ids_that_there_are():
+    for options in (sample.Options(top_p=1e-300), sample.Options(temperature=1e-320), sample.Options(min_p=1e-320),
+                    sample.Options(temperature=1e300), sample.Options(min_p=1.0), sample.Options(top_p=1e-9, top_k=1),
+                    sample.Options(repetition_penalty=100.0), sample.Options(repetition_penalty=0.01)):
+        pick = sample.Picker(options, [[0]] * 50, range(50), 9, "cpu")
+        assert max(pick(TOY_LOGITS.expand(50, 9))) < 9
+
+
+# -- the same text, whatever the batch
+
+LINES = ["the fox", "a", "", "once there was a hen", "the end of the river, where the old cat slept", "é猫", "the fox"]
+
+
+@pytest.mark.parametrize("settings", pairwise(
+    temperature=[0, 0.8, 2.0], top_k=[0, 5], top_p=[1.0, 0.8], min_p=[0.0, 0.1], repetition_penalty=[1.0, 1.4],
+    stop=["", "e"], max_new_tokens=[0, 1, 3 * SIZE]), ids=str)
+def test_prompts_of_different_lengths_continue_as_they_do_alone(records, tmp_path, settings):
+    (tmp_path / "lines").write_text("\n".join(LINES) + "\n", encoding="utf-8")
+    together = records(prompts="lines", seed=5, **settings)
+    alone = [records(start=line, seed=5 + number, **settings)[0] for number, line in enumerate(LINES)]
+    assert [record["prompt"] for record in together] == LINES
+    for one, other in zip(together, alone, strict=True):
+        assert one.pop("logprobs") == pytest.approx(other.pop("logprobs"), abs=1e-4)
+        assert one == other
+
+
+def test_a_seed_gives_one_text_whatever_the_batch(records, written):
+    settings = dict(start="the fox", temperature=1.5, top_k=0, max_new_tokens=3 * SIZE)
+    five = records(seed=10, num_samples=5, **settings)
+    assert [record["seed"] for record in five] == [10, 11, 12, 13, 14]
+    texts = [record["text"] for record in five]
+    assert len(set(texts)) == 5
+    assert texts == [records(seed=seed, **settings)[0]["text"] for seed in range(10, 15)]
+    for batch_size in (1, 2, 5):
+        assert [r["text"] for r in records(seed=10, num_samples=5, batch_size=batch_size, **settings)] == texts
+        assert written(seed=10, num_samples=5, batch_size=batch_size, **settings) == "".join(
+            f"the fox{text}\n---------------\n" for text in texts)
+
+
+def test_several_samples_of_several_prompts(records, tmp_path):
+    (tmp_path / "lines").write_text("the\na long way\n", encoding="utf-8")
+    settings = dict(temperature=1.5, max_new_tokens=20)
+    both = records(prompts="lines", num_samples=2, seed=1, batch_size=3, **settings)
+    assert [(record["prompt"], record["seed"]) for record in both] == [
+        ("the", 1), ("the", 2), ("a long way", 3), ("a long way", 4)]
+    assert [record["text"] for record in both] == [
+        records(start=record["prompt"], seed=record["seed"], **settings)[0]["text"] for record in both]
+
+
+def test_a_text_is_what_the_model_gives_one_token_after_another(records, models):
+    """The whole way, once more by hand: uncached, with the rule of the window, numpy's stream and plain sums."""
+    model, tokenizer = load(models["char"])
+    window, numbers, expected = tokenizer.encode("the fox").tolist(), np.random.default_rng(7), []
+    for _ in range(3 * SIZE):
+        with torch.no_grad():
+            p = (model(torch.tensor([window]))[0][0, -1].double() / 1.5).softmax(-1)
+        expected.append(int((p.cumsum(-1) <= numbers.random()).sum()))
+        window.append(expected[-1])
+        window = window[-SIZE // 2:] if len(window) > SIZE else window
+    assert records(start="the fox", seed=7, temperature=1.5, top_k=0, max_new_tokens=3 * SIZE)[0]["tokens"] == expected
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_precisions_convert_the_weights(written, monkeypatch, dtype):
+    taken, write = [], sample.write
+    monkeypatch.setattr(sample, "write", lambda model, *rest: taken.append(
+        {p.dtype for p in model.parameters()}) or write(model, *rest))
+    assert len(written(start="the", dtype=dtype, max_new_tokens=20)) == 24
+    assert taken == [{getattr(torch, dtype)}]
+
+
+# -- the stream
+
+def test_text_is_written_token_by_token(parrot):
+    text, notes = parrot("the fox", "--start=a ", "--max_new_tokens=7")
+    assert text == "a the fox\n"
+    assert notes[:-1] == [(0, "a "), *((number, char) for number, char in enumerate("the fox", 1))]
+
+
+@pytest.mark.parametrize("count", range(10))
+def test_only_whole_characters_are_written(parrot, count):
+    says = "é猫🙂".encode()
+    text, notes = parrot(says, f"--max_new_tokens={count}", "--start=ü", stored=BYTES)
+    assert text == "ü" + says[:count].decode(errors="ignore") + "\n"
+    assert {piece for _, piece in notes} <= set("üé猫🙂\n")
+
+
+def test_bytes_that_are_no_character_are_shown_as_such(parrot):
+    assert parrot(b"a\xffb\xe7\x8cc", "--max_new_tokens=6", "--start=x", stored=BYTES)[0] == "xa\ufffdb\ufffdc\n"
+
+
+@pytest.mark.parametrize(("says", "stops", "expected"), [
+    ("one, two. three", ["."], "one, two"),
+    ("one, two. three", [", t"], "one"),                        # of several tokens
+    ("one, two. three", ["three", "two", "nowhere"], "one, "),  # whichever comes first
+    ("xabxabxabc", ["abc"], "xabxabx"),                         # begun twice before it comes
+    ("aaab", ["aab"], "a"),
+    ("the end", ["the"], ""),                                   # at once
+    ("a\nb\n\nc", ["\\n\\n"], "a\nb"),                          # as typed
+    ("one. two", ["e. t", "."], "one"),                         # begins earlier, but ends later
+    ("one. two", ["ne.", "e."], "o"),                           # both at once: the one that begins earlier
+    ("one. two", ["e.", "ne."], "o"),
+])
+def test_a_stop_text_ends_a_text_and_nothing_of_it_is_written(parrot, says, stops, expected):
+    text, notes = parrot(says, *(f"--stop={stop}" for stop in stops), "--start= ")
+    assert text == f" {expected}\n"
+    assert notes[-1][0] <= len(says)
+    record = json.loads(parrot(says, *(f"--stop={stop}" for stop in stops), "--start= ", "--json")[0])
+    assert (record["text"], record["finish"]) == (expected, "stop")
+
+
+def test_the_begin_of_a_stop_text_is_held_back_until_it_is_another(parrot):
+    text, notes = parrot("xabxab.", "--stop=abc", "--max_new_tokens=7", "--start= ")
+    assert text == " xabxab.\n"
+    assert notes[:-1] == [(0, " "), (1, "x"), (4, "abx"), (7, "ab.")]
+
+
+def test_a_stop_text_that_never_completes_is_written_at_the_end(parrot):
+    assert parrot("xab", "--stop=abc", "--max_new_tokens=3", "--start= ")[0] == " xab\n"
+    assert parrot("xab", "--stop=abc", "--start= ", stop_at=3, code=130)[0] == " xab\n"
+
+
+def test_a_stop_text_within_the_prompt_or_across_its_end_does_not_count(parrot):
+    assert parrot("bcd", "--stop=ab", "--max_new_tokens=3", "--start=aba")[0] == "ababcd\n"
+
+
+def test_a_stop_text_in_one_token_and_across_bytes(parrot):
+    assert parrot("猫 the 猫x".encode(), "--stop=e 猫", "--start= ", stored=BYTES)[0] == " 猫 th\n"
+    assert parrot([97, 257, 98], "--stop=h", "--start= ", stored=BPE)[0] == " at\n"      # 257 is "the"
+
+
+def test_an_empty_stop_text_stops_nothing(parrot):
+    assert parrot("ab", "--stop=", "--max_new_tokens=4", "--start= ")[0] == " abab\n"
+
+
+def test_rows_end_one_by_one(records):
+    """Each of a batch ends at its own stop text or length, and none of them changes the others."""
+    settings = dict(start="the", temperature=2.0, num_samples=6, max_new_tokens=40)
+    free, stopped = records(**settings), records("--stop=e", "--stop=.", **settings)
+    for one, other in zip(free, stopped, strict=True):
+        ends = [one["text"].find(stop) for stop in "e." if stop in one["text"]]
+        assert other["text"] == one["text"][:min(ends, default=None)]
+        assert other["finish"] == ("stop" if ends else "length")
+    assert len({len(record["text"]) for record in stopped}) > 1
+
+
+def test_the_end_of_text_ends_a_text(parrot):
+    ids = [97, 257, EOT, 98]
+    assert parrot(ids, "--start=x", stored=BPE)[0] == "xathe\n"
+    record = json.loads(parrot(ids, "--start=x", "--json", stored=BPE)[0])
+    assert (record["text"], record["tokens"], record["finish"]) == ("athe", [97, 257], "eot")
+    assert len(record["logprobs"]) == 2
+    assert parrot(ids, "--start=x", "--ignore_eot", "--max_new_tokens=4", stored=BPE)[0] == "xathe<|endoftext|>b\n"
+    assert parrot([EOT], "--start=x", stored=BPE)[0] == "x\n"
+
+
+def test_an_empty_prompt_is_the_start_of_a_text(parrot, records):
+    assert parrot([97], "--max_new_tokens=2", stored=BPE)[0] == "aa\n"
+    assert records(kind="bpe", max_new_tokens=5)[0]["prompt"] == ""
+
+
+def test_text_that_looks_like_a_special_token_stays_text(records, models):
+    tokenizer = load(models["bpe"])[1]
+    assert EOT not in tokenizer.encode("<|endoftext|>")
+    assert records(kind="bpe", start="<|endoftext|>", max_new_tokens=5)[0]["prompt"] == "<|endoftext|>"
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_ctrl_c_ends_with_what_was_generated(parrot, json_too):
+    words = ["--start=a ", "--num_samples=2", *["--json"] * json_too]
+    text, _ = parrot("the fox", *words, stop_at=3, code=130)
+    if not json_too:
+        assert text == "a the\n---------------\na the\n---------------\n"
+        return
+    both = [json.loads(line) for line in text.splitlines()]
+    assert [(record["text"], record["finish"], record["seed"]) for record in both] == [("the", "", 1337),
+                                                                                       ("the", "", 1338)]
+
+
+def test_the_signal_itself_and_a_closed_pipe_leave_no_traceback(models):
+    def begin():
+        process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), f"--ckpt={models['char']}", "--start=the",
+                                    "--device=cpu", "--max_new_tokens=1000000"], stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
+        return process, process.stdout.read(200)
+
+    (one, first), (other, _) = begin(), begin()
+    one.send_signal(signal.SIGINT)
+    rest, errors = one.communicate(timeout=60)
+    assert (one.returncode, errors) == (130, b"")
+    assert (first + rest).decode().startswith("the")
+    assert rest.endswith(b"\n")
+    other.stdout.close()                                # as `| head` does
+    errors = other.stderr.read()
+    assert (other.wait(timeout=60), errors) == (0, b"")
+
+
+# -- prompts
+
+def test_a_prompt_from_standard_input(said):
+    for stdin in (b"the fox", "\ufeffthe fox".encode()):
+        assert said("--start=-", "--max_new_tokens=5", stdin=stdin).stdout.startswith("the fox")
+    assert said("--start=-", "--max_new_tokens=0", stdin=b"the\r\nfox\r\n").stdout == "the\nfox\n\n"
+    one_line_error(said("--start=-", stdin=b"the \xff"), "--start=-", "not UTF-8", "byte 4")
+    one_line_error(said("--start=-", stdin="the ö".encode()), "--start", "'ö'")
+
+
+def test_prompts_from_a_file_or_standard_input(said, records, tmp_path):
+    text = "\ufeffthe fox\r\n\r\na cat"                   # as an editor on Windows writes it
+    (tmp_path / "lines").write_bytes(text.encode())
+    expected = ["the fox", "", "a cat"]
+    assert [record["prompt"] for record in records(prompts="lines", max_new_tokens=3)] == expected
+    assert [record["prompt"] for record in records(prompts="-", max_new_tokens=3, stdin=text.encode())] == expected
+    text = "a\u2028b\x0cc\x85\n"                           # ends of lines to Python, but not to a person
+    assert [json.loads(line)["prompt"] for line in
+            said("--json", prompts="-", max_new_tokens=1, stdin=text.encode(), kind="byte").stdout.split("\n")[:-1]] \
+        == ["a\u2028b\x0cc\x85"]
+
+
+@pytest.mark.parametrize(("words", "parts"), [
+    (["--start=FILE:latin"], ["latin is not UTF-8", "offset 2"]),
+    (["--start=FILE:nowhere"], ["nowhere", "No such file"]),
+    (["--start=FILE:."], [". is a folder"]),
+    (["--start=kö"], ["--start='kö'", "'ö'"]),
+    (["--prompts=nowhere"], ["nowhere", "No such file"]),
+    (["--prompts=latin"], ["latin is not UTF-8"]),
+    (["--prompts=empty"], ["--prompts=empty", "no prompt"]),
+    (["--prompts=blank"], ["--prompts=blank", "no prompt"]),
+    (["--prompts=umlaut"], ["--prompts", "'ö'"]),
+    (["--prompts=lines", "--interactive"], ["--prompts and --interactive"]),
+    (["--score=lines", "--interactive"], ["--interactive and --score"]),
+    (["--prompts=lines", "--score=lines"], ["--prompts and --score"]),
+    (["--score=lines", "--stride=17"], ["stride=17", "block_size=16"]),
+    (["--score=lines", "--stride=-1"], ["stride=-1"]),
+    (["--score=nowhere"], ["nowhere", "No such file"]),
+    (["--score=latin"], ["latin is not UTF-8"]),
+    (["--score=umlaut"], ["--score=umlaut", "'ö'"]),
+    (["--score=one"], ["--score=one has 1 token", "at least 2"]),
+    (["--score=empty"], ["--score=empty has 0 tokens", "at least 2"]),
+    (["--top_p=0"], ["top_p=0.0"]),
+    (["--top_p=1.1", "--min_p=1.5", "--min_p=-1"], ["top_p=1.1", "min_p=-1.0"]),
+    (["--repetition_penalty=0", "--batch_size=0"], ["repetition_penalty=0.0", "batch_size=0"]),
+    (["--repetition_penalty=1e-300"], ["repetition_penalty=1e-300"]),
+])
+def test_mistakes(said, tmp_path, words, parts):
+    for name, content in dict(latin="kö".encode("latin1") + b"\xff", empty=b"", blank=b"\n\r\n", one=b"a",
+                              lines=b"the\nfox\n", umlaut="the\nkö\n".encode()).items():
+        (tmp_path / name).write_bytes(content.replace(b"k\xf6", b"ab"))
+    outcome = said(*words)
+    one_line_error(outcome, *parts)
+    assert outcome.stdout == ""
+
+
+# -- one JSON object a line
+
+def test_the_objects_of_json(records, models):
+    model, tokenizer = load(models["char"])
+    settings = dict(start="the 猫", num_samples=2, temperature=2.0, top_k=9, max_new_tokens=9, seed=3)
+    for number, record in enumerate(records("--stop=zz", "--repetition_penalty=1.2", **settings)):
+        assert set(record) == {"prompt", "text", "tokens", "logprobs", "finish", "seed", "settings"}
+        assert (record["prompt"], record["finish"], record["seed"]) == ("the 猫", "length", 3 + number)
+        assert record["text"] == tokenizer.decode(record["tokens"])
+        assert record["settings"] == dict(max_new_tokens=9, stop=["zz"], ignore_eot=False, temperature=2.0, top_k=9,
+                                          top_p=1.0, min_p=0.0, repetition_penalty=1.2)
+        ids = torch.tensor([[*tokenizer.encode("the 猫"), *record["tokens"]]])
+        with torch.no_grad():
+            logprobs = model(ids)[0].log_softmax(-1)[0, 4:-1].gather(1, ids[0, 5:, None])[:, 0]
+        near(torch.tensor(record["logprobs"]), logprobs)
+
+
+def test_json_keeps_one_line_a_text_whatever_the_text(parrot):
+    text, _ = parrot('a\n"猫\u2028\\\x00'.encode(), "--json", "--max_new_tokens=11", "--num_samples=2", "--start=x",
+                     stored=BYTES)
+    lines = text.split("\n")
+    assert [json.loads(line)["text"] for line in lines[:-1]] == ['a\n"猫\u2028\\\x00'] * 2
+    assert "猫" in lines[0]                             # not as an escape
+    assert lines[-1] == ""
+
+
+# -- a conversation
+
+def test_a_conversation_through_a_pipe(said, records):
+    settings = dict(temperature=1.5, max_new_tokens=20)
+    typed = ["the fox", "", "ö", " and", "/new", "a cat"]
+    outcome = said("--interactive", stdin="\n".join(typed).encode(), **settings)
+    assert outcome.returncode == 0
+    expected, so_far, seed = [], "", 1337
+    for line in typed:
+        if line == "/new":
+            so_far = ""
+        elif line != "ö":
+            expected.append(records(start=so_far + line, seed=seed, **settings)[0]["text"])
+            so_far, seed = so_far + line + expected[-1], seed + 1
+    assert outcome.stdout == "".join(f"{text}\n" for text in expected)
+    notes = outcome.stderr.splitlines()
+    assert len(notes) == 2
+    assert "/new" in notes[0]
+    assert "'ö'" in notes[1]
+
+
+def test_a_conversation_begins_with_the_start_and_bears_what_is_no_text(said, records):
+    outcome = said("--interactive", "--max_new_tokens=9", start="the", stdin=b"\xff\n fox\n")
+    assert outcome.returncode == 0
+    assert outcome.stdout == records(start="the fox", max_new_tokens=9)[0]["text"] + "\n"
+    assert "'\ufffd'" in outcome.stderr
+    assert said("--interactive", stdin=b"").stdout == ""
+
+
+def test_ctrl_c_stops_a_text_of_a_conversation_but_not_the_conversation(parrot, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\n\n"), "utf-8"))
+    calls, whole = [], Parrot.next_logits
+
+    def next_logits(model, idx, cache, at=None):
+        calls.append(0)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return whole(model, idx, cache, at)
+
+    monkeypatch.setattr(Parrot, "next_logits", next_logits)
+    assert parrot("xyz", "--interactive", "--max_new_tokens=5")[0] == "xyz\nxyzxy\n"
+    monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert parrot("xyz", "--interactive", code=130)[0] == ""
+
+
+# -- scoring
+
+def figures(line: str) -> list:
+    return [float(word.replace(",", "")) for word in line.split() if word[0].isdigit()]
+
+
+def test_the_score_of_a_text_that_fits_is_that_of_the_model_token_by_token(said, written, records, models, tmp_path):
+    (tmp_path / "text").write_text("the 猫, the fox", encoding="utf-8")
+    for kind in models:
+        model, tokenizer = load(models[kind])
+        ids = tokenizer.encode("the 猫, the fox").astype(np.int64)
+        assert len(ids) <= SIZE + 1
+        with torch.no_grad():
+            expected = [-model(torch.from_numpy(ids[None, :end]))[0][0, -1].log_softmax(-1)[ids[end]].item()
+                        for end in range(1, len(ids))]
+        found, = records("--score_tokens", score="text", kind=kind)
+        size = len("the 猫, the fox".encode()) - len(tokenizer.pieces[ids[0]])
+        assert [-x for x in found.pop("token_logprobs")] == pytest.approx(expected, abs=1e-5)
+        assert found.pop("file") == "text"
+        assert found == pytest.approx(dict(
+            tokens=len(ids) - 1, bytes=size, loss=sum(expected) / (len(ids) - 1),
+            perplexity=math.exp(sum(expected) / (len(ids) - 1)), bits_per_byte=sum(expected) / math.log(2) / size,
+            block_size=SIZE, stride=SIZE // 2), rel=1e-5)
+        assert figures(written(score="text", kind=kind)) == pytest.approx(
+            [found[key] for key in ("loss", "perplexity", "bits_per_byte", "tokens", "bytes", "block_size", "stride")],
+            abs=6e-3)
+    assert said("--score=-", stdin="the 猫, the fox".encode()).stdout == written(score="text")
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8, 15, 16])
+@pytest.mark.parametrize("length", [2, SIZE, SIZE + 1, SIZE + 2, 3 * SIZE + 1, 341])
+def test_windows_count_each_token_once_with_the_context_that_is_stated(models, stride, length):
+    model, tokenizer = load(models["char"])
+    ids = np.random.default_rng(0).integers(0, tokenizer.vocab_size, length)
+    losses = sample.token_losses(model, ids, stride)
+    assert losses.shape == (length - 1,)
+    some = range(1, length) if length < 60 else [1, SIZE, SIZE + 1, 100, 259, 340]
+    for at in some:
+        end = next((end for end in range(SIZE, length - 1, stride) if end >= at), length - 1)
+        begin = max(0, end - SIZE)
+        assert at - begin >= min(at, SIZE - stride + 1)
+        with torch.no_grad():
+            p = model(torch.from_numpy(ids[None, begin:at]))[0][0, -1].log_softmax(-1)
+        assert losses[at - 1].item() == pytest.approx(-p[ids[at]].item(), abs=1e-4)
+
+
+def test_the_score_of_each_token(written, records, tmp_path):
+    (tmp_path / "text").write_text("the\nfox", encoding="utf-8")
+    logprobs = records("--score_tokens", score="text")[0]["token_logprobs"]
+    lines = written("--score_tokens", score="text").splitlines()
+    assert lines[:-1] == ["        -  't'", *(f"{x:9.4f}  {c!r}" for x, c in zip(logprobs, "he\nfox", strict=True))]
+    assert lines[-1].startswith("loss ")
+
+
+def on_a_terminal(main, *words) -> str:
+    """What a program in this process shows on a terminal."""
+    ours, theirs = os.openpty()
+    shown = []
+
+    def read():
+        with contextlib.suppress(OSError):              # Linux's end of file
+            while piece := os.read(ours, 1000):
+                shown.append(piece)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with open(theirs, "w", encoding="utf-8") as out, contextlib.redirect_stdout(out):
+        assert main(list(words)) == 0
+    reader.join(timeout=10)
+    os.close(ours)
+    return b"".join(shown).decode().replace("\r\n", "\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no such terminals here")
+def test_colours_are_for_a_terminal_that_wants_them(models, written, tmp_path, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    (tmp_path / "text").write_text("the fox", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    plain = written("--score_tokens", score="text")
+    words = [f"--ckpt={models['char']}", "--device=cpu", "--score=text", "--score_tokens"]
+    coloured = on_a_terminal(sample.main, *words)
+    assert "\033" not in plain
+    for line, bare in zip(coloured.splitlines()[1:-1], plain.splitlines()[1:-1], strict=True):
+        loss = -float(bare.split()[0])
+        assert line == f"\033[{32 if loss < 1 else 33 if loss < 4 else 31}m{bare}\033[0m"
+    assert coloured.splitlines()[-1] == plain.splitlines()[-1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert on_a_terminal(sample.main, *words) == plain
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no such terminals here")
+def test_control_characters_reach_a_pipe_but_no_terminal(parrot, monkeypatch):
+    says = b"a\x1b[2J\tb\rc\n\x07"
+    assert parrot(says, f"--max_new_tokens={len(says)}", "--start=\x1bx", stored=BYTES)[0] == (
+        "\x1bx" + says.decode() + "\n")
+    tokenizer = Tokenizer(BYTES)
+    monkeypatch.setattr(sample, "load", lambda path, device: (Parrot(says, 256), tokenizer))
+    assert on_a_terminal(sample.main, "--ckpt=x", "--device=cpu", "--start=\x1bx", f"--max_new_tokens={len(says)}") == (
+        "\\x1bxa\\x1b[2J\tb\\rc\n\\x07\n")
+
+
+# -- compiling
+
+def test_a_step_that_cannot_be_compiled_is_named_and_done_without(said, written, monkeypatch):
+    monkeypatch.setattr(sample.runtime, "compiler_missing", lambda device: "there is no C++ compiler")
+    outcome = said("--compile", "--max_new_tokens=9")
+    assert (outcome.returncode, outcome.stderr) == (0, "not compiled: there is no C++ compiler\n")
+    assert outcome.stdout == written(max_new_tokens=9)
+
+
+def test_a_step_whose_compiling_fails_goes_on_without(said, written, monkeypatch):
+    def compile(step, **how):
+        def fail(*given):
+            raise RuntimeError("no such compiler\nand more of it")
+        return fail
+
+    monkeypatch.setattr(sample.runtime, "compiler_missing", lambda device: "")
+    monkeypatch.setattr(torch, "compile", compile)
+    outcome = said("--compile", "--max_new_tokens=9")
+    assert (outcome.returncode, outcome.stderr) == (0, "not compiled: RuntimeError: no such compiler\n")
+    assert outcome.stdout == written(max_new_tokens=9)
+
+
+def test_compile_hands_the_step_on(written, monkeypatch):
+    steps = []
+
+    def compile_step(step, device):
+        return lambda idx, cache, at: steps.append(at.item()) or step(idx, cache, at)
+
+    monkeypatch.setattr(sample.runtime, "compiler_missing", lambda device: "")
+    monkeypatch.setattr(sample.runtime, "compile_step", compile_step)
+    assert written("--compile", "--max_new_tokens=40", start="the") == written("--max_new_tokens=40", start="the")
+    assert len(steps) > 30
