@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from prepare import Tokenizer, ensure_set, prompt_ids, stored_tokenizer
 from support import runtime
 from support.cli import fail, from_dict, merge, parse, run
+from support.cpu import Linear, dropout
 from support.report import Report
 
 # -----------------------------------------------------------------------------------------------------------
@@ -48,6 +49,7 @@ class Config:
     eval_iters: int = 0                 # N: N batches of 16 windows spread evenly; 0: all of the val split
     eval_only: bool = False             # evaluate once, write nothing, leave
     log_interval: int = 10              # steps between lines of progress
+    patience: int = 0                   # stop after so many evaluations without a better val loss; 0: never
     save_interval: int = 0              # steps between saves of last.pt; 0: at every evaluation
     always_save_checkpoint: bool = False  # write ckpt.pt at every evaluation, not only at the best so far
     sample_interval: int = 0            # steps between samples of text; 0: at every evaluation
@@ -148,17 +150,6 @@ FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer"}
 # The model. Shapes: B sequences, T tokens, C = n_embd.
 
 
-def dropout(x, p: float):
-    """Zero each element with probability p (on a CPU in steps of 1/256) and scale the others up.
-
-    A CPU draws F.dropout's numbers one by one; eight to a 64-bit integer are about 3 times faster there."""
-    zeroed = round(256 * p)
-    if zeroed == 0 or x.device.type != "cpu":
-        return F.dropout(x, p)
-    numbers = torch.randint(-2**63, 2**63 - 1, (x.numel() // 8 + 1,), dtype=torch.int64).view(torch.uint8)
-    return x * (numbers[:x.numel()].view(x.shape) >= zeroed) * (256 / (256 - zeroed))
-
-
 def make_norm(cfg: Config):
     """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467), with or without a learned gain."""
     if cfg.norm == "layernorm":
@@ -184,19 +175,19 @@ def rotate(x, cos, sin):
 
 
 class Cache:
-    """Keys and values of the tokens seen so far: two tensors (B, n_kv_head, block_size, head_dim) a block."""
+    """Keys and values of the tokens seen so far: two tensors (B, n_kv_head, size, head_dim) a block."""
 
-    def __init__(self, cfg: Config):
-        self.length, self.size, self.tensors = 0, cfg.block_size, [None] * cfg.n_layer
+    def __init__(self, cfg: Config, size: int):
+        self.length, self.size, self.tensors, self.at = 0, size, [None] * cfg.n_layer, slice(0)
 
     def extend(self, layer: int, *new):
-        """Add the keys and values (B, n_kv_head, T, head_dim) of new tokens; returns those of all so far."""
-        B, heads, T, head_dim = new[0].shape
+        """Put the keys and values (B, n_kv_head, T, head_dim) of new tokens at their places. Returns those of
+        all tokens so far; of all places, if `at` is a tensor, since compiled code wants shapes that stay."""
         if self.tensors[layer] is None:
-            self.tensors[layer] = [z.new_empty(B, heads, self.size, head_dim) for z in new]
+            self.tensors[layer] = [z.new_zeros(*z.shape[:2], self.size, z.size(3)) for z in new]
         for stored, z in zip(self.tensors[layer], new, strict=True):
-            stored[:, :, self.length:self.length + T] = z
-        return [stored[:, :, :self.length + T] for stored in self.tensors[layer]]
+            stored[:, :, self.at] = z
+        return [stored[:, :, :getattr(self.at, "stop", None)] for stored in self.tensors[layer]]
 
 
 class Attention(nn.Module):
@@ -208,13 +199,13 @@ class Attention(nn.Module):
         self.cfg, self.layer, self.head_dim = cfg, layer, cfg.n_embd // cfg.n_head
         self.n_kv_head = cfg.n_kv_head or cfg.n_head
         bias = cfg.bias if cfg.qkv_bias == "auto" else cfg.qkv_bias
-        self.q = nn.Linear(cfg.n_embd, cfg.n_head * self.head_dim, bias=bias)
-        self.k = nn.Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=bias)
-        self.v = nn.Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=bias)
-        self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.q = Linear(cfg.n_embd, cfg.n_head * self.head_dim, bias=bias)
+        self.k = Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=bias)
+        self.v = Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=bias)
+        self.out = Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.shortcuts and layer else None
 
-    def forward(self, x, rotation, v_first, cache):
+    def forward(self, x, rotation, v_first, cache, mask):
         """x (B, T, C), normed, and the first block's values; returns the output and this block's values."""
         B, T, C = x.shape
         q, k, v = (linear(x).view(B, T, -1, self.head_dim) for linear in (self.q, self.k, self.v))
@@ -226,16 +217,10 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         keys, values = k.transpose(1, 2), v.transpose(1, 2)         # (B, n_kv_head, T, head_dim)
-        past = 0
         if cache is not None:
-            past = cache.length
             keys, values = cache.extend(self.layer, keys, values)
-        # Query t sees keys 0 to past + t, so a single new token sees all of them and needs no mask.
-        mask = None
-        if past and T > 1:
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=not past and T > 1,
+            q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None and T > 1,
             dropout_p=self.cfg.dropout if self.cfg.attn_dropout and self.training else 0.0,
             enable_gqa=self.n_kv_head != self.cfg.n_head)           # (B, n_head, T, head_dim)
         return self.out(y.transpose(1, 2).reshape(B, T, C)), v
@@ -252,9 +237,9 @@ class MLP(nn.Module):
         gated = cfg.mlp == "swiglu"
         width = cfg.ffn_dim or (128 * math.ceil(8 * cfg.n_embd / 3 / 128) if gated else 4 * cfg.n_embd)
         self.activation = self.activations[cfg.mlp]
-        self.up = nn.Linear(cfg.n_embd, width, bias=cfg.bias)
-        self.gate = nn.Linear(cfg.n_embd, width, bias=cfg.bias) if gated else None
-        self.down = nn.Linear(width, cfg.n_embd, bias=cfg.bias)
+        self.up = Linear(cfg.n_embd, width, bias=cfg.bias)
+        self.gate = Linear(cfg.n_embd, width, bias=cfg.bias) if gated else None
+        self.down = Linear(width, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x):
         if self.gate is None:
@@ -272,12 +257,12 @@ class Block(nn.Module):
         self.norm2, self.mlp = make_norm(cfg), MLP(cfg)
         self.embed_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if cfg.shortcuts else None
 
-    def forward(self, x, x_first, rotation, v_first, cache):
+    def forward(self, x, x_first, rotation, v_first, cache, mask):
         p = self.dropout if self.training else 0.0
         if self.embed_mix is not None:
             mix = self.embed_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x_first
-        y, v = self.attn(self.norm1(x), rotation, v_first, cache)
+        y, v = self.attn(self.norm1(x), rotation, v_first, cache, mask)
         x = x + dropout(y, p)
         return x + dropout(self.mlp(self.norm2(x)), p), v
 
@@ -295,7 +280,7 @@ class GPT(nn.Module):
         self.embed_norm = make_norm(cfg) if cfg.embed_norm else None
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
         self.norm = make_norm(cfg)
-        self.head = nn.Linear(cfg.n_embd, rows, bias=cfg.head_bias)
+        self.head = Linear(cfg.n_embd, rows, bias=cfg.head_bias)
         if cfg.tie_weights:
             self.head.weight = self.wte.weight
         cos, sin = rotation_table(cfg) if cfg.positions == "rope" else (None, None)
@@ -323,26 +308,35 @@ class GPT(nn.Module):
             elif isinstance(module, nn.Linear):         # an embedding keeps PyTorch's std of 1
                 nn.init.normal_(module.weight, std=math.sqrt(0.33 / module.in_features))
 
-    def trunk(self, idx, cache: Cache | None = None):
-        """Token ids (B, T) to features (B, T, C). With a cache, idx holds the tokens after those in it."""
-        kind, T = idx.device.type, idx.size(1)
-        past = cache.length if cache else 0
+    def trunk(self, idx, cache: Cache | None = None, at=None):
+        """Token ids (B, T) to features (B, T, C). With a cache, idx holds the tokens after those in it; `at`
+        (T,) gives their positions as a tensor, for a compiled step that does not know how many there are."""
+        kind, T, fixed, mask = idx.device.type, idx.size(1), at is not None, None
+        past = cache.length if cache and not fixed else 0
+        at = at if fixed else slice(past, past + T)
+        if cache:
+            cache.at = at
+        # Query t sees keys 0 to past + t: all when it is alone, the usual triangle when nothing is past.
+        if fixed:
+            mask = torch.arange(cache.size, device=at.device) <= at[:, None]        # (T, size)
+        elif past and T > 1:
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(past)
         x = self.wte(idx)
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))    # a stream in 16 bits halves the element-wise traffic
         if self.wpe is not None:
-            x = x + self.wpe.weight[past:past + T].to(x.dtype)
+            x = x + self.wpe.weight[at].to(x.dtype)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         x = dropout(x, self.cfg.dropout if self.training else 0.0)
         rotation = None
         if self.cos is not None:
-            rotation = [table[past:past + T, None].to(x.dtype) for table in (self.cos, self.sin)]
+            rotation = [table[at, None].to(x.dtype) for table in (self.cos, self.sin)]
         x_first, v_first = x, None
         for block in self.blocks:
-            x, v = block(x, x_first, rotation, v_first, cache)
+            x, v = block(x, x_first, rotation, v_first, cache, mask)
             v_first = v if v_first is None else v_first
-        if cache:
+        if cache and not fixed:
             cache.length += T
         return self.norm(x)
 
@@ -358,31 +352,45 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
+    def next_logits(self, idx, cache: Cache, at=None):
+        """Logits (B, vocab_size) of the token after idx (B, T); see trunk."""
+        return self.logits(self.trunk(idx, cache, at)[:, -1])
+
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens: int, pick):
+    def generate(self, idx, max_new_tokens: int, pick, step=None):
         """Continue the prompts idx (B, T >= 1), yielding the ids (B,) of one new position at a time.
-        pick: logits (B, vocab_size) -> ids (B,).
+        pick: logits (B, vocab_size) -> ids (B,). step: next_logits, compiled, for one token at a time.
 
         Past block_size the last half of the window is kept, and its keys and values are computed afresh in
         one pass: a cache that rolled on would hold values which had seen tokens that are gone."""
-        size, cache = self.cfg.block_size, Cache(self.cfg)
+        size = self.cfg.block_size
         window = new = idx[:, -size:]
+        cache = Cache(self.cfg, min(size, window.size(1) + max_new_tokens))
         for _ in range(max_new_tokens):
             if cache.length + new.size(1) > size:
                 window = new = window[:, -max(1, size // 2):]
                 cache.length = 0
-            token = pick(self.logits(self.trunk(new, cache)[:, -1]))
+            if step and new.size(1) == 1:
+                logits = step(new, cache, torch.full((1,), cache.length, device=idx.device))
+                cache.length += 1
+            else:
+                logits = self.next_logits(new, cache)
+            token = pick(logits)
             yield token
             new = token[:, None]
             window = torch.cat((window, new), dim=1)
 
 
-def draw(logits, temperature: float, generator=None):
-    """Ids (B,) drawn from softmax(logits (B, vocab_size) / temperature); at 0 the likeliest."""
+def draw(logits, temperature: float, uniform=None):
+    """Ids (B,) drawn from softmax(logits (B, vocab_size) / temperature); at 0 the likeliest.
+    uniform (B,): the numbers in [0, 1) to draw with, where the sums of the probabilities first exceed them."""
     if temperature == 0:
         return logits.argmax(-1)
     p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)   # safe near temperature 0
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
+    # In float32 the many small probabilities of a large vocabulary would be lost in their sum.
+    sums = p.cumsum(-1, dtype=torch.float32 if p.device.type == "mps" else torch.float64)
+    uniform = torch.rand(len(p), dtype=sums.dtype, device=p.device) if uniform is None else uniform
+    return torch.searchsorted(sums, uniform.to(sums)[:, None] * sums[:, -1:], right=True)[:, 0]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -570,21 +578,29 @@ def restore(checkpoint: dict, source, cfg: Config | None = None) -> tuple:
     return model, tokenizer
 
 
+def read_weights(source) -> dict:
+    """A checkpoint's content, from its path or, for OpenAI's weights, their name."""
+    if str(source).startswith("gpt2") and not os.path.isfile(source):
+        import convert  # for these alone
+        return convert.imported(source)
+    return runtime.load_checkpoint(Path(source))
+
+
 def load(path, device: str = "cpu") -> tuple:
-    """(model, tokenizer) for use from Python, in eval mode. path: a checkpoint, or the folder of a run.
+    """(model, tokenizer) for use from Python, in eval mode. path: a checkpoint, a run's folder, gpt2, ...
     `for ids in model.generate(prompt, 100, lambda logits: draw(logits, 0.8))` continues a prompt (B, T)."""
-    path = Path(path, "ckpt.pt") if os.path.isdir(path) else Path(path)
-    model, tokenizer = restore(runtime.load_checkpoint(path), path)
+    path = Path(path, "ckpt.pt") if os.path.isdir(path) else path
+    model, tokenizer = restore(read_weights(path), path)
     return model.to(device).eval(), tokenizer
 
 
 def sample_text(model: GPT, tokenizer, cfg: Config, step: int, device: str) -> str:
     """A short continuation of sample_start by the current weights."""
-    generator = torch.Generator(device).manual_seed(cfg.seed + step)
     prompt = torch.from_numpy(prompt_ids(tokenizer, cfg.sample_start, "--sample_start"))[None].to(device)
+    numbers = iter(torch.rand(cfg.sample_tokens, 1, generator=torch.Generator().manual_seed(cfg.seed + step)))
     model.eval()
     ids = [token.item() for token in model.generate(
-        prompt, cfg.sample_tokens, lambda logits: draw(logits, cfg.sample_temperature, generator))]
+        prompt, cfg.sample_tokens, lambda logits: draw(logits, cfg.sample_temperature, next(numbers).to(device)))]
     model.train()
     return cfg.sample_start + tokenizer.decode(ids)
 
@@ -680,11 +696,12 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
                     report.evaluation(step, losses, best)
                     if best or cfg.always_save_checkpoint:
                         save("ckpt.pt")
-                    if last:
-                        save("last.pt")
+                stale = 0 < cfg.patience * cfg.eval_interval <= state["evaluated"] - state["best_step"]
+                if due and (last or stale):
+                    save("last.pt")
                 if show:
                     report.sample(step, partial(sample_text, model, tokenizer, cfg, step, device))
-            if last or cfg.eval_only:
+            if last or stale or cfg.eval_only:
                 break
 
             # One update. Its random numbers come from (seed, step, rank) alone, so none need to be restored.
@@ -749,11 +766,7 @@ def main(argv: list) -> int:
         resumed = runtime.load_checkpoint(out_dir / "last.pt", resumable=True)
         cfg = Config(**merge(Config, resumed["config"], parsed, FIXED_FIELDS, out_dir / "last.pt"))
     elif cfg.init_from != "scratch":
-        if cfg.init_from.startswith("gpt2") and not os.path.isfile(cfg.init_from):
-            import convert  # for the weights of OpenAI alone
-            weights = convert.imported(cfg.init_from)
-        else:
-            weights = runtime.load_checkpoint(Path(cfg.init_from))
+        weights = read_weights(cfg.init_from)
         # The model comes from the checkpoint, everything else from the files and flags given now.
         typed = replace(parsed, typed=parsed.typed & MODEL_FIELDS)
         stored = merge(Config, weights["config"], typed, MODEL_FIELDS, cfg.init_from, lower={"block_size"})

@@ -7,8 +7,9 @@ A program declares its settings once, as a flat dataclass with a default and a c
         # -- sampling
         temperature: float = 0.8            # 0 is greedy
 
-and calls `parse(Options, argv, doc)`. A field's declared type (bool, int, float, str or Literal[...])
-decides how its text is read; nothing is ever evaluated. Only a config file named by the user is run as Python.
+and calls `parse(Options, argv, doc)`. A field's declared type (bool, int, float, str, Literal[...], or
+tuple[str, ...] for a flag that may be given several times) decides how its text is read; nothing is ever
+evaluated. Only a config file named by the user is run as Python.
 """
 
 import difflib
@@ -27,6 +28,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NoReturn
 
+TEXTS = tuple[str, ...]                 # a flag that may be given several times
 LARGEST_INT = 2**62                     # larger integers overflow in numpy and torch
 
 
@@ -123,9 +125,11 @@ def convert(value, kind):
                 raise BadValue(f"a whole number of at most {LARGEST_INT:,}")
             return int(number)
         return number
+    if kind == TEXTS and isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value):
+        return tuple(value)
     if not isinstance(value, str):
         raise BadValue(expected(kind))
-    return value
+    return (value,) if kind == TEXTS else value
 
 
 def read_config_file(path: str, kinds: dict) -> dict:
@@ -193,6 +197,8 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files") -> P
             value = convert(text, kinds[name])
         except BadValue as problem:
             fail(f"--{key}={text} is not {problem}")
+        if kinds[name] == TEXTS and name in parsed.typed:
+            value = parsed.values[name] + value
         parsed.values[name] = value
         parsed.typed.add(name)
     return parsed
@@ -246,7 +252,7 @@ def help_text(options: type, doc: str) -> str:
         if heading != group:
             group = heading
             lines += ["", f"{heading}:"]
-        default = defaults[name].default
+        default = defaults[name].default if kinds[name] != TEXTS else ""
         if typing.get_origin(kinds[name]) is typing.Literal:
             comment += " [" + " | ".join(map(str, typing.get_args(kinds[name]))) + "]"
         entry = f"  --{name}={default}".ljust(36) + " "

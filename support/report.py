@@ -48,8 +48,8 @@ def read_log(path: Path) -> list:
     return rows
 
 
-def draw(rows: list, path: Path, title: str, tokens_per_step: int):
-    """Loss against steps and tokens as a PNG. Needs matplotlib."""
+def draw(rows: list, path: Path, title: str, tokens_per_step: int, tokens_per_epoch: int):
+    """Loss against steps, epochs and tokens as a PNG. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
@@ -65,8 +65,10 @@ def draw(rows: list, path: Path, title: str, tokens_per_step: int):
         axes.plot(best["step"], best["val_loss"], "*", color="tab:red", ms=14,
                   label=f"best val {best['val_loss']:.4f} at step {best['step']:.0f}")
     axes.set(title=title, xlabel="steps", ylabel="loss (nats per token)")
-    above = axes.secondary_xaxis("top", functions=(lambda s: s * tokens_per_step, lambda t: t / tokens_per_step))
+    above, below = (axes.secondary_xaxis(place, functions=(lambda s, f=factor: s * f, lambda x, f=factor: x / f))
+                    for place, factor in (("top", tokens_per_step), (-0.15, tokens_per_step / tokens_per_epoch)))
     above.set_xlabel("tokens seen")
+    below.set_xlabel("epochs")
     above.xaxis.set_major_formatter(lambda tokens, _: short(tokens) if tokens >= 1 else "0")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -83,6 +85,7 @@ class Report:
         self.cfg, self.out_dir, self.first, self.state, self.device = cfg, out_dir, first, state, device
         self.writes = first and not cfg.eval_only
         self.tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
+        self.tokens_per_epoch = meta["splits"]["train"]["tokens"] // cfg.block_size * cfg.block_size
         val = meta["splits"]["val"]
         self.to_bits_per_byte = val["tokens"] / max(1, val["bytes"]) / math.log(2)
         self.first_step = self.last_step = state["step"]
@@ -135,7 +138,7 @@ class Report:
         kind = torch.device(self.device).type
         name = torch.cuda.get_device_name(self.device) if kind == "cuda" else f"{torch.get_num_threads()} threads" \
             if kind == "cpu" else ""
-        per_epoch = splits["train"]["tokens"] / self.tokens_per_step
+        per_epoch = self.tokens_per_epoch / self.tokens_per_step
         changed = [f"{f.name}={getattr(cfg, f.name)}" for f in fields(cfg)
                    if getattr(cfg, f.name) != f.default and f.name not in ("out_dir", "dtype", "compile")]
         self.say(f"data     {cfg.dataset}: {splits['train']['tokens']:,} train and {splits['val']['tokens']:,} val "
@@ -198,7 +201,7 @@ class Report:
         if self.writes:
             try:
                 draw(read_log(self.out_dir / "log.csv"), self.out_dir / "loss.png",
-                     f"{self.out_dir}", self.tokens_per_step)
+                     f"{self.out_dir}", self.tokens_per_step, self.tokens_per_epoch)
             except ImportError:
                 pass                    # the table is there all the same
             except OSError as error:
@@ -296,11 +299,12 @@ class Report:
             self.say(f"stopped  at step {state['step']} of {cfg.max_iters}: the same command with --init_from=resume "
                      f"goes on; python sample.py --ckpt={self.out_dir / 'last.pt'} samples from the weights of now")
             return code
-        self.say(f"done     {state['step']:,} steps in {duration(self.seconds())} of training; best val loss "
+        early = f" of {cfg.max_iters:,} (patience={cfg.patience})" if state["step"] < cfg.max_iters else ""
+        self.say(f"done     {state['step']:,} steps{early} in {duration(self.seconds())} of training; best val loss "
                  f"{state['best_val_loss']:.4f} at step {state['best_step']}")
         if state["losses"] and state["losses"]["val"] > state["best_val_loss"] + 0.01:
             self.say(f"note     the val loss has risen to {state['losses']['val']:.4f} since: the model learns its "
-                     "training text by heart. Fewer steps, more --dropout or a smaller model would do as well")
+                     "training text by heart. Try --patience=3, fewer steps, more --dropout or a smaller model")
         purposes = {"ckpt.pt": "best weights", "last.pt": "to go on", "log.csv": "figures", "loss.png": "picture"}
         there = [f"{name} ({purpose})" for name, purpose in purposes.items() if (self.out_dir / name).exists()]
         self.say(f"files    {self.out_dir}/: {', '.join(there)}")

@@ -1,0 +1,38 @@
+# Chinese with OpenAI's cl100k_base: 100 fables written for this project, ids up to 100,276 and so uint32.
+#
+#     python prepare.py fables_zh                     # embedded; tiktoken downloads cl100k_base once
+#     python train.py config/fables_zh_cl100k.py
+#     python sample.py --start="从前"
+#
+# The same settings for any table of yours:
+#
+#     python prepare.py poems.csv --name=poems --tokenizer=cl100k_base
+#     python train.py config/fables_zh_cl100k.py --dataset=poems
+#
+# MEASURED
+
+dataset = "fables_zh"
+
+max_iters = 300
+eval_interval = 50
+sample_start = "一"
+
+batch_size = 16
+block_size = 128
+sampling = "random"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+dropout = 0.2
+tie_weights = True
+init = "gpt2"
+
+optimizer = "adamw"
+learning_rate = 2e-3
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+adam_eps = 1e-8
+grad_clip = 1.0
+warmup_iters = 20

@@ -1,0 +1,47 @@
+# The character-level GPT of Andrej Karpathy's lecture "Let's build GPT: from scratch, in code, spelled out".
+#
+#     python train.py config/lecture.py
+#
+# 209,729 parameters. Expected: val loss from 4.4 to 1.82 (1.79-1.85 on the full val split at context 32). One thing
+# differs: attention scores are scaled by head_dim^-0.5, as everywhere in Inkling, where the lecture has n_embd^-0.5.
+#
+# MEASURED
+
+dataset = "shakespeare_char"
+
+max_iters = 5000
+eval_interval = 100
+eval_iters = 200
+log_interval = 100
+sample_interval = 1000
+
+batch_size = 16
+block_size = 32
+sampling = "random"
+
+n_layer = 4
+n_head = 4
+n_embd = 64
+dropout = 0.0
+positions = "learned"
+norm = "layernorm"
+norm_gain = True
+norm_eps = 1e-5
+embed_norm = False
+mlp = "relu"
+bias = True
+qkv_bias = False
+head_bias = True
+qk_norm = False
+logit_cap = 0.0
+shortcuts = False
+init = "torch"
+
+optimizer = "adamw"
+learning_rate = 1e-3
+weight_decay = 0.01
+decay_all = True
+beta1 = 0.9
+beta2 = 0.999
+adam_eps = 1e-8
+schedule = "constant"

@@ -1,0 +1,51 @@
+# GPT-2's architecture on one short story: what it looks like when a model learns its text by heart.
+# After "Build a Large Language Model (From Scratch)", chapter 5 (github.com/rasbt/LLMs-from-scratch).
+#
+#     python prepare.py verdict
+#     python train.py config/verdict.py
+#
+# 162,419,712 parameters for 4,612 training tokens (534 for validation): 18 windows of 256, 9 updates an epoch, 90 in
+# all. Expected: first loss about 10.98; train loss under 1 at the end (the book: 0.569); val loss lowest, about 6.12
+# (6.0-6.4), near update 50, and rising from there on. A greedy sample every epoch: commas at first, then the story.
+#
+# MEASURED
+
+dataset = "verdict"
+
+max_epochs = 10
+eval_interval = 5
+log_interval = 1
+sample_interval = 9
+sample_start = "Every effort moves you"
+sample_tokens = 50
+sample_temperature = 0.0
+
+batch_size = 2
+block_size = 256
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.1
+attn_dropout = True
+positions = "learned"
+norm = "layernorm"
+norm_gain = True
+norm_eps = 1e-5
+embed_norm = False
+mlp = "gelu_tanh"
+bias = True
+qkv_bias = False
+qk_norm = False
+logit_cap = 0.0
+shortcuts = False
+init = "torch"
+
+optimizer = "adamw"
+learning_rate = 4e-4
+weight_decay = 0.1
+decay_all = True
+beta1 = 0.9
+beta2 = 0.999
+adam_eps = 1e-8
+schedule = "constant"
