@@ -383,7 +383,7 @@ class GPT(nn.Module):
 
 def draw(logits, temperature: float, uniform=None):
     """Ids (B,) drawn from softmax(logits (B, vocab_size) / temperature); at 0 the likeliest.
-    uniform (B,): the numbers in [0, 1) to draw with, where the sums of the probabilities first exceed them."""
+    uniform (B,): numbers in [0, 1) to draw with, where the sums of the probabilities first exceed them."""
     if temperature == 0:
         return logits.argmax(-1)
     p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)   # safe near temperature 0
@@ -596,11 +596,14 @@ def load(path, device: str = "cpu") -> tuple:
 
 def sample_text(model: GPT, tokenizer, cfg: Config, step: int, device: str) -> str:
     """A short continuation of sample_start by the current weights."""
+    generator = torch.Generator().manual_seed(cfg.seed + step)
+
+    def pick(logits):
+        return draw(logits, cfg.sample_temperature, torch.rand(1, generator=generator).to(device))
+
     prompt = torch.from_numpy(prompt_ids(tokenizer, cfg.sample_start, "--sample_start"))[None].to(device)
-    numbers = iter(torch.rand(cfg.sample_tokens, 1, generator=torch.Generator().manual_seed(cfg.seed + step)))
     model.eval()
-    ids = [token.item() for token in model.generate(
-        prompt, cfg.sample_tokens, lambda logits: draw(logits, cfg.sample_temperature, next(numbers).to(device)))]
+    ids = [token.item() for token in model.generate(prompt, cfg.sample_tokens, pick)]
     model.train()
     return cfg.sample_start + tokenizer.decode(ids)
 
