@@ -123,6 +123,9 @@ def read_settings(hf: dict) -> tuple:
                        rope_theta=float(number("rope_theta", 10_000.0, False)),
                        norm_eps=number("rms_norm_eps", 1e-6, False),
                        tie_weights=must("tie_word_embeddings", False, True))
+    heads, kv_heads = config["n_head"], config["n_kv_head"] or config["n_head"]
+    if config["n_embd"] % (heads * (2 if kind == "llama" else 1)) or heads % kv_heads:      # rope turns pairs
+        refused.append(f"{heads} heads, {kv_heads} of keys and values, in a width of {config['n_embd']}")
     refused += [f"{name}={value!r}" for name, value in hf.items()
                 if name not in used | HARMLESS and value is not None and value is not False]
     if refused:

@@ -18,7 +18,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from convert import read_settings
-
 from sample import filtered
 from support import runtime
 from support.cli import fail, parse, run

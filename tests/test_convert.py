@@ -303,6 +303,9 @@ def test_without_safetensors_one_line_says_what_to_install(saved, monkeypatch):
     ("gpt2", dict(n_layer="two"), "n_layer='two'"),
     ("gpt2", dict(n_embd=0), "n_embd=0"),
     ("gpt2", dict(n_layer=10**9), "1000000000 layers"),
+    ("gpt2", dict(n_head=5), "5 heads"),
+    ("llama", dict(num_attention_heads=32, head_dim=1), "32 heads"),
+    ("llama", dict(num_key_value_heads=3), "3 of keys and values"),
     ("gpt2", dict(vocab_size=...), "vocab_size=None"),
     ("gpt2", dict(model_type="bert"), "model_type='bert'"),
     ("gpt2", dict(quantization_config={"bits": 4}), "quantization_config="),
@@ -752,6 +755,16 @@ def test_a_name_is_downloaded_once(site, cache, monkeypatch, tqdm):
     converted("import", "gpt2", "--out=two")
     assert len(site.asked) == asked
     same_bytes(torch.load("one/ckpt.pt")["model"], torch.load("two/ckpt.pt")["model"])
+
+
+def test_processes_that_start_together_download_once(site, cache):
+    threads = [threading.Thread(target=convert.downloaded, args=["gpt2"]) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert arrived(site, cache)
+    assert [path for path, _ in site.asked].count("/bytes/model.safetensors") == 1
 
 
 @pytest.mark.parametrize("ranges", [True, False])
