@@ -564,14 +564,19 @@ def test_a_conversation_through_a_pipe(said, records):
     typed = ["fox", "", "ö", " a", "/new", "cat"]
     outcome = said("--interactive", stdin="\n".join(typed).encode(), **settings)
     assert outcome.returncode == 0
-    expected, so_far, seed = [], "", 1337
+    expected, prompts, so_far, seed = [], [], "", 1337
     for line in typed:
         if line == "/new":
             so_far = ""
         elif line != "ö":
-            expected.append(records(start=so_far + line, seed=seed, **settings)[0]["text"])
+            prompts.append(so_far + line)
+            expected.append(records(start=prompts[-1], seed=seed, **settings)[0]["text"])
             so_far, seed = so_far + line + expected[-1], seed + 1
     assert outcome.stdout == "".join(f"{text}\n" for text in expected)
+    again = said("--interactive", "--json", stdin="\n".join(typed).encode(), **settings)
+    found = [json.loads(line) for line in again.stdout.splitlines()]
+    assert [record["prompt"] for record in found] == prompts
+    assert [record["text"] for record in found] == expected
     notes = outcome.stderr.splitlines()
     assert len(notes) == 2
     assert "/new" in notes[0]
