@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, TOY, flags
 
-PROGRAMS = ["train.py", "prepare.py", "sample.py", "support/cli.py", "support/runtime.py", "support/report.py"]
+PROGRAMS = ["train.py", "prepare.py", "sample.py", "support/cli.py", "support/runtime.py", "support/report.py",
+            "support/sources.py"]
 
 
 def imports(name: str) -> set:
@@ -24,7 +25,8 @@ def imports(name: str) -> set:
 def test_nothing_points_back():
     assert not imports("train.py") & {"sample", "convert"}
     assert not imports("prepare.py") & {"train", "sample", "torch"}
-    for name in ("support/cli.py", "support/runtime.py", "support/report.py"):
+    assert not any(module.split(".")[0] == "torch" for module in imports("support/sources.py"))
+    for name in ("support/cli.py", "support/runtime.py", "support/report.py", "support/sources.py"):
         assert not imports(name) & {"train", "sample", "prepare"}, name
     assert not any(module.split(".")[0] == "torch" for module in imports("support/cli.py"))
 
@@ -49,7 +51,7 @@ def test_train_py_can_be_read_in_one_sitting():
 
 def test_requirements_hold_what_the_programs_import():
     named = set(re.findall(r"^([a-z]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M))
-    optional = {"wandb", "triton"}                       # only when asked for, or where PyTorch brings it
+    optional = {"wandb", "triton", "rustbpe", "pyarrow", "zstandard"}   # only when asked for, or PyTorch brings it
     own = {"train", "prepare", "sample", "support"}
     third_party = {module.split(".")[0] for name in PROGRAMS for module in imports(name)} - set(sys.stdlib_module_names)
     assert third_party - own - optional <= named

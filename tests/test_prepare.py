@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 import prepare
 import train
-from prepare import END_OF_TEXT, Tokenizer, check_set, ensure_set, split_documents, write_set
-from support import runtime
+from prepare import END_OF_TEXT, Survey, Tokenizer, check_set, ensure_set, split_documents, write_set
+from support import runtime, sources
 from support.runtime import check_ids, open_data, open_split, read_meta, token_dtype
 
 FILES = ("train.bin", "val.bin", "meta.json")
@@ -281,34 +281,58 @@ def test_a_fraction_of_zero_keeps_all_for_training(write):
     check_set(folder)
 
 
+def divided(documents: list, val_fraction: float, seed: int = 0) -> tuple:
+    """([train parts], [val parts]), each with the number of its document, of texts that are not empty."""
+    reader = [(number, True, text, text.encode()) for number, text in enumerate(documents)]
+    parts = {"train": [], "val": []}
+    for split, number, text in split_documents(reader, Survey(reader, seed), val_fraction, seed):
+        parts[split].append((number, text))
+    return parts["train"], parts["val"]
+
+
 @same_every_time
-@given(documents=st.lists(st.text(max_size=20), min_size=1, max_size=30), val_fraction=st.floats(0, 0.99))
+@given(documents=st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=30),
+       val_fraction=st.floats(0, 0.99))
 def test_the_split_of_documents_loses_nothing(documents, val_fraction):
-    train, val = split_documents(documents, val_fraction)
+    train, val = divided(documents, val_fraction)
     if len(documents) > 1 and len(documents) * val_fraction >= 1:       # enough for whole ones on either side
-        assert sorted(train + val) == sorted(documents)
+        assert sorted(train + val) == list(enumerate(documents))
         assert train
-        assert 1 <= len(val) <= len(documents) * val_fraction + 1
+        assert len(val) == int(len(documents) * val_fraction)
     else:
-        assert [head + tail for head, tail in zip(train, val, strict=True)] == documents
-        assert [len(head) for head in train] == [int(len(text) * (1 - val_fraction)) for text in documents]
+        heads, tails = dict(train), dict(val)
+        assert [heads.get(n, "") + tails.get(n, "") for n in range(len(documents))] == documents
+        assert [len(heads.get(n, "")) for n in range(len(documents))] == [int(len(text) * (1 - val_fraction))
+                                                                          for text in documents]
 
 
-def test_every_tenth_document_goes_to_val():
-    documents = [f"document {number}" for number in range(1, 26)]
-    train, val = split_documents(documents, 0.1)
-    assert val == ["document 10", "document 20"]
-    assert train == [text for text in documents if text not in val]
+def test_a_seeded_hash_of_the_text_picks_the_documents_for_val():
+    documents = [f"document {number}" for number in range(1, 51)]
+    val = [text for _, text in divided(documents, 0.1)[1]]
+    assert len(val) == 5
+    assert sorted(text for _, text in divided(documents[::-1], 0.1)[1]) == sorted(val)     # wherever they stand
+    assert [text for _, text in divided(documents, 0.1, seed=1)[1]] != val
+    assert val != documents[-5:]
+
+
+def test_of_very_many_documents_those_with_equal_text_go_the_same_way():
+    documents = [f"document {number % 6000}" for number in range(12_000)]
+    train, val = ({text for _, text in part} for part in divided(documents, 0.1))
+    assert not train & val
+    assert 500 < len(val) < 700
+    assert len(train) + len(val) == 6000
 
 
 def test_end_of_text_stands_between_documents_and_nowhere_else(write):
     documents = [f"the {letter}" for letter in "abcdefghij"]
     train, val = split_ids(write(*documents, tokenizer="toy"))
+    assert val.size == len("the a") - 2                 # one document of ten
     expected = []
-    for text in documents[:9]:
-        expected += [*TOY_BPE.encode_ordinary(text), EOT]
+    for text in documents:
+        if (ids := TOY_BPE.encode_ordinary(text)) != val.tolist():
+            expected += [*ids, EOT]
     assert train.tolist() == expected[:-1]
-    assert val.tolist() == TOY_BPE.encode_ordinary("the j")
+    assert train.tolist().count(EOT) == 8
 
 
 def test_empty_documents_are_passed_over(write):
@@ -719,7 +743,7 @@ def test_check_lets_no_text_act_on_the_terminal(in_folder, capsys):
     (["fables.txt"], ["--name="]),
     *[(["note.txt", f"--name={name}"], [name.strip()])
       for name in ("../up", "a/b", ".hidden", "-x", "a b", "é", "..", "/tmp/x", "a:b", "n" * 300)],
-    *[(["note.txt", f"--name={name}"], [name]) for name in ("fables", "shakespeare", "shakespeare_char")],
+    *[(["note.txt", f"--name={name}"], [name]) for name in ("fables", "shakespeare", "shakespeare_char", "verdict")],
     (["fables", "--name=shakespeare"], ["shakespeare"]),
     *[(["note.txt", f"--val_fraction={value}"], ["val_fraction=" + value])
       for value in ("-0.1", "1", "1.5", "nan", "inf", "x", "")],
@@ -735,9 +759,9 @@ def test_a_bad_request_is_one_line_and_writes_nothing(argv, parts, in_folder, re
 
 
 def test_an_unreadable_file_is_one_line(in_folder, refused, monkeypatch):
-    def no(path):
+    def no(path, *_):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
-    monkeypatch.setattr(Path, "read_bytes", no)         # root, who may run the tests, can read everything
+    monkeypatch.setattr(sources, "open", no, raising=False)     # root, who may run the tests, can read everything
     one_line_error(refused(prepared, "note.txt"), "note.txt", "Permission denied")
 
 
