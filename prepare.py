@@ -223,10 +223,7 @@ class Tokenizer:
                 parts = [self.encoding.encode_to_numpy(piece, disallowed_special=())
                          for piece in sources.pieces(text, BOUNDED)]
                 ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
-                if int(self.lengths[ids].sum()) != len(raw):
-                    raise ValueError(f"the pattern of the tokenizer {self.bpe['name']} leaves out some of the text: "
-                                     r"let it end with |[\s\S]")
-                return ids.astype(dtype)
+                return self._complete(ids, text)
             points = np.frombuffer(raw, np.uint8) if len(raw) == len(text) else _code_points(text)
         except UnicodeEncodeError as error:
             raise ValueError(f"the text is not valid Unicode: {text[error.start]!r} at {error.start}") from None
@@ -239,6 +236,26 @@ class Tokenizer:
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
         raise ValueError(f"the tokenizer has no {' '.join(map(repr, unknown[:10]))}{more}; it was built from a "
                          f"text with {self.vocab_size} different characters")
+
+    def encode_joined(self, texts: list) -> np.ndarray:
+        """Ids of [(whether the end-of-text token comes first, text)], one after another."""
+        dtype = token_dtype(self.vocab_size)
+        joined = "".join(END_OF_TEXT * first + text for first, text in texts)
+        if len(texts) > 1 and self.eot is not None and all(first for first, _ in texts[1:]) and not any(
+                END_OF_TEXT in text or len(text) > BOUNDED for _, text in texts):
+            # One call for many short documents: each return from tiktoken waits for the interpreter's lock.
+            ids = self.encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}, disallowed_special=())
+            return self._complete(ids, joined)
+        eot = np.array([self.eot or 0], dtype)
+        return np.concatenate([part for first, text in texts
+                               for part in ((eot, self.encode(text)) if first else (self.encode(text),))])
+
+    def _complete(self, ids: np.ndarray, text: str) -> np.ndarray:
+        """`ids` in the smallest type, if they spell all of `text`."""
+        if int(self.lengths[ids].sum()) != (len(text) if text.isascii() else len(text.encode("utf-8"))):
+            raise ValueError(f"the pattern of the tokenizer {self.bpe['name']} leaves out some of the text: "
+                             r"let it end with |[\s\S]")
+        return ids.astype(token_dtype(self.vocab_size))
 
     def _with_bytes(self, ids: np.ndarray, text: str) -> np.ndarray:
         """`ids` with each -1 replaced by the ids of the bytes of that character."""
@@ -399,10 +416,10 @@ def ensure_set(name: str, data_dir: str, ranks) -> Path:
 # -- the split -----------------------------------------------------------------------------------------------------
 
 class Survey:
-    """What a first reading of the documents finds out: how many there are, how often each character occurs, and of the
-    first MANY their characters (lengths) and seeded hashes, which decide the split."""
+    """What a first reading of the documents finds out: how many there are, how often each character occurs (when
+    `counting`), and of the first MANY their characters (lengths) and seeded hashes, which decide the split."""
 
-    def __init__(self, reader, seed: int):
+    def __init__(self, reader, seed: int = 0, counting: bool = True):
         self.documents = self.characters = self.bytes = 0
         self.counts = np.zeros(sys.maxunicode + 1, np.int64)
         self.lengths, self.hashes = [], []
@@ -416,6 +433,8 @@ class Survey:
                 self.lengths[number] += len(piece)
             self.characters += len(piece)
             self.bytes += len(raw)
+            if not counting:
+                continue
             found = np.bincount(np.frombuffer(raw, np.uint8) if len(raw) == len(piece) else _code_points(piece))
             self.counts[:found.size] += found
 
@@ -496,12 +515,11 @@ class Bin:
 
 def encode_job(tokenizer: Tokenizer, job: list) -> dict:
     """{split: (ids, characters, bytes)} of a worker's share: [(split, end-of-text first, piece)]."""
-    done, eot = {}, np.array([tokenizer.eot or 0], token_dtype(tokenizer.vocab_size))
-    for split in {split for split, _, _ in job}:
-        texts = [piece for name, _, piece in job if name == split]
-        parts = [part for name, joined, piece in job if name == split
-                 for part in ((eot, tokenizer.encode(piece)) if joined else (tokenizer.encode(piece),))]
-        done[split] = (parts[0] if len(parts) == 1 else np.concatenate(parts), sum(map(len, texts)),
+    done = {}
+    for split in dict.fromkeys(split for split, _, _ in job):
+        mine = [(joined, piece) for name, joined, piece in job if name == split]
+        texts = [piece for _, piece in mine]
+        done[split] = (tokenizer.encode_joined(mine), sum(map(len, texts)),
                        sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts))
     return done
 
@@ -597,8 +615,8 @@ def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction:
             print(f"note     {path} and {other} have the same content; both are taken")
 
     reader, val_reader = sources.Reader(paths, options), sources.Reader(val_sources, options)
-    survey = Survey(reader, options.seed)
-    texts = Survey(val_reader, options.seed) if val_sources else None
+    survey = Survey(reader, options.seed, name == "char")
+    texts = Survey(val_reader, options.seed, name == "char") if val_sources else None
     for kind, found in (("text", survey), ("validation text", texts)):
         if found and not found.characters:
             fail(f"{', '.join(map(str, paths if kind == 'text' else val_sources))}: no {kind} in there")

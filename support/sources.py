@@ -218,7 +218,7 @@ def border(text: str, start: int, most: int) -> int:
     """Where to end a piece of `text` that begins at `start` and has at most `most` characters: the last end of a word,
     where tokens surely end as well; if there is none, after `most`, where tokens may differ from the whole text's."""
     end = start + most
-    for first in (max(start, end - 4096), start):       # nearly always there is one close to the end
+    for first in (max(start, end - 100), start):        # nearly always there is one close to the end
         if found := [match.end() for match in WORD_END.finditer(text, first, end)]:
             return found[-1]
     return end
