@@ -89,7 +89,7 @@ class Options:
     # -- tokenizers
     pattern: str = ""                   # regular expression for a trained BPE or a .tiktoken file, within whose matches
                                         # tokens stay; empty: GPT-4's
-    bpe_sample: int = 50_000_000        # characters of the training text to train a BPE on, evenly spread over it
+    bpe_sample: int = 30_000_000        # characters of the training text to train a BPE on, evenly spread over it
     min_count: int = 1                  # char: characters seen less often are rare
     rare: Literal["bytes", "refuse"] = "bytes"  # rare characters become the bytes of their UTF-8, or are refused
     eot: bool = True                    # put the end-of-text token between documents, where the tokenizer has one
@@ -485,7 +485,7 @@ class Bin:
         self.file = files.enter_context(written(folder / f"{split}.bin"))
         self.open, self.shards = [self.file], [(0, hashlib.sha256())]
         self.tokens = self.characters = self.bytes = 0
-        self.digest, self.last = hashlib.sha256(), None
+        self.digest = hashlib.sha256()
 
     def write(self, ids: np.ndarray):
         while ids.size:
@@ -715,9 +715,11 @@ def stored_tokenizer(folder: Path, meta: dict) -> Tokenizer:
              f"prepare {folder.name} again")
 
 
-def chunks(ids, most: int = 1 << 22):
-    """A split's ids a few megabytes at a time."""
-    return (ids[first:first + most] for first in range(0, len(ids), most))
+def chunks(path: Path, dtype: str):
+    """A .bin file's ids, a few megabytes at a time."""
+    with open(path, "rb") as file:
+        while (ids := np.fromfile(file, dtype, 1 << 20)).size:
+            yield ids
 
 
 def check_set(folder: Path):
@@ -725,17 +727,17 @@ def check_set(folder: Path):
     meta = read_meta(folder)
     tokenizer = stored_tokenizer(folder, meta)
     for split in SPLITS:
-        ids, first = open_split(folder, meta, split), 0
-        for name, tokens, digest in runtime.split_files(meta, split):
-            found = hashlib.sha256()
-            for chunk in chunks(ids[first:first + tokens] if first or tokens < len(ids) else ids):
-                check_ids(chunk, meta["vocab_size"], split)
-                found.update(np.ascontiguousarray(chunk))
-            if found.hexdigest() != digest:
+        open_split(folder, meta, split)                 # checks the sizes
+        for name, tokens, expected in runtime.split_files(meta, split):
+            digest, first = hashlib.sha256(), ()
+            for ids in chunks(folder / name, meta["dtype"]):
+                check_ids(ids, meta["vocab_size"], split)
+                digest.update(ids)
+                first = first if len(first) else ids[:30]
+            if digest.hexdigest() != expected:
                 fail(f"{folder / name} differs from its checksum in meta.json: prepare {folder.name} again")
             print(f"{folder}/{name}: {tokens:,} tokens of {meta['dtype']}, as meta.json says; "
-                  f"it begins {tokenizer.decode(ids[first:first + 30])[:60]!r}")
-            first += tokens
+                  f"it begins {tokenizer.decode(first)[:60]!r}")
 
 
 def decode_set(folder: Path):
@@ -743,9 +745,11 @@ def decode_set(folder: Path):
     meta = read_meta(folder)
     tokenizer = stored_tokenizer(folder, meta)
     for split in SPLITS:
-        for chunk in chunks(open_split(folder, meta, split), 1 << 18):
-            check_ids(chunk, meta["vocab_size"], split)
-            sys.stdout.buffer.write(b"".join(map(tokenizer.pieces.__getitem__, chunk.tolist())))
+        open_split(folder, meta, split)
+        for name, _, _ in runtime.split_files(meta, split):
+            for ids in chunks(folder / name, meta["dtype"]):
+                check_ids(ids, meta["vocab_size"], split)
+                sys.stdout.buffer.write(b"".join(map(tokenizer.pieces.__getitem__, ids.tolist())))
     sys.stdout.buffer.flush()
 
 
@@ -765,11 +769,10 @@ def adopt_set(folder: Path, options: Options):
     splits, used = {}, np.zeros(tokenizer.vocab_size, bool)
     for split in SPLITS:
         path = folder / f"{split}.bin"
-        if not path.is_file() or (size := path.stat().st_size) % 2:
+        if not path.is_file() or path.stat().st_size % 2:
             fail(f"{path} is missing, or no array of uint16")
-        ids = np.memmap(path, np.uint16, "r") if size else np.empty(0, np.uint16)
-        entry, digest = dict(tokens=len(ids), characters=0, bytes=0), hashlib.sha256()
-        for chunk in chunks(ids):
+        entry, digest = dict(tokens=path.stat().st_size // 2, characters=0, bytes=0), hashlib.sha256()
+        for chunk in chunks(path, "uint16"):
             check_ids(chunk, tokenizer.vocab_size, split)
             entry["characters"] += int((starts * special)[chunk].sum())
             entry["bytes"] += int((tokenizer.lengths * special)[chunk].sum())

@@ -211,7 +211,8 @@ def described(path: Path, limit: int) -> dict:
 
 # Every pattern that tiktoken's encodings use ends a token after a word that white space or one of these marks follows,
 # whatever stands farther left or right. (An apostrophe is missing: it may belong to the word.)
-WORD_END = re.compile(r"[^\W\d_](?=[\s.,;:!?()\"“”、。，；：！？「」])")
+MARKS = " \n\t\r.,;:!?()\"“”、。，；：！？「」"
+WORD_END = re.compile(rf"[^\W\d_](?=[{MARKS}])")
 
 
 def border(text: str, start: int, most: int) -> int:
@@ -221,6 +222,8 @@ def border(text: str, start: int, most: int) -> int:
     for first in (max(start, end - 100), start):        # nearly always there is one close to the end
         if found := [match.end() for match in WORD_END.finditer(text, first, end)]:
             return found[-1]
+        if not any(text.find(mark, start, end) >= 0 for mark in MARKS):     # one long run: no need to search it
+            break
     return end
 
 
