@@ -364,6 +364,12 @@ if (SHARED / "data").is_dir():                          # the figures in DESIGN.
         assert tuple(ids.size for ids in split_ids(tmp_path)) == tokens
         assert "".join(split_texts(tmp_path)) == (SHARED / "data" / text).read_bytes().decode()
 
+    def test_the_named_set_verdict(tmp_path):
+        (tmp_path / "verdict").mkdir()
+        shutil.copy(SHARED / "data" / "the-verdict.txt", tmp_path / "verdict" / "input.txt")
+        prepare.main(["verdict", f"--data_dir={tmp_path}"])
+        assert [ids.size for ids in split_ids(tmp_path / "verdict")] == [4_612, 534]
+
     @pytest.mark.parametrize(("name", "vocab_size"), [("gpt2", 50_257), ("cl100k_base", 100_277)])
     def test_named_encodings_are_stored_whole(name, vocab_size):
         original = tiktoken.get_encoding(name)
@@ -372,6 +378,13 @@ if (SHARED / "data").is_dir():                          # the figures in DESIGN.
         assert restored.decode(restored.encode(PUZZLE)) == PUZZLE
         assert restored.vocab_size == original.n_vocab == vocab_size
         assert restored.eot == original.eot_token
+
+
+if (ROOT / "data" / "fables_zh" / "input.csv").is_file():
+    def test_the_chinese_fables_are_taken_as_a_whole_table(tmp_path):
+        prepare.main(["fables_zh", "--tokenizer=byte", f"--data_dir={tmp_path}"])
+        text = (ROOT / "data" / "fables_zh" / "input.csv").read_bytes().decode("utf-8-sig")
+        assert "".join(split_texts(tmp_path / "fables_zh")) == text
 
 
 # -- whole or not at all -------------------------------------------------------------------------------------
@@ -451,8 +464,9 @@ def test_a_failure_leaves_a_whole_set_or_none_and_no_debris(operation, calls, er
 
 
 def test_a_kill_at_any_line_leaves_a_whole_set_or_none(old_and_new):
-    """A child process writes the set and is gone at its n-th line in prepare.py or support/runtime.py, for
-    every n: nothing is flushed, nothing is cleaned up."""
+    """A child process writes the set and is gone at its n-th line of those that touch files, for every n: nothing is
+    flushed, nothing is cleaned up."""
+    writing = {"write_set", "write", "entry", "publish", "written", "sync_folder"}
     folder, old, new, write_new = old_and_new
     states = []
     for number in count(1):
@@ -463,8 +477,8 @@ def test_a_kill_at_any_line_leaves_a_whole_set_or_none(old_and_new):
 
             def trace(frame, event, _, lines=lines, number=number):
                 file, name = frame.f_code.co_filename, frame.f_code.co_name
-                if file not in (prepare.__file__, runtime.__file__) or name.startswith("<"):
-                    return None                         # <genexpr> and the like: many lines, no file
+                if file not in (prepare.__file__, runtime.__file__) or name not in writing:
+                    return None
                 if event == "line" and next(lines) == number:
                     os._exit(9)
                 return trace
