@@ -467,7 +467,8 @@ def split_documents(reader, survey: Survey, val_fraction: float, seed: int = 0):
             yield split, number, piece
             continue
         at = 0 if begins else at
-        cut = int(survey.lengths[number] * (1 - val_fraction)) - at if number < MANY else len(piece)
+        # Beyond the lengths only with val_fraction=0.
+        cut = int(survey.lengths[number] * (1 - val_fraction)) - at if number < len(survey.lengths) else len(piece)
         at += len(piece)
         for split, part in (("train", piece[:max(0, cut)]), ("val", piece[max(0, cut):])):
             if part:
@@ -549,6 +550,11 @@ def encoded(pieces, tokenizer: Tokenizer, eot: bool, workers: int):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def sampled(pieces, share: float):
@@ -647,7 +653,7 @@ def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction:
         bins = {split: Bin(folder, split, options.shard_tokens, files) for split in SPLITS}
         try:
             joined = options.eot and tokenizer.eot is not None
-            for done in encoded(split(), tokenizer, joined, options.workers or len(os.sched_getaffinity(0))):
+            for done in encoded(split(), tokenizer, joined, options.workers or cores()):
                 for part, (ids, characters, size) in done.items():
                     bins[part].write(ids)
                     bins[part].characters += characters
@@ -697,8 +703,9 @@ def report(folder: Path, meta: dict, tokenizer_name: str, distinct: int, used: f
           ", ".join(f"{files[split]} {splits[split]['tokens']:,} tokens" for split in SPLITS) + f", {meta['dtype']}\n"
           f"  tokenizer {tokenizer_name}: {meta['vocab_size']:,} tokens in the vocabulary, {used:.1%} of them used, "
           f"{size / tokens:.2f} bytes per token", flush=True)
-    if not splits["val"]["tokens"]:
-        print("note     val is empty, so train.py has nothing to measure itself by: raise --val_fraction or give --val")
+    for split, way_out in (("train", "bring more text"), ("val", "raise --val_fraction or give --val")):
+        if not splits[split]["tokens"]:
+            print(f"note     {split} is empty, and train.py needs both: {way_out}")
 
 
 # -- sets that are there ---------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ memmap. prepare.py's figure is for the whole command: reading, splitting, tokeni
 
 import contextlib
 import io
-import os
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from prepare import Options as Preparing  # noqa: E402
-from prepare import Tokenizer, write_set  # noqa: E402
+from prepare import Tokenizer, cores, encoded, write_set  # noqa: E402
 from support import sources  # noqa: E402
 from support.cli import fail, parse, run  # noqa: E402
 
@@ -46,7 +45,6 @@ def batch(documents: list, threads: int, folder: Path):
 
 def arrays(documents: list, threads: int, folder: Path):
     """What prepare.py's threads do, alone."""
-    from prepare import encoded
     own = Tokenizer.build("gpt2")
     for _ in encoded((("train", number, text) for number, text in enumerate(documents)), own, True, threads):
         pass
@@ -100,7 +98,7 @@ def rates(ways: dict, size: float, rounds: int) -> dict:
 
 def main(argv: list):
     options = Options(**parse(Options, argv, __doc__, takes="words").values)
-    threads = options.threads or len(os.sched_getaffinity(0))
+    threads = options.threads or cores()
     try:
         text = Path(options.text).read_text(encoding="utf-8")
     except OSError as error:

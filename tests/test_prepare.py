@@ -323,6 +323,12 @@ def test_of_very_many_documents_those_with_equal_text_go_the_same_way():
     assert len(train) + len(val) == 6000
 
 
+def test_a_fraction_of_zero_keeps_very_many_documents_for_training():
+    train, val = divided([f"document {number}" for number in range(12_000)], 0.0)
+    assert len(train) == 12_000
+    assert val == []
+
+
 def test_end_of_text_stands_between_documents_and_nowhere_else(write):
     documents = [f"the {letter}" for letter in "abcdefghij"]
     train, val = split_ids(write(*documents, tokenizer="toy"))
