@@ -499,7 +499,7 @@ def lr_factor(step: int, cfg: Config) -> float:
 def permutation(seed: int, epoch: int, windows: int, tokens: int):
     """The order of an epoch's windows, and the token at which the first one starts."""
     rng = np.random.default_rng([seed, 1, epoch])
-    return rng.permutation(windows), int(rng.integers(tokens))
+    return runtime.shuffled(rng, windows), int(rng.integers(tokens))
 
 
 def window_starts(step: int, cfg: Config, tokens: int):

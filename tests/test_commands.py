@@ -364,7 +364,7 @@ def test_mistakes_in_sampling(alone, words, parts):
     (["text", "-n=x"], ["unknown flag -n=x"]),
     (["latin"], ["latin is not UTF-8", "0xe4", "offset 5"]),
     (["empty"], ["empty", "no text"]),
-    (["folder", "--name=x"], ["folder is a folder"]),
+    (["folder", "--name=x"], ["folder is a folder without text files"]),
     (["nowhere", "--check"], ["nowhere", "meta.json"]),
     (["text", "--data_dir=empty"], ["empty"]),                      # a file, where a folder should be
     (["x" * 300], ["xxx"]),

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, TOY, flags
 
 PROGRAMS = ["train.py", "prepare.py", "sample.py", "convert.py", "support/cli.py", "support/cpu.py",
-            "support/runtime.py", "support/report.py"]
+            "support/runtime.py", "support/report.py", "support/sources.py"]
 
 
 def imports(name: str) -> set:
@@ -27,8 +27,9 @@ def test_nothing_points_back():
     assert "sample" not in imports("train.py")
     assert not imports("prepare.py") & {"train", "sample", "convert", "torch"}
     assert not imports("convert.py") & {"train", "sample"}
-    for name in ("support/cli.py", "support/runtime.py", "support/report.py"):
+    for name in ("support/cli.py", "support/cpu.py", "support/runtime.py", "support/report.py", "support/sources.py"):
         assert not imports(name) & {"train", "sample", "prepare", "convert"}, name
+    assert not any(module.split(".")[0] == "torch" for module in imports("support/sources.py"))
     assert not any(module.split(".")[0] == "torch" for module in imports("support/cli.py"))
 
 
@@ -59,7 +60,7 @@ def test_train_py_can_be_read_in_one_sitting():
 
 def test_requirements_hold_what_the_programs_import():
     named = set(re.findall(r"^([a-z]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M))
-    optional = {"wandb", "triton"}                       # only when asked for, or where PyTorch brings it
+    optional = {"wandb", "triton", "rustbpe", "pyarrow", "zstandard"}   # only when asked for, or PyTorch brings it
     own = {"train", "prepare", "sample", "convert", "support"}
     third_party = {module.split(".")[0] for name in PROGRAMS for module in imports(name)} - set(sys.stdlib_module_names)
     assert third_party - own - optional <= named

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 import prepare
 import train
-from prepare import END_OF_TEXT, Tokenizer, check_set, ensure_set, split_documents, write_set
-from support import runtime
+from prepare import END_OF_TEXT, Survey, Tokenizer, check_set, ensure_set, split_documents, write_set
+from support import runtime, sources
 from support.runtime import check_ids, open_data, open_split, read_meta, token_dtype
 
 FILES = ("train.bin", "val.bin", "meta.json")
@@ -281,34 +281,64 @@ def test_a_fraction_of_zero_keeps_all_for_training(write):
     check_set(folder)
 
 
+def divided(documents: list, val_fraction: float, seed: int = 0) -> tuple:
+    """([train parts], [val parts]), each with the number of its document, of texts that are not empty."""
+    reader = [(number, True, text, text.encode()) for number, text in enumerate(documents)]
+    parts = {"train": [], "val": []}
+    for split, number, text in split_documents(reader, Survey(reader, seed), val_fraction, seed):
+        parts[split].append((number, text))
+    return parts["train"], parts["val"]
+
+
 @same_every_time
-@given(documents=st.lists(st.text(max_size=20), min_size=1, max_size=30), val_fraction=st.floats(0, 0.99))
+@given(documents=st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=30),
+       val_fraction=st.floats(0, 0.99))
 def test_the_split_of_documents_loses_nothing(documents, val_fraction):
-    train, val = split_documents(documents, val_fraction)
+    train, val = divided(documents, val_fraction)
     if len(documents) > 1 and len(documents) * val_fraction >= 1:       # enough for whole ones on either side
-        assert sorted(train + val) == sorted(documents)
+        assert sorted(train + val) == list(enumerate(documents))
         assert train
-        assert 1 <= len(val) <= len(documents) * val_fraction + 1
+        assert len(val) == int(len(documents) * val_fraction)
     else:
-        assert [head + tail for head, tail in zip(train, val, strict=True)] == documents
-        assert [len(head) for head in train] == [int(len(text) * (1 - val_fraction)) for text in documents]
+        heads, tails = dict(train), dict(val)
+        assert [heads.get(n, "") + tails.get(n, "") for n in range(len(documents))] == documents
+        assert [len(heads.get(n, "")) for n in range(len(documents))] == [int(len(text) * (1 - val_fraction))
+                                                                          for text in documents]
 
 
-def test_every_tenth_document_goes_to_val():
-    documents = [f"document {number}" for number in range(1, 26)]
-    train, val = split_documents(documents, 0.1)
-    assert val == ["document 10", "document 20"]
-    assert train == [text for text in documents if text not in val]
+def test_a_seeded_hash_of_the_text_picks_the_documents_for_val():
+    documents = [f"document {number}" for number in range(1, 51)]
+    val = [text for _, text in divided(documents, 0.1)[1]]
+    assert len(val) == 5
+    assert sorted(text for _, text in divided(documents[::-1], 0.1)[1]) == sorted(val)     # wherever they stand
+    assert [text for _, text in divided(documents, 0.1, seed=1)[1]] != val
+    assert val != documents[-5:]
+
+
+def test_of_very_many_documents_those_with_equal_text_go_the_same_way():
+    documents = [f"document {number % 6000}" for number in range(12_000)]
+    train, val = ({text for _, text in part} for part in divided(documents, 0.1))
+    assert not train & val
+    assert 500 < len(val) < 700
+    assert len(train) + len(val) == 6000
+
+
+def test_a_fraction_of_zero_keeps_very_many_documents_for_training():
+    train, val = divided([f"document {number}" for number in range(12_000)], 0.0)
+    assert len(train) == 12_000
+    assert val == []
 
 
 def test_end_of_text_stands_between_documents_and_nowhere_else(write):
     documents = [f"the {letter}" for letter in "abcdefghij"]
     train, val = split_ids(write(*documents, tokenizer="toy"))
+    assert val.size == len("the a") - 2                 # one document of ten
     expected = []
-    for text in documents[:9]:
-        expected += [*TOY_BPE.encode_ordinary(text), EOT]
+    for text in documents:
+        if (ids := TOY_BPE.encode_ordinary(text)) != val.tolist():
+            expected += [*ids, EOT]
     assert train.tolist() == expected[:-1]
-    assert val.tolist() == TOY_BPE.encode_ordinary("the j")
+    assert train.tolist().count(EOT) == 8
 
 
 def test_empty_documents_are_passed_over(write):
@@ -340,6 +370,12 @@ if (SHARED / "data").is_dir():                          # the figures in DESIGN.
         assert tuple(ids.size for ids in split_ids(tmp_path)) == tokens
         assert "".join(split_texts(tmp_path)) == (SHARED / "data" / text).read_bytes().decode()
 
+    def test_the_named_set_verdict(tmp_path):
+        (tmp_path / "verdict").mkdir()
+        shutil.copy(SHARED / "data" / "the-verdict.txt", tmp_path / "verdict" / "input.txt")
+        prepare.main(["verdict", f"--data_dir={tmp_path}"])
+        assert [ids.size for ids in split_ids(tmp_path / "verdict")] == [4_612, 534]
+
     @pytest.mark.parametrize(("name", "vocab_size"), [("gpt2", 50_257), ("cl100k_base", 100_277)])
     def test_named_encodings_are_stored_whole(name, vocab_size):
         original = tiktoken.get_encoding(name)
@@ -348,6 +384,13 @@ if (SHARED / "data").is_dir():                          # the figures in DESIGN.
         assert restored.decode(restored.encode(PUZZLE)) == PUZZLE
         assert restored.vocab_size == original.n_vocab == vocab_size
         assert restored.eot == original.eot_token
+
+
+if (ROOT / "data" / "fables_zh" / "input.csv").is_file():
+    def test_the_chinese_fables_are_taken_as_a_whole_table(tmp_path):
+        prepare.main(["fables_zh", "--tokenizer=byte", f"--data_dir={tmp_path}"])
+        text = (ROOT / "data" / "fables_zh" / "input.csv").read_bytes().decode("utf-8-sig")
+        assert "".join(split_texts(tmp_path / "fables_zh")) == text
 
 
 # -- whole or not at all -------------------------------------------------------------------------------------
@@ -427,8 +470,9 @@ def test_a_failure_leaves_a_whole_set_or_none_and_no_debris(operation, calls, er
 
 
 def test_a_kill_at_any_line_leaves_a_whole_set_or_none(old_and_new):
-    """A child process writes the set and is gone at its n-th line in prepare.py or support/runtime.py, for
-    every n: nothing is flushed, nothing is cleaned up."""
+    """A child process writes the set and is gone at its n-th line of those that touch files, for every n: nothing is
+    flushed, nothing is cleaned up."""
+    writing = {"write_set", "write", "entry", "publish", "written", "sync_folder"}
     folder, old, new, write_new = old_and_new
     states = []
     for number in count(1):
@@ -439,8 +483,8 @@ def test_a_kill_at_any_line_leaves_a_whole_set_or_none(old_and_new):
 
             def trace(frame, event, _, lines=lines, number=number):
                 file, name = frame.f_code.co_filename, frame.f_code.co_name
-                if file not in (prepare.__file__, runtime.__file__) or name.startswith("<"):
-                    return None                         # <genexpr> and the like: many lines, no file
+                if file not in (prepare.__file__, runtime.__file__) or name not in writing:
+                    return None
                 if event == "line" and next(lines) == number:
                     os._exit(9)
                 return trace
@@ -719,7 +763,7 @@ def test_check_lets_no_text_act_on_the_terminal(in_folder, capsys):
     (["fables.txt"], ["--name="]),
     *[(["note.txt", f"--name={name}"], [name.strip()])
       for name in ("../up", "a/b", ".hidden", "-x", "a b", "é", "..", "/tmp/x", "a:b", "n" * 300)],
-    *[(["note.txt", f"--name={name}"], [name]) for name in ("fables", "shakespeare", "shakespeare_char")],
+    *[(["note.txt", f"--name={name}"], [name]) for name in ("fables", "shakespeare", "shakespeare_char", "verdict")],
     (["fables", "--name=shakespeare"], ["shakespeare"]),
     *[(["note.txt", f"--val_fraction={value}"], ["val_fraction=" + value])
       for value in ("-0.1", "1", "1.5", "nan", "inf", "x", "")],
@@ -735,9 +779,9 @@ def test_a_bad_request_is_one_line_and_writes_nothing(argv, parts, in_folder, re
 
 
 def test_an_unreadable_file_is_one_line(in_folder, refused, monkeypatch):
-    def no(path):
+    def no(path, *_):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
-    monkeypatch.setattr(Path, "read_bytes", no)         # root, who may run the tests, can read everything
+    monkeypatch.setattr(sources, "open", no, raising=False)     # root, who may run the tests, can read everything
     one_line_error(refused(prepared, "note.txt"), "note.txt", "Permission denied")
 
 
