@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from prepare import prompt_ids, read_text
+from prepare import prompt_ids
 from support import runtime
 from support.cli import fail, parse, printable, run
 from train import draw, load
@@ -326,12 +326,18 @@ def report_score(model, tokenizer, options: Options) -> int:
 
 def read_start(start: str, flag: str) -> str:
     """A text given as itself, as FILE:path or as - (standard input)."""
-    if start == "-":
-        try:
-            return sys.stdin.buffer.read().decode("utf-8").removeprefix("\ufeff")
-        except UnicodeDecodeError as error:
-            fail(f"{flag}=-: standard input is not UTF-8 text at byte {error.start:,}")
-    return read_text(Path(start[5:])) if start.startswith("FILE:") else start
+    if start != "-" and not start.startswith("FILE:"):
+        return start
+    name = "standard input" if start == "-" else start[5:]
+    try:
+        return (sys.stdin.buffer.read() if start == "-" else Path(name).read_bytes()).decode("utf-8-sig")
+    except IsADirectoryError:
+        fail(f"{flag}={start}: {name} is a folder; name a text file")
+    except OSError as error:
+        fail(f"{flag}={start}: cannot read {name}: {error.strerror or error}")
+    except UnicodeDecodeError as error:
+        fail(f"{flag}={start}: {name} is not UTF-8 text: byte {error.object[error.start]:#04x} at offset "
+             f"{error.start:,}")
 
 
 def find_checkpoint(options: Options) -> Path:
