@@ -295,7 +295,7 @@ def load_checkpoint(path: Path, resumable: bool = False) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"no checkpoint {path}" + (": there is no run to go on with; leave --init_from out to start one"
-                                        if resumable else ""))
+                                        if resumable else ": python train.py writes one"))
     except IsADirectoryError:
         fail(f"{path} is a folder; name the checkpoint file in it, such as {path / 'ckpt.pt'}")
     except MemoryError:

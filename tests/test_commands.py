@@ -329,7 +329,7 @@ def test_a_folder_that_cannot_be_is_refused(start, tmp_path, out):
 
 
 @pytest.mark.parametrize(("words", "parts"), [
-    (["--ckpt=nowhere.pt"], ["no checkpoint nowhere.pt"]),
+    (["--ckpt=nowhere.pt"], ["no checkpoint nowhere.pt", "python train.py"]),
     (["--ckpt=half"], ["no checkpoint half/ckpt.pt"]),
     (["--ckpt=text"], ["text", "nothing was loaded"]),
     (["--out_dir=nowhere"], ["no nowhere/ckpt.pt", "train.py"]),
