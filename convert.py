@@ -350,6 +350,11 @@ def write_tokenizer(tokenizer: Tokenizer) -> dict:
                "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level}
     if tokenizer.kind == "char":
         vocab = {char: value for value, char in enumerate(tokenizer.stored["chars"])}
+        if tokenizer.fallback is not None:              # rare characters are spelled in bytes
+            vocab |= {f"<0x{value:02X}>": tokenizer.fallback + value for value in range(256)}
+            return content | {"pre_tokenizer": split_by(r"[\s\S]"),
+                              "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+                              "model": {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": True}}
         return content | {"pre_tokenizer": split_by(r"[\s\S]"), "decoder": {"type": "Fuse"},
                           "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}}
     ranks = {bytes([value]): value for value in range(256)}
@@ -393,12 +398,14 @@ def read_tokenizer(content: dict, ours: dict) -> Tokenizer:
     pattern, if it was exported by Inkling. One that has no name is called bpe, or gpt2 where it is that."""
     model, added = content["model"], content.get("added_tokens") or []
     kind = model.get("type", "BPE")     # files older than tokenizers 0.10, as GPT-2's own, leave it out
-    if kind not in ("BPE", "WordLevel") or model.get("byte_fallback"):
-        raise ValueError(f"it is {kind}, {'with byte_fallback, ' * bool(model.get('byte_fallback'))}"
+    fallback = bool(model.get("byte_fallback"))
+    if kind not in ("BPE", "WordLevel") or fallback and model.get("merges"):
+        raise ValueError(f"it is {kind}, {'with byte_fallback, ' * fallback}"
                          "not byte-level BPE")
     if not model.get("merges"):         # char and byte: ours, if we would write the same
-        tokenizer = Tokenizer({"kind": "byte"} if kind == "BPE" else {
-            "kind": "char", "chars": "".join(sorted(model["vocab"], key=model["vocab"].get))})
+        chars = "".join(sorted((one for one in model["vocab"] if len(one) == 1), key=model["vocab"].get))
+        tokenizer = Tokenizer({"kind": "char", "chars": chars, "bytes": True} if fallback else {"kind": "byte"}
+                              if kind == "BPE" else {"kind": "char", "chars": chars})
         same = write_tokenizer(tokenizer)
         if any(content.get(part) != same[part] for part in ("pre_tokenizer", "normalizer")) or added or (
                 model["vocab"] != same["model"]["vocab"]):

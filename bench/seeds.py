@@ -24,7 +24,7 @@ from support.cli import fail, parse, run
 from train import GPT, Config, load
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "bench" / "out"
+OUT = Path("bench", "out")              # seen from ROOT, where the programs run
 
 
 @dataclass
@@ -63,13 +63,14 @@ def program(*words):
 def trained(config: str, options: Options, *words) -> tuple:
     """(model, tokenizer, evaluations as [(step, train loss, val loss)], training seconds) of a config's run."""
     folder = OUT / Path(config).stem
-    output = program("train.py", f"config/{config}.py", f"--out_dir={folder}", f"--data_dir={options.data_dir}", *words)
-    (folder / "output.txt").write_text(output, encoding="utf-8")
-    with open(folder / "log.csv", newline="", encoding="utf-8") as file:
+    where = [f"--data_dir={options.data_dir}"] if options.data_dir else []
+    output = program("train.py", f"config/{config}.py", f"--out_dir={folder}", *where, *words)
+    (ROOT / folder / "output.txt").write_text(output, encoding="utf-8")
+    with open(ROOT / folder / "log.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     evaluations = [(int(row["step"]), float(row["train_loss"]), float(row["val_loss"])) for row in rows
                    if row["val_loss"]]
-    model, tokenizer = load(folder / "last.pt")
+    model, tokenizer = load(ROOT / folder / "last.pt")
     return model, tokenizer, evaluations, float(rows[-1]["seconds"])
 
 
@@ -97,7 +98,7 @@ def verdict(check: Verdict, options: Options):
     check("best val loss", "6.12 (accept 6.0-6.4)", best[2], 6.0 <= best[2] <= 6.4)
     check("best at update", "near 50", best[0], 25 <= best[0] <= 75)
     check("val loss rises after it", "yes", rows[-1][2], rows[-1][2] > best[2])
-    print((OUT / "verdict" / "output.txt").read_text(encoding="utf-8").split("--- sample at step 81")[-1][:400])
+    print((ROOT / OUT / "verdict" / "output.txt").read_text(encoding="utf-8").split("--- sample at step 81")[-1][:400])
 
 
 def lecture(check: Verdict, options: Options):
@@ -146,7 +147,8 @@ def tinystories(check: Verdict, options: Options):
     words, name = [f"--max_iters={options.max_iters}", f"--eval_interval={options.max_iters // 3}"], "tinystories"
     if options.stories or not (runtime.data_folder(name, options.data_dir) / "meta.json").is_file():
         name, text = "stories", options.stories or "data/fables/input.txt"
-        program("prepare.py", text, f"--name={name}", "--tokenizer=bpe:32000", f"--data_dir={options.data_dir}")
+        program("prepare.py", text, f"--name={name}", "--tokenizer=bpe:32000",
+                *([f"--data_dir={options.data_dir}"] if options.data_dir else []))
         words.append(f"--dataset={name}")
     model, tokenizer, rows, seconds = trained("tinystories_llama", options, *words)
     with torch.device("meta"):

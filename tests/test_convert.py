@@ -476,6 +476,15 @@ def test_char_and_byte_have_the_same_ids_there(tmp_path):
         assert theirs.decode(ours.encode(text).tolist()) == text
     with pytest.raises(Exception, match="UNK"):         # a character that it lacks is refused there, too
         their_ids(theirs, "ß")
+    with_bytes = Tokenizer(ours.stored | {"bytes": True})       # prepare.py --min_count: rare characters in bytes
+    theirs_with_bytes = exported(with_bytes, tmp_path / "rare")
+
+    @given(anything)
+    def alike(text):
+        ids = with_bytes.encode(text).tolist()
+        assert their_ids(theirs_with_bytes, text) == ids
+        assert theirs_with_bytes.decode(ids) == text
+    alike()
     ours = Tokenizer.build("byte", "")
     theirs = exported(ours, tmp_path / "byte")
 
