@@ -64,7 +64,8 @@ class Config:
     batch_size: int = 32                # sequences per micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches per step, shared by all processes
     block_size: int = 256               # tokens of context
-    sampling: Literal["epoch", "random"] = "epoch"  # each window once an epoch, or random windows
+    sampling: Literal["epoch", "fixed", "random"] = "epoch"  # windows: each once an epoch, at other places in
+                                        # every epoch or at the same ones, or random ones
     # -- model
     n_layer: int = 4                    # blocks
     n_head: int = 2                     # attention heads (queries)
@@ -504,14 +505,15 @@ def permutation(seed: int, epoch: int, windows: int, tokens: int):
 
 def window_starts(step: int, cfg: Config, tokens: int):
     """Where the windows of update number `step` start: batch_size * gradient_accumulation_steps places, a
-    pure function of seed, step and the number of tokens. An epoch takes the text as a circle, from a place of
-    its own, and visits floor(tokens / block_size) windows that do not overlap; epoch follows upon epoch."""
+    pure function of seed, step and the number of tokens. An epoch visits floor(tokens / block_size) windows
+    that do not overlap, in the text taken as a circle from a place of its own (`fixed`: its beginning)."""
     count = cfg.batch_size * cfg.gradient_accumulation_steps
     if cfg.sampling == "random":
         return np.random.default_rng([cfg.seed, 0, step]).integers(0, tokens - cfg.block_size, count)
     windows, starts = tokens // cfg.block_size, []
     for number in range(step * count, (step + 1) * count):
         order, offset = permutation(cfg.seed, number // windows, windows, tokens)
+        offset *= cfg.sampling == "epoch"
         starts.append((offset + order[number % windows] * cfg.block_size) % tokens)
     return np.array(starts)
 

@@ -22,6 +22,7 @@ sample_temperature = 0.0
 
 batch_size = 2
 block_size = 256
+sampling = "fixed"                      # the same windows in every epoch, as in the book: learnt by heart sooner
 
 n_layer = 12
 n_head = 12

@@ -23,7 +23,7 @@ def visits(starts, block_size: int, tokens: int) -> np.ndarray:
     return np.bincount(((starts[:, None] + np.arange(block_size)) % tokens).ravel(), minlength=tokens)
 
 
-@pytest.mark.parametrize("sampling", ["epoch", "random"])
+@pytest.mark.parametrize("sampling", ["epoch", "fixed", "random"])
 def test_a_batch_is_a_pure_function_of_seed_and_step(toy, sampling):
     cfg = toy(sampling=sampling)
     first = [window_starts(step, cfg, 18_000) for step in range(200)]
@@ -38,7 +38,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(toy, sampling):
     assert len({tuple(starts) for starts in first}) == 200
 
 
-@pytest.mark.parametrize("sampling", ["epoch", "random"])
+@pytest.mark.parametrize("sampling", ["epoch", "fixed", "random"])
 def test_micro_batches_divide_the_same_batch(toy, sampling):
     whole, halves, quarters = (toy(sampling=sampling, batch_size=size, gradient_accumulation_steps=4 // size)
                                for size in (4, 2, 1))
@@ -143,6 +143,13 @@ def test_an_epoch_larger_than_the_text_repeats_it(toy):
     starts = window_starts(0, toy(batch_size=7), 70)    # 2 windows to an epoch
     assert len(starts) == 7
     assert all(visits(starts[first:first + 2], 32, 70).max() == 1 for first in (0, 2, 4))
+
+
+def test_fixed_windows_are_the_same_in_every_epoch_in_another_order(toy):
+    cfg = toy(sampling="fixed", batch_size=5)           # block_size 32
+    epochs = stream(cfg, 32 * 25 + 9, 25 * 6).reshape(6, 25)
+    assert {tuple(sorted(epoch)) for epoch in epochs} == {tuple(range(0, 32 * 25, 32))}
+    assert len({tuple(epoch) for epoch in epochs}) == 6
 
 
 def test_random_windows_stay_inside_and_reach_both_ends(toy):
