@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from prepare import END_OF_TEXT, Tokenizer, stored_tokenizer
+from prepare import END_OF_TEXT, Tokenizer
 from support import runtime
 from support.cli import fail, parse, run
 
@@ -531,11 +531,6 @@ def folder_tokenizer(folder: Path, hf: dict) -> Tokenizer:
 
 def named_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that --tokenizer asks for."""
-    path = Path(name)
-    if path.suffix == ".json":
-        return stored_tokenizer(path.parent, runtime.read_meta(path.parent))
-    if path.suffix == ".pt":
-        return Tokenizer(runtime.load_checkpoint(path)["tokenizer"])
     if name == "char":
         fail("--tokenizer=char: a char tokenizer comes from a text; name the meta.json of its data set")
     return Tokenizer.build(name, "")
@@ -545,7 +540,7 @@ def imported(source: str, tokenizer: str = "") -> dict:
     """The content of a checkpoint with the weights of a Hugging Face directory, or of one of NAMES. `fail`s in one line
     on what is not there, is damaged, or has no counterpart in Inkling."""
     folder = Path(source)
-    if source in NAMES:
+    if source in NAMES and not (folder / "config.json").is_file():
         folder = cached(source) or downloaded(source)
     elif not folder.is_dir():
         fail(f"{source} is neither a folder nor one of {', '.join(NAMES)}")

@@ -20,10 +20,11 @@ import codecs
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -71,7 +72,7 @@ class Options:
     name: str = ""                      # name of the set, a folder under data/; empty: the set's or the file's own name
     tokenizer: str = ""                 # char | byte | gpt2 | cl100k_base | o200k_base | any other name that tiktoken
                                         # knows | bpe:VOCAB, trained on this text | a .tiktoken file | another set's
-                                        # meta.json; empty: the named set's own, char for a file
+                                        # meta.json | a ckpt.pt; empty: the named set's own, char for a file
     val_fraction: float = 0.1           # share kept for validation: of a single text's characters, from its end; of
                                         # the documents, by a seeded hash of their text
     val: str = ""                       # a text for validation of its own, which val_fraction then leaves alone
@@ -119,6 +120,7 @@ class Options:
         """What meta.json keeps beside the tokenizer and val_fraction: settings that shape the result."""
         names = ("limit", "seed", "format", "text_column", "separator", "encoding", "pattern", "bpe_sample",
                  "min_count", "rare", "eot", "shard_tokens")
+        names += ("tokenizer",) if self.tokenizer.endswith(("meta.json", ".pt")) else ()     # it may share its name
         return {field.name: getattr(self, field.name) for field in fields(self)
                 if field.name in names and getattr(self, field.name) != field.default}
 
@@ -168,13 +170,15 @@ class Tokenizer:
     @classmethod
     def build(cls, name: str, text: str = "", pattern: str = "") -> "Tokenizer":
         """char: the sorted distinct characters of `text`; byte: the 256 bytes; else the name of a tiktoken encoding, a
-        .tiktoken file, or a meta.json whose tokenizer is taken."""
+        .tiktoken file, or a meta.json or checkpoint (.pt) whose tokenizer is taken."""
         if name == "char":
             return cls({"kind": "char", "chars": "".join(map(chr, np.unique(_code_points(text))))})
         if name == "byte":
             return cls({"kind": "byte"})
         if os.path.basename(name) == "meta.json":
             return stored_tokenizer(Path(name).parent, read_meta(Path(name).parent))
+        if name.endswith(".pt"):
+            return cls(runtime.load_checkpoint(Path(name))["tokenizer"])
         try:
             import tiktoken
         except ImportError:
@@ -182,7 +186,7 @@ class Tokenizer:
         if name.endswith(".tiktoken"):
             return cls(_tiktoken_file(Path(name), pattern or PATTERN))
         if name not in tiktoken.list_encoding_names():
-            fail(f"tokenizer={name!r} is none of: char, byte, bpe:VOCAB, FILE.tiktoken, FOLDER/meta.json, "
+            fail(f"tokenizer={name!r} is none of: char, byte, bpe:VOCAB, FILE.tiktoken, FOLDER/meta.json, ckpt.pt, "
                  f"{', '.join(tiktoken.list_encoding_names())}")
         try:
             encoding = tiktoken.get_encoding(name)
@@ -354,14 +358,14 @@ def trained_bpe(name: str, texts, pattern: str) -> Tokenizer:
 
 # -- named sets ----------------------------------------------------------------------------------------------------
 
-def fetch(name: str, folder: Path) -> Path:
+def fetch(name: str, folder: Path, again: bool = False) -> Path:
     """The raw text of a named set: embedded, already there (under this set or another with the same text), or
     downloaded with a time-out, three tries and, where it is known, a pinned SHA-256."""
     source = SETS[name]
     if "url" not in source:
         return ROOT / "data" / name / source.get("file", "input.txt")
     if "sha256" not in source:
-        return fetch_unpinned(name, folder, source["url"])
+        return fetch_unpinned(name, folder, source["url"], again)
     twins = [folder.parent / other for other in SETS if SETS[other].get("url") == source["url"]]
     for path in (twin / "input.txt" for twin in [folder, *twins]):
         if path.is_file():
@@ -375,9 +379,9 @@ def fetch(name: str, folder: Path) -> Path:
     return folder / "input.txt"
 
 
-def fetch_unpinned(name: str, folder: Path, url: str) -> Path:
+def fetch_unpinned(name: str, folder: Path, url: str, again: bool = False) -> Path:
     path = folder / url.rpartition("/")[2]
-    if path.is_file():
+    if path.is_file() and not again:
         print(f"note     {path} is there, {path.stat().st_size:,} bytes; no SHA-256 of it is known to compare with")
     elif reason := sources.download(url, path):
         fail(f"could not download {url} ({reason}); put that file at {path} by hand and try again, or take a text of "
@@ -394,11 +398,15 @@ def prepare_named(name: str, /, data_dir: str = "", **typed):
     options = Options(**settings | {key: value for key, value in typed.items() if value != ""} | {"data_dir": data_dir})
     if problems := options.problems():
         fail("; ".join(problems))
+    if options.val == "-" or sources.is_address(options.val):
+        fail(f"val={options.val}: a named set takes a file")
     folder = data_folder(name, data_dir)
-    text = fetch(name, folder)
-    val = sources.expand([options.val], options) if options.val else (
-        [fetch_unpinned(name, folder, SETS[name]["val_url"])] if "val_url" in SETS[name] else [])
-    write_set(data_folder(out, data_dir), [text], options=options, val_sources=val)
+    with alone(folder):
+        text = fetch(name, folder, options.force)
+        val = sources.expand([options.val], options) if options.val else (
+            [fetch_unpinned(name, folder, SETS[name]["val_url"], options.force)] if "val_url" in SETS[name] else [])
+    with alone(data_folder(out, data_dir)):
+        write_set(data_folder(out, data_dir), [text], options=options, val_sources=val)
 
 
 def ensure_set(name: str, data_dir: str, ranks) -> Path:
@@ -408,7 +416,10 @@ def ensure_set(name: str, data_dir: str, ranks) -> Path:
         if name not in SETS:
             fail(f"no data set in {folder}: python prepare.py YOUR_TEXT_FILE --name={name}")
         if ranks.first:
-            prepare_named(name, data_dir)
+            try:
+                prepare_named(name, data_dir)
+            except OSError as error:
+                fail(f"could not prepare {name} in {folder}: {error.strerror or error}")
         ranks.tell(None)
     return folder
 
@@ -452,12 +463,17 @@ def seeded_hash(text: bytes, seed: int) -> int:
 def split_documents(reader, survey: Survey, val_fraction: float, seed: int = 0):
     """Yield (split, the document's number, piece) for the reader's pieces. A single text is cut near its end, at
     character int(characters * (1 - val_fraction)); so is each of a few. With at least 1/val_fraction documents whole
-    ones go to either side: the lowest of their seeded hashes to val, int(documents * val_fraction) of up to MANY, and
-    of more those below val_fraction of the hashes' range."""
+    ones go to either side: the lowest of their seeded hashes to val, int(documents * val_fraction) of up to MANY (fewer
+    if equal texts do not fit in), and of more those below val_fraction of the hashes' range."""
     many = survey.documents > MANY
     whole = val_fraction and survey.documents >= max(2, 1 / val_fraction)
-    ranked = sorted(range(len(survey.hashes)), key=lambda number: (survey.hashes[number], number))
-    val = set(ranked[:max(1, int(survey.documents * val_fraction))]) if whole and not many else set()
+    val, room, same = set(), max(1, int(survey.documents * val_fraction)), {}
+    for number, found in enumerate(survey.hashes if whole and not many else ()):
+        same.setdefault(found, []).append(number)
+    for found in sorted(same):                          # equal texts go to the same side, if there is room for all
+        if len(same[found]) <= room:
+            room -= len(same[found])
+            val.update(same[found])
     at, split = 0, "train"
     for number, begins, piece, raw in reader:
         if whole:
@@ -476,6 +492,18 @@ def split_documents(reader, survey: Survey, val_fraction: float, seed: int = 0):
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def alone(folder: Path):
+    """Hold a set's folder: another process that prepares the same set waits. A folder that stays empty goes again."""
+    held = runtime.lock(folder, wait=True)
+    try:
+        yield
+    finally:
+        held.close()
+        if os.listdir(folder) == [".lock"]:
+            shutil.rmtree(folder, ignore_errors=True)
+
 
 class Bin:
     """The ids of one split, written as they come to SPLIT.bin and, when that is full, to SPLIT_001.bin and so on; with
@@ -729,22 +757,37 @@ def chunks(path: Path, dtype: str):
             yield ids
 
 
+def text_sizes(tokenizer: Tokenizer) -> dict:
+    """How many characters and bytes of the text each id stands for; end-of-text stands for none."""
+    text = np.arange(tokenizer.vocab_size) != (-1 if tokenizer.eot is None else tokenizer.eot)
+    begin = np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in tokenizer.pieces])    # characters
+    return {"characters": begin * text, "bytes": tokenizer.lengths * text}
+
+
 def check_set(folder: Path):
     """Read a whole set and compare it with its meta.json."""
     meta = read_meta(folder)
     tokenizer = stored_tokenizer(folder, meta)
+    sizes = text_sizes(tokenizer)
     for split in SPLITS:
-        open_split(folder, meta, split)                 # checks the sizes
+        open_split(folder, meta, split)                 # checks the files' sizes
+        counted = dict.fromkeys(sizes, 0)
         for name, tokens, expected in runtime.split_files(meta, split):
             digest, first = hashlib.sha256(), ()
             for ids in chunks(folder / name, meta["dtype"]):
                 check_ids(ids, meta["vocab_size"], split)
                 digest.update(ids)
                 first = first if len(first) else ids[:30]
+                for what, size in sizes.items():
+                    counted[what] += int(size[ids].sum())
             if digest.hexdigest() != expected:
                 fail(f"{folder / name} differs from its checksum in meta.json: prepare {folder.name} again")
             print(f"{folder}/{name}: {tokens:,} tokens of {meta['dtype']}, as meta.json says; "
                   f"it begins {tokenizer.decode(first)[:60]!r}")
+        for what, count in counted.items():
+            if count != (said := meta["splits"][split].get(what)):
+                fail(f"{folder / 'meta.json'} says {said} {what} of {split}, its ids stand for {count:,}: prepare "
+                     f"{folder.name} again")
 
 
 def decode_set(folder: Path):
@@ -763,7 +806,8 @@ def decode_set(folder: Path):
 def adopt_set(folder: Path, options: Options):
     """Write the meta.json of a folder that holds nanoGPT's train.bin and val.bin (uint16, without a header)."""
     if (folder / "meta.json").is_file() and not options.force:
-        fail(f"{folder} has a meta.json already: python prepare.py --check {folder.name} (--force writes it again)")
+        fail(f"{folder} has a meta.json already: python prepare.py --check {folder.resolve().name} "
+             f"--data_dir={folder.resolve().parent} (--force writes it again)")
     if options.tokenizer in ("", "char") or vocabulary(options.tokenizer):
         fail(f"tokenizer={options.tokenizer}: name the one that made the ids, such as --tokenizer=gpt2; ids of "
              "characters or of a BPE trained elsewhere say nothing without it (prepare the text again)")
@@ -771,9 +815,7 @@ def adopt_set(folder: Path, options: Options):
     if token_dtype(tokenizer.vocab_size) != np.uint16:
         fail(f"nanoGPT's ids are uint16, those of {options.tokenizer} are {token_dtype(tokenizer.vocab_size)}: prepare "
              "the text again")
-    starts = np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in tokenizer.pieces])   # of characters
-    special = np.array([tokenizer.eot is None or number != tokenizer.eot for number in range(tokenizer.vocab_size)])
-    splits, used = {}, np.zeros(tokenizer.vocab_size, bool)
+    sizes, splits, used = text_sizes(tokenizer), {}, np.zeros(tokenizer.vocab_size, bool)
     for split in SPLITS:
         path = folder / f"{split}.bin"
         if not path.is_file() or path.stat().st_size % 2:
@@ -781,8 +823,8 @@ def adopt_set(folder: Path, options: Options):
         entry, digest = dict(tokens=path.stat().st_size // 2, characters=0, bytes=0), hashlib.sha256()
         for chunk in chunks(path, "uint16"):
             check_ids(chunk, tokenizer.vocab_size, split)
-            entry["characters"] += int((starts * special)[chunk].sum())
-            entry["bytes"] += int((tokenizer.lengths * special)[chunk].sum())
+            for what, size in sizes.items():
+                entry[what] += int(size[chunk].sum())
             digest.update(chunk)
             used[chunk] = True
         splits[split] = entry | {"sha256": digest.hexdigest()}
@@ -804,6 +846,8 @@ def main(argv: list):
     parsed = parse(Options, argv, __doc__, takes="words")
     try:
         prepare_or_check(parsed)
+    except BrokenPipeError:             # run's matter: whoever read the text has seen enough
+        raise
     except OSError as error:            # a full disk, a name too long, a file where a folder should be
         fail(f"{error.filename or 'could not write'}: {error.strerror or error}")
 
@@ -829,6 +873,8 @@ def prepare_or_check(parsed):
     if len(words) == 1 and first in SETS and not Path(first).is_file():
         prepare_named(first, **typed)
         return
+    if "-" in words and options.val == "-":
+        fail("standard input is one text: INPUT or --val, not both")
     for word in words:
         if not (word == "-" or sources.is_address(word) or os.path.exists(word) or set("*?[") & set(word)):
             fail(f"no file {word}; the named sets are {', '.join(SETS)}")
@@ -852,6 +898,7 @@ def prepare_or_check(parsed):
                     found.append(sources.fetched(word, folder, options.force) if sources.is_address(word) else word)
             return sources.expand(found, options)
 
+        spooled.enter_context(alone(folder))
         write_set(folder, files(words), options=options, val_sources=files([options.val] if options.val else []))
 
 

@@ -229,7 +229,11 @@ def write(model, batch: list, options: Options, step, printer: Printer):
     printer.waiting += batch
     printer.show()
     for number, ids in enumerate(model.generate(idx, max(pick.waits) + options.max_new_tokens, pick, step)):
-        for row, token in enumerate(ids.tolist()):
+        ids = ids.tolist()
+        if max(ids) >= model.vocab_size:                # what a draw from NaN gives
+            fail("the model's logits are not finite numbers" + (
+                "" if model.wte.weight.dtype == torch.float32 else "; try --dtype=float32"))
+        for row, token in enumerate(ids):
             if number >= pick.waits[row] and not batch[row].finish:
                 batch[row].add(token, pick.logprobs and pick.logprobs[row])
         printer.show()
@@ -362,9 +366,13 @@ def main(argv: list) -> int:
              "stride": options.stride >= 0}
     if broken := [f"{name}={getattr(options, name)}" for name, holds in rules.items() if not holds]:
         fail(f"out of range: {', '.join(broken)} (see --help)")
-    modes = [f"--{name}" for name in ("prompts", "interactive", "score") if getattr(options, name)]
+    modes = [name for name in ("prompts", "interactive", "score") if getattr(options, name)]
     if len(modes) > 1:
-        fail(f"{' and '.join(modes)} exclude each other: choose one")
+        fail(f"--{' and --'.join(modes)} exclude each other: choose one")
+    idle = {("start",): options.prompts or options.score, ("num_samples",): options.interactive or options.score,
+            ("stride", "score_tokens"): not options.score, ("ckpt", "out_dir"): options.init_from != "resume"}
+    if unused := [f"--{name}" for names, nothing in idle.items() if nothing for name in names if name in parsed.typed]:
+        fail(f"{', '.join(unused)} would change nothing here (see --help): leave it out")
     starts = [read_start(options.start, "--start").replace("\r\n", "\n")]     # as editors on Windows write it
     if options.prompts:
         text = read_start(f"FILE:{options.prompts}" if options.prompts != "-" else "-", "--prompts")

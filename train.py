@@ -591,7 +591,7 @@ def read_weights(source) -> dict:
 def load(path, device: str = "cpu") -> tuple:
     """(model, tokenizer) for use from Python, in eval mode. path: a checkpoint, a run's folder, gpt2, ...
     `for ids in model.generate(prompt, 100, lambda logits: draw(logits, 0.8))` continues a prompt (B, T)."""
-    path = Path(path, "ckpt.pt") if os.path.isdir(path) else path
+    path = Path(path, "ckpt.pt") if os.path.isfile(Path(path, "ckpt.pt")) else path
     model, tokenizer = restore(read_weights(path), path)
     return model.to(device).eval(), tokenizer
 
@@ -617,8 +617,8 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
     data, meta = runtime.open_data(folder, cfg.block_size)
     tokenizer, source = stored_tokenizer(folder, meta), resumed or weights
     if source and source["tokenizer"] != tokenizer.stored:
-        fail(f"data set {cfg.dataset} has another tokenizer than the checkpoint: prepare it with the same "
-             "one (char alphabets differ from text to text; gpt2 and byte fit every text)")
+        fail(f"data set {cfg.dataset} has another tokenizer than the checkpoint: prepare it with its "
+             "own (prepare.py --tokenizer=PATH/ckpt.pt; gpt2 and byte fit every text)")
     text = meta["splits"]["train"]["sha256"]
     if resumed and resumed.get("text", text) != text:
         fail(f"data set {cfg.dataset} has changed since the run began: restore it, or start from scratch")

@@ -147,6 +147,8 @@ def main(argv: list) -> int:
     options = Options(**parse(Options, argv, __doc__).values)
     device, kind = options.device, getattr(torch, options.dtype)
     only, pace = set(options.only.split(",")), bandwidth(options.device)
+    if unknown := only - {"small", "recipe", "gpt2", "batch", "prompt", "xl"}:
+        fail(f"only={options.only}: there is no {', '.join(sorted(unknown))}")
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {device}, {name}, {options.dtype}, memory read at {pace / 1e9:.1f} GB/s")
 
@@ -170,7 +172,7 @@ def main(argv: list) -> int:
             warm["nanoGPT"] = lambda: nano.generate(prompt, 8)
         if peers and options.transformers:
             hf = transformers_model(model).to(device, kind)
-            settings = dict(do_sample=True, temperature=0.8, top_k=50, use_cache=True, attention_mask=prompt * 0 + 1)
+            settings = dict(do_sample=True, temperature=0.8, top_k=200, use_cache=True, attention_mask=prompt * 0 + 1)
             ways["transformers"] = lambda: timed(
                 lambda p: hf.generate(p, max_new_tokens=count, min_new_tokens=count, **settings), prompt, count)
             warm["transformers"] = lambda: hf.generate(prompt, max_new_tokens=8, **settings)

@@ -144,9 +144,11 @@ def cl100k(check: Verdict, options: Options):
 
 
 def tinystories(check: Verdict, options: Options):
-    words, name = [f"--max_iters={options.max_iters}", f"--eval_interval={options.max_iters // 3}"], "tinystories"
+    words = [f"--max_iters={options.max_iters}", f"--eval_interval={max(1, options.max_iters // 3)}"]
+    name = "tinystories"
     if options.stories or not (runtime.data_folder(name, options.data_dir) / "meta.json").is_file():
-        name, text = "stories", options.stories or "data/fables/input.txt"
+        text = Path(options.stories).resolve() if options.stories else ROOT / "data/fables/input.txt"
+        name = "bench_stories"              # not the user's own set
         program("prepare.py", text, f"--name={name}", "--tokenizer=bpe:32000",
                 *([f"--data_dir={options.data_dir}"] if options.data_dir else []))
         words.append(f"--dataset={name}")

@@ -23,7 +23,7 @@ import textwrap
 import traceback
 import types
 import typing
-from collections.abc import Container
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NoReturn
@@ -217,11 +217,12 @@ def from_dict(options: type, stored: dict, source) -> dict:
     return values
 
 
-def merge(options: type, stored: dict, parsed: Parsed, fixed: set, source, lower: Container = ()) -> dict:
-    """The stored settings, then the flags typed now; what a config file says changes nothing. A typed change of a
-    `fixed` field is refused (unless it lowers one of `lower`), any other is printed."""
+def merge(options: type, stored: dict, parsed: Parsed, fixed: set, source, lower: Iterable = ()) -> dict:
+    """The stored settings, then the flags typed now; what a config file says changes nothing, unless it lowers one of
+    `lower`. A typed change of a `fixed` field is refused (unless it lowers one of those), any other is printed."""
     values = {field.name: field.default for field in fields(options)} | from_dict(options, stored, source)
-    changed = {name: parsed.values[name] for name in sorted(parsed.typed)
+    given = parsed.typed | {name for name in lower if name in parsed.values and parsed.values[name] < values[name]}
+    changed = {name: parsed.values[name] for name in sorted(given)
                if parsed.values[name] != values[name] and name not in ("init_from", "out_dir")}
     if refused := [f"{name}={value} (it has {values[name]})" for name, value in changed.items()
                    if name in fixed and not (name in lower and value < values[name])]:

@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 import zipfile
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -79,17 +80,27 @@ def lock(folder: Path, wait: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+")     # noqa: SIM115, held open on purpose
     except OSError as error:
-        fail(f"cannot use the folder {folder}: {error.strerror or error}: give another --out_dir")
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        elif msvcrt:
-            file.seek(1 << 20)          # a byte past the text, so that others can still read who holds it
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)   # waits 10 s
-    except OSError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        fail(f"{folder} is in use by {holder}: wait for it, or give another --out_dir")
+        fail(f"cannot use the folder {folder}: {error.strerror or error}: name another")
+    told = False
+    while True:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            elif msvcrt:
+                file.seek(1 << 20)      # a byte past the text, so that others can still read who holds it
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            break
+        except OSError as error:
+            if fcntl and not isinstance(error, BlockingIOError):
+                break                   # a file system that knows no locks
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            if not wait:
+                fail(f"{folder} is in use by {holder}: wait for it, or give another --out_dir")
+            if not told:
+                print(f"waiting  for {holder}, which uses {folder}", flush=True)
+            told = True
+            time.sleep(0.2)
     file.seek(0)
     file.truncate()
     file.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
@@ -456,16 +467,19 @@ def compile_step(step, device: str):
     how = dict(mode="reduce-overhead") if cuda else dict(options={"cpp_wrapper": True})
     chosen = torch.compile(step, dynamic=False, **how)
 
-    def run(*given):
+    def run(idx, cache, at):
         nonlocal chosen
+        if cuda and not getattr(cache.tensors[0][0], "_dynamo_static_input_type", None):
+            for tensor in chain(*cache.tensors):        # or no graph may write to them (as in transformers' caches)
+                torch._dynamo.mark_static_address(tensor, guard=False)
         try:
-            return chosen(*given)
+            return chosen(idx, cache, at)
         except Exception as error:      # whatever it is
             if chosen is step:
                 raise
             chosen, reason = step, (str(error).strip() or type(error).__name__).splitlines()[0][:120]
             print(f"not compiled: {type(error).__name__}: {reason}", file=sys.stderr, flush=True)
-        return run(*given)
+        return run(idx, cache, at)
     return run
 
 

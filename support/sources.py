@@ -198,11 +198,15 @@ def described(path: Path, limit: int) -> dict:
     """The file's name, size and SHA-256 (of its first `limit` bytes, when there is a limit)."""
     digest, left = hashlib.sha256(), limit or sys.maxsize
     try:
+        size = path.stat().st_size
+        progress = Progress("checksum of", min(size, left))
         with open(path, "rb") as file:
             while left > 0 and (block := file.read(min(BLOCK, left))):
                 digest.update(block)
                 left -= len(block)
-        return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+                progress.advance(len(block))
+        progress.end()
+        return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror or error}")
 
@@ -373,6 +377,8 @@ def json_values(blocks, path: Path, column: str):
         while len(text) >= want or not block:
             at = BETWEEN.match(text, at).end() if number else OPENING.match(text).end()
             if at == len(text) or text[at] == "]":
+                if text[at + 1:].strip():
+                    fail(f"{path}: more follows the end of the list; a value a line is --format=jsonl")
                 break
             try:
                 value, at = decoder.raw_decode(text, at)
@@ -453,8 +459,8 @@ class Reader:
         self.paths, self.options, self.what, self.empty = paths, options, what, 0
 
     def __iter__(self):
-        progress = Progress(self.what, sum(path.stat().st_size for path in self.paths))
         left, number, begun, self.empty = self.options.limit or sys.maxsize, -1, True, 0
+        progress = Progress(self.what, min(left, sum(path.stat().st_size for path in self.paths)))
         for path in self.paths:
             for new, piece in documents(path, self.options, progress):
                 if new:
