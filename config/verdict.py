@@ -11,6 +11,7 @@
 # MEASURED
 
 dataset = "verdict"
+seed = 123
 
 max_epochs = 10
 eval_interval = 5

@@ -168,6 +168,27 @@ def test_a_path_fine_tunes_the_weights_with_a_schedule_of_its_own(start):
     one_line_error(start("--init_from=out/toy/ckpt.pt", "--out_dir=tuned", n_layer=2), "n_layer=2", "1")
 
 
+@pytest.mark.parametrize(("size", "kept"), [(16, 16), (64, 32)])
+def test_a_file_may_crop_the_context_but_not_stretch_it(start, data_dir, size, kept):
+    start()
+    Path("tune.py").write_text(f"block_size = {size}\n")
+    words = [word for word in flags(**TOY, data_dir=data_dir) if not word.startswith("--block_size")]
+    outcome = inside(train.main, *words, "tune.py", "--init_from=out/toy/ckpt.pt")
+    assert outcome.returncode == 0, outcome.stderr
+    assert torch.load("out/tune/ckpt.pt")["config"]["block_size"] == kept
+
+
+def test_a_folder_called_gpt2_is_a_run_only_if_it_holds_one(start, monkeypatch):
+    start("--out_dir=gpt2")
+    assert train.load("gpt2")[0].cfg.n_layer == 2
+    Path("gpt2/ckpt.pt").unlink()
+    asked = []
+    monkeypatch.setattr("convert.imported", lambda name: asked.append(name) or torch.load("out/toy/ckpt.pt"))
+    start()
+    train.load("gpt2")
+    assert asked == ["gpt2"]                            # OpenAI's, whatever else may lie in that folder
+
+
 def test_fine_tuning_brings_the_model_of_its_checkpoint(start):
     start(n_layer=1)
     Path("tune.py").write_text("bias = True\n")         # a file's settings yield to the checkpoint's

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiktoken
-from conftest import ROOT, SHARED, TOY, flags, one_line_error
+from conftest import ROOT, SHARED, TOY, flags, one_line_error, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,7 +81,8 @@ def split_texts(folder: Path) -> list:
 
 
 def contents(folder: Path) -> dict:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Every file; not the lock, which names the process that held it last."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 # -- tokenizers ----------------------------------------------------------------------------------------------
@@ -298,7 +299,10 @@ def test_the_split_of_documents_loses_nothing(documents, val_fraction):
     if len(documents) > 1 and len(documents) * val_fraction >= 1:       # enough for whole ones on either side
         assert sorted(train + val) == list(enumerate(documents))
         assert train
-        assert len(val) == int(len(documents) * val_fraction)
+        assert len(val) <= max(1, int(len(documents) * val_fraction))
+        if len(set(documents)) == len(documents):
+            assert len(val) == int(len(documents) * val_fraction)
+        assert not {text for _, text in train} & {text for _, text in val}
     else:
         heads, tails = dict(train), dict(val)
         assert [heads.get(n, "") + tails.get(n, "") for n in range(len(documents))] == documents
@@ -313,6 +317,18 @@ def test_a_seeded_hash_of_the_text_picks_the_documents_for_val():
     assert sorted(text for _, text in divided(documents[::-1], 0.1)[1]) == sorted(val)     # wherever they stand
     assert [text for _, text in divided(documents, 0.1, seed=1)[1]] != val
     assert val != documents[-5:]
+
+
+def test_equal_documents_go_the_same_way_and_the_share_is_kept_with_others():
+    documents = [f"document {number % 40}" for number in range(200)]
+    for seed in range(9):
+        train, val = ({text for _, text in part} for part in divided(documents, 0.11, seed))
+        assert not train & val
+        assert len(val) == 4                            # of five copies each: 20 of 22
+    train, val = divided(["the same"] * 100 + [f"another {number}" for number in range(10)], 0.1)
+    assert "the same" not in [text for _, text in val]
+    assert len(val) == 10                               # 11 are allowed, 100 equal ones do not fit
+    assert divided(["the same"] * 100, 0.1)[1] == []
 
 
 def test_of_very_many_documents_those_with_equal_text_go_the_same_way():
@@ -577,6 +593,16 @@ def test_check_finds_damage(damage, split, good_set, refused):
     one_line_error(refused(prepare.main, argv), split, "prepare")
 
 
+@pytest.mark.parametrize("what", ["characters", "bytes"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_check_counts_the_text_itself(what, split, good_set, refused):
+    """Every figure in bits per byte depends on it."""
+    meta = read_meta(good_set)
+    meta["splits"][split][what] -= 1
+    (good_set / "meta.json").write_text(json.dumps(meta))
+    one_line_error(refused(prepare.main, ["--check", "set", f"--data_dir={good_set.parent}"]), what, split)
+
+
 def test_check_reads_every_id_itself(good_set, refused):
     """A checksum made after the damage proves nothing."""
     wrong_id(good_set / "train.bin")
@@ -728,7 +754,7 @@ def prepared(*argv):
 def test_a_file_that_is_no_text_is_named_with_its_byte_offset(content, parts, in_folder, refused):
     Path("odd.txt").write_bytes(content)
     one_line_error(refused(prepared, "odd.txt"), "odd.txt", *parts)
-    assert not Path("data").exists()
+    assert not list(Path("data").rglob("*"))
 
 
 @pytest.mark.parametrize("text", ["x", "\0\0\0", "\U0001f600", "a" * 1_000_000],
@@ -798,6 +824,29 @@ def test_a_full_disk_is_one_line_and_the_old_set_stays(in_folder, refused, monke
     assert contents(Path("data/note")) == before
 
 
+def test_two_processes_that_prepare_one_set_wait_for_each_other(in_folder, capsys):
+    """The second would delete the first one's unfinished files; it finds the set made instead."""
+    Path("book.txt").write_text("it was a dark and stormy night\n" * 20_000)
+    said = [subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), "book.txt", "--data_dir=data"],
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(3)]
+    said = [process.communicate(timeout=60)[0] for process in said]
+    assert sum("nothing has changed" in text for text in said) == 2, said
+    assert sum("train.bin 558,000 tokens" in text for text in said) == 1, said
+    check_set(Path("data/book"))
+
+
+def test_the_tokenizer_of_another_set_or_of_a_checkpoint(in_folder, data_dir, tmp_path):
+    trained(data_dir, tmp_path / "run", max_iters=0)
+    Path("note.txt").write_text("The hen said so. " * 9)
+    theirs = read_meta(data_dir / "toy")["tokenizer"]
+    for path in (tmp_path / "run" / "ckpt.pt", data_dir / "toy" / "meta.json"):
+        prepared("note.txt", "--name=note", f"--tokenizer={path}", "--force")
+        assert read_meta(Path("data/note"))["tokenizer"] == theirs
+        assert "".join(split_texts(Path("data/note"))) == "The hen said so. " * 9
+    prepared("note.txt", "--name=note", "--tokenizer=char")             # another one of the same kind
+    assert read_meta(Path("data/note"))["tokenizer"]["chars"] == " .Tadehinos"
+
+
 # -- the set that training asks for --------------------------------------------------------------------------
 
 class Rank:
@@ -816,6 +865,11 @@ def test_a_missing_named_set_is_prepared_once(tmp_path, monkeypatch):
     check_set(folder)
     monkeypatch.setattr(prepare, "write_set", None)
     assert ensure_set("fables", str(tmp_path), Rank()) == folder == tmp_path / "fables"
+
+
+def test_what_prevents_it_is_one_line(tmp_path, refused):
+    (tmp_path / "a.txt").write_text("no folder")
+    one_line_error(refused(ensure_set, "fables", str(tmp_path / "a.txt"), Rank()), "a.txt")
 
 
 def test_only_the_first_rank_prepares(tmp_path):

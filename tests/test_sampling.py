@@ -521,6 +521,11 @@ def test_prompts_from_a_file_or_standard_input(said, records, tmp_path):
     (["--top_p=1.1", "--min_p=1.5", "--min_p=-1"], ["top_p=1.1", "min_p=-1.0"]),
     (["--repetition_penalty=0", "--batch_size=0"], ["repetition_penalty=0.0", "batch_size=0"]),
     (["--repetition_penalty=1e-300"], ["repetition_penalty=1e-300"]),
+    (["--stride=3", "--score_tokens"], ["--stride, --score_tokens would change nothing"]),
+    (["--prompts=lines", "--start=the"], ["--start would change nothing"]),
+    (["--score=lines", "--start=the", "--num_samples=2"], ["--start, --num_samples would change nothing"]),
+    (["--interactive", "--num_samples=2"], ["--num_samples would change nothing"]),
+    (["--init_from=gpt2", "--out_dir=x"], ["--ckpt, --out_dir would change nothing"]),
 ])
 def test_mistakes(said, tmp_path, words, parts):
     for name, content in dict(latin="kö".encode("latin1") + b"\xff", empty=b"", blank=b"\n\r\n", one=b"a",
@@ -706,6 +711,18 @@ def test_control_characters_reach_a_pipe_but_no_terminal(parrot, monkeypatch):
     monkeypatch.setattr(sample, "load", lambda path, device: (Parrot(says, 256), tokenizer))
     assert on_a_terminal(sample.main, "--ckpt=x", "--device=cpu", "--start=\x1bx", f"--max_new_tokens={len(says)}") == (
         "\\x1bxa\\x1b[2J\tb\\rc\n\\x07\n")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_logits_that_are_not_finite_are_one_line(said, models, tmp_path, dtype):
+    content = torch.load(models["char"])
+    content["model"]["blocks.1.mlp.up.weight"][0, 0] = torch.nan
+    content["model"]["blocks.1.mlp.down.weight"] += 1.0
+    content["model"]["head.weight"] += 1.0
+    torch.save(content, tmp_path / "damaged.pt")
+    outcome = said("--ckpt=damaged.pt", f"--dtype={dtype}")
+    one_line_error(outcome, "not finite")
+    assert ("--dtype=float32" in outcome.stderr) == (dtype == "float16")
 
 
 # -- compiling

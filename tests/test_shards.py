@@ -144,6 +144,17 @@ def decoded(*words) -> bytes:
                           capture_output=True, timeout=60).stdout
 
 
+def test_decode_into_a_closed_pipe_says_nothing(here):
+    (here / "b.txt").write_text(FABLES * 5, encoding="utf-8")
+    prepared("b.txt", "--tokenizer=byte")
+    with subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), "--decode", "b", "--data_dir=sets"],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(10) == FABLES[:10].encode()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:400"])
 def test_decode_writes_the_text_back(tokenizer, here):
     text = FABLES[:5000] + "\r\n漢字 \0 <|endoftext|> \U0001f600 e\u0301"

@@ -192,7 +192,8 @@ def test_standard_input(here, monkeypatch):
     monkeypatch.setattr(sys, "stdin", stdin)
     prepared("-", "--name=s", "--format=jsonl", "--tokenizer=byte", "--val_fraction=0")
     assert texts("s")[0] == "".join(TEXTS)
-    assert {path.name for path in (here / "sets" / "s").iterdir()} == {"train.bin", "val.bin", "meta.json"}
+    assert {path.name for path in (here / "sets" / "s").iterdir()} == {
+        "train.bin", "val.bin", "meta.json", ".lock"}
     one_line_error(refused("-"), "--name=")
 
 
@@ -249,6 +250,8 @@ def test_the_second_run_says_that_nothing_changed(here):
     ("a.jsonl", b'"half \\ud800"\n', ["a.jsonl: document 1", "surrogate"]),
     ("a.json", b'["one", {"body": "x"}]', ["a.json, value 2", "'text'", "body"]),
     ("a.json", b'["one", "two', ["a.json: value 2", "no JSON"]),
+    ("a.json", b'["one", "two"]\n["three"]', ["a.json", "end of the list"]),
+    ("a.json", b'["one", "two"]' + b" " * 3_000_000 + b"x", ["a.json", "end of the list"]),
 ], ids=lambda value: str(value)[:30])
 def test_a_damaged_input_is_one_line(name, content, parts, here):
     (here / name).write_bytes(content)
@@ -281,6 +284,8 @@ def test_a_missing_package_is_one_line(package, name, here, monkeypatch):
     (["a.txt", "--shard_tokens=0", "--min_count=0"], ["shard_tokens=0", "min_count=0"]),
     (["a.txt", "--tokenizer=byte", "--min_count=3"], ["min_count=3", "char"]),
     (["a.txt", "--pattern=x"], ["pattern=x", "bpe:VOCAB"]),
+    (["-", "--val=-", "--name=s"], ["--val"]),
+    (["fables", "--val=https://host/val.txt"], ["val=https://host/val.txt"]),
     (["a.txt", "--val_fractoin=0.2"], ["did you mean --val_fraction"]),
 ])
 def test_settings_that_do_not_fit_are_one_line(words, parts, here):
@@ -339,7 +344,7 @@ def test_an_address_that_fails_is_tried_three_times_and_no_part_kept(page, site,
         site.pages["/a.txt"] = page
     one_line_error(refused(f"{site.url}/a.txt", "--name=s"), f"{site.url}/a.txt", "by hand")
     assert len(site.asked) == 3
-    assert not list((here / "sets" / "s").iterdir())
+    assert not list((here / "sets").rglob("*"))
 
 
 def test_a_set_without_a_pinned_text(site, here, monkeypatch):
@@ -356,6 +361,8 @@ def test_a_set_without_a_pinned_text(site, here, monkeypatch):
     assert train.split(prepare.END_OF_TEXT) == list(map(str.strip, TEXTS))
     assert val == "The end."
     assert site.asked == ["/train.txt", "/valid.txt"]
+    prepared("tales", "--force")
+    assert site.asked == ["/train.txt", "/valid.txt"] * 2
 
     (here / "sets/tales/train.txt").unlink()
     site.pages["/train.txt"] = (stories[:100], len(stories))
