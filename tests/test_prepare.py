@@ -867,9 +867,11 @@ def test_a_missing_named_set_is_prepared_once(tmp_path, monkeypatch):
     assert ensure_set("fables", str(tmp_path), Rank()) == folder == tmp_path / "fables"
 
 
-def test_what_prevents_it_is_one_line(tmp_path, refused):
+def test_what_prevents_it_is_one_line(tmp_path, refused, monkeypatch):
     (tmp_path / "a.txt").write_text("no folder")
     one_line_error(refused(ensure_set, "fables", str(tmp_path / "a.txt"), Rank()), "a.txt")
+    fail_at(monkeypatch, "write", 1, OSError(errno.ENOSPC, "No space left on device"))
+    one_line_error(refused(ensure_set, "fables", str(tmp_path), Rank()), "fables", "No space left on device")
 
 
 def test_only_the_first_rank_prepares(tmp_path):
