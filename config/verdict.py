@@ -8,7 +8,10 @@
 # all. Expected: first loss about 10.98; train loss under 1 at the end (the book: 0.569); val loss lowest, about 6.12
 # (6.0-6.4), near update 50, and rising from there on. A greedy sample every epoch: commas at first, then the story.
 #
-# MEASURED
+# Measured on 2 cores of an AMD EPYC, PyTorch 2.13, 2026-11-21: train / val 10.99 / 10.98 at first, 8.05 / 8.57 after 5
+# updates, best val 6.132 at update 55, 0.559 / 6.335 at the end; 4 minutes of training, 8 in all with evaluations,
+# samples and checkpoints of 2 GB. At this learning rate without warm-up the loss jumps for a step or two now and then:
+# here at update 25; with seed=1337 at 20, and that run ended at 1.08 / 6.36 with its best val of 6.134 at 55, too.
 
 dataset = "verdict"
 seed = 123
