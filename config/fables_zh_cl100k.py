@@ -13,11 +13,11 @@
 
 dataset = "fables_zh"
 
-max_iters = 300
+max_iters = 400
 eval_interval = 50
 sample_start = "一"
 
-batch_size = 16
+batch_size = 4
 block_size = 128
 sampling = "random"
 
