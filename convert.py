@@ -9,18 +9,13 @@ other cannot express is refused by name, never dropped. A name is looked up in t
 HF_HUB_CACHE) and downloaded to it when it is not there; HF_ENDPOINT names another server.
 """
 
-import http.client
 import json
 import os
 import re
 import shutil
 import sys
-import time
-import urllib.error
-import urllib.request
 import warnings
 from base64 import b64encode
-from contextlib import nullcontext
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -28,7 +23,7 @@ from pathlib import Path
 import torch
 
 from prepare import END_OF_TEXT, Tokenizer
-from support import runtime
+from support import runtime, sources
 from support.cli import fail, parse, run
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")        # huggingface.co/openai-community/NAME
@@ -579,63 +574,13 @@ def cached(name: str) -> Path | None:
     return None
 
 
-class FirstHeaders(urllib.request.HTTPRedirectHandler):
-    """Keeps the headers of the first answer: the ones with the checksum, which sends on to where the bytes are."""
-
-    def __init__(self):
-        self.headers = None
-
-    def redirect_request(self, request, file, code, message, headers, url):
-        self.headers = self.headers or headers
-        return super().redirect_request(request, file, code, message, headers, url)
-
-
-def with_bar(answer, have: int, size: int):
-    """The answer, with a progress bar as it is read on a terminal, where tqdm is installed. Sizes in bytes."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return nullcontext(answer)
-    return tqdm.wrapattr(answer, "read", initial=have, total=size, disable=None, leave=False)
-
-
-def download(url: str, path: Path) -> str:
-    """Bring `url` to `path`, whole and checked (size, and SHA-256 where the server tells it), in three tries that go on
-    where the last one, or the last process, was cut off. Returns the server's commit, or ""."""
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(3):
-        have = part.stat().st_size if part.is_file() else 0
-        first = FirstHeaders()
-        try:
-            wanted = {"User-Agent": "inkling"} | ({"Range": f"bytes={have}-"} if have else {})
-            request = urllib.request.Request(url, headers=wanted)
-            with urllib.request.build_opener(first).open(request, timeout=30) as answer:
-                headers = first.headers or answer.headers
-                have = have if answer.status == 206 else 0          # some servers send all of it again
-                size = have + int(answer.headers["Content-Length"])
-                print(f"downloading {url} ({size / 1e6:,.1f} MB)", flush=True)
-                with open(part, "ab" if have else "wb") as file, with_bar(answer, have, size) as stream:
-                    shutil.copyfileobj(stream, file, 1 << 20)
-                    os.fsync(file.fileno())
-            digest = (headers.get("X-Linked-Etag") or "").strip('"')
-            if part.stat().st_size != size:
-                reason = f"{part.stat().st_size:,} of {size:,} bytes arrived"
-            elif re.fullmatch("[0-9a-f]{64}", digest) and runtime.sha256(part) != digest:
-                reason = f"another SHA-256 than {digest[:12]}..."
-                part.unlink()
-            else:
-                os.replace(part, path)
-                return headers.get("X-Repo-Commit") or ""
-        except urllib.error.HTTPError as error:
-            reason = f"{error.code} {error.reason}"
-            if error.code == 416:                       # there is nothing after what is here
-                part.unlink(missing_ok=True)
-        except (OSError, ValueError, TypeError, http.client.HTTPException) as error:
-            reason = str(getattr(error, "reason", None) or error)
-        time.sleep(1 + attempt)
-    fail(f"could not download {url} ({reason}); try again, which goes on from what has arrived, or bring a folder with "
-         f"{', '.join(FILES)} here by other means and name it: python convert.py import FOLDER --out=out/NAME")
+def bring(url: str, path: Path) -> str:
+    """Bring `url` to `path`, whole and checked. Returns the server's commit, or ""."""
+    reason, commit = sources.download(url, path)
+    if reason:
+        fail(f"could not download {url} ({reason}); try again, which goes on from what has arrived, or bring a folder "
+             f"with {', '.join(FILES)} here by other means and name it: python convert.py import FOLDER --out=out/NAME")
+    return commit
 
 
 def downloaded(name: str) -> Path:
@@ -649,13 +594,13 @@ def downloaded(name: str) -> Path:
             if found := cached(name):
                 return found
             url = f"{server.rstrip('/')}/openai-community/{name}/resolve"
-            commit = download(f"{url}/main/{FILES[0]}", folder / FILES[0])
+            commit = bring(f"{url}/main/{FILES[0]}", folder / FILES[0])
             revision = commit if re.fullmatch("[0-9a-f]{40}", commit) else "main"
             snapshot = folder / "snapshots" / revision
             snapshot.mkdir(parents=True, exist_ok=True)
             for file in FILES[1:]:
                 if not (snapshot / file).is_file():
-                    download(f"{url}/{revision}/{file}", snapshot / file)
+                    bring(f"{url}/{revision}/{file}", snapshot / file)
             os.replace(folder / FILES[0], snapshot / FILES[0])      # last: with it the copy is whole
             (folder / "refs").mkdir(exist_ok=True)
             (folder / "refs" / "main").write_text(revision)

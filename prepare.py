@@ -373,7 +373,7 @@ def fetch(name: str, folder: Path, again: bool = False) -> Path:
                 fail(f"{path} has SHA-256 {found[:12]}..., the text of {name} has {source['sha256'][:12]}...: remove "
                      f"it, or prepare your own text with python prepare.py {path} --name=NAME")
             return path
-    if reason := sources.download(source["url"], folder / "input.txt", source["sha256"]):
+    if reason := sources.download(source["url"], folder / "input.txt", source["sha256"])[0]:
         fail(f"could not download {source['url']} ({reason}); put that file at {folder / 'input.txt'} by hand and try "
              "again; python train.py, which trains on the embedded fables, needs no network")
     return folder / "input.txt"
@@ -383,7 +383,7 @@ def fetch_unpinned(name: str, folder: Path, url: str, again: bool = False) -> Pa
     path = folder / url.rpartition("/")[2]
     if path.is_file() and not again:
         print(f"note     {path} is there, {path.stat().st_size:,} bytes; no SHA-256 of it is known to compare with")
-    elif reason := sources.download(url, path):
+    elif reason := sources.download(url, path)[0]:
         fail(f"could not download {url} ({reason}); put that file at {path} by hand and try again, or take a text of "
              f"your own instead: python prepare.py TEXT --name={name}")
     return path

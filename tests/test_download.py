@@ -1,11 +1,14 @@
-"""A named set arrives whole or not at all: three tries, a pinned SHA-256, and one line that says what to do.
+"""A text arrives whole or not at all: three tries that go on where the last was cut off, a SHA-256 where one is known,
+and one line that says what to do.
 
 The network is a server on 127.0.0.1 that lives as long as its test."""
 
 import hashlib
+import os
 import sys
 import threading
 import urllib.request
+from email.utils import parsedate_to_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -20,11 +23,42 @@ TEXT = b"The hen said good night to the moon.\r\nThe moon said it back.\n" * 20
 
 # -- what a server can answer --------------------------------------------------------------------------------
 
-def good(answer):
-    answer.send_response(200)
-    answer.send_header("Content-Length", str(len(TEXT)))
+def good(answer, length=True, shift=0, most=None):
+    """What is asked for: the text, or the rest of it if it has not changed since. At most so many bytes arrive."""
+    start = int((answer.headers["Range"] or "bytes=0-")[6:-1])
+    if start and parsedate_to_datetime(answer.headers["If-Unmodified-Since"]).year < answer.server.changed:
+        return answer.send_error(412)
+    if start >= len(TEXT):
+        return answer.send_error(416)
+    answer.send_response(206 if start else 200)
+    if start:
+        answer.send_header("Content-Range", f"bytes {start + shift}-{len(TEXT) - 1}/{len(TEXT)}")
+    if length:
+        answer.send_header("Content-Length", str(len(TEXT) - start - shift))
     answer.end_headers()
-    answer.wfile.write(TEXT)
+    answer.wfile.write(TEXT[start + shift:][:most])
+    return None
+
+
+def unannounced(answer):
+    good(answer, length=False)
+
+
+def elsewhere(answer):
+    good(answer, shift=7)
+
+
+def all_again(answer):
+    del answer.headers["Range"]
+    good(answer)
+
+
+def sent_on(answer):
+    """Hugging Face's first answer."""
+    answer.send_response(302)
+    answer.send_header("X-Linked-Etag", f'"{hashlib.sha256(TEXT).hexdigest()}"')
+    answer.send_header("Location", "/bytes")
+    answer.end_headers()
 
 
 def not_found(answer):
@@ -38,10 +72,7 @@ def other_text(answer):
 
 
 def cut_short(answer):
-    answer.send_response(200)
-    answer.send_header("Content-Length", str(len(TEXT)))
-    answer.end_headers()
-    answer.wfile.write(TEXT[:100])
+    good(answer, most=100)
 
 
 def hang_up(answer):
@@ -62,10 +93,12 @@ def silent_midway(answer):
 
 
 FAULTS = [not_found, other_text, cut_short, hang_up, no_http, silent, silent_midway]
+KEEPING = [cut_short, silent_midway]                # leave 100 bytes more to go on from
 
 
 class Answer(BaseHTTPRequestHandler):
     def do_GET(self):
+        self.server.ranges.append(self.headers["Range"])
         self.server.answer()(self)
 
     def log_message(self, *_):
@@ -74,22 +107,25 @@ class Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site(monkeypatch):
-    """A server that gives `answers`, one per try (the last one again and again). prepare.py knows two sets
-    by its text: `tale` and `tale_bytes`. `tries` lists the time-out of each request; none is waited for."""
+    """A server that gives `answers`, one per request (the last one again and again). prepare.py knows three sets by its
+    text: `tale`, `tale_bytes`, and `news`, whose SHA-256 it does not know. `tries` lists the time-out of each request,
+    `ranges` what part of the text it asks for. The text was `changed` in that year."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
     server.url = f"http://127.0.0.1:{server.server_port}/tale.txt"
-    server.answers, server.tries, server.closing = [good], [], threading.Event()
+    server.answers, server.tries, server.ranges, server.closing = [good], [], [], threading.Event()
+    server.changed = 0
     server.answer = lambda: server.answers[min(len(server.tries), len(server.answers)) - 1]
     source = dict(url=server.url, sha256=hashlib.sha256(TEXT).hexdigest())
     monkeypatch.setattr(prepare, "SETS", {"tale": dict(tokenizer="char", **source),
-                                          "tale_bytes": dict(tokenizer="byte", **source)})
+                                          "tale_bytes": dict(tokenizer="byte", **source),
+                                          "news": dict(tokenizer="char", url=server.url)})
 
-    urlopen = urllib.request.urlopen
+    urlopen = urllib.request.OpenerDirector.open
 
-    def impatient(url, *, timeout):
+    def impatient(self, request, data=None, *, timeout):
         server.tries.append(timeout)
-        return urlopen(url, timeout=0.1 if server.answer() in (silent, silent_midway) else timeout)
-    monkeypatch.setattr(urllib.request, "urlopen", impatient)
+        return urlopen(self, request, timeout=0.1 if server.answer() in (silent, silent_midway) else timeout)
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", impatient)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setenv("no_proxy", "*")
 
@@ -119,7 +155,7 @@ def refused(prepared, capsys):
 
 
 def files(folder) -> dict:
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 # -- named sets ----------------------------------------------------------------------------------------------
@@ -160,21 +196,70 @@ def test_a_wrong_file_there_is_named_and_left_alone(owner, site, refused, tmp_pa
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_three_tries_then_one_line_and_no_file(fault, site, refused, tmp_path):
+def test_three_tries_then_one_line_and_no_text(fault, site, refused, tmp_path):
     site.answers = [fault]
     by_hand = f"put that file at {tmp_path / 'tale' / 'input.txt'}"
     one_line_error(refused("tale"), site.url, by_hand, "python train.py", "no network")
     assert len(site.tries) == 3
-    assert files(tmp_path) == {}
+    assert files(tmp_path) == ({"input.txt.part": TEXT[:300]} if fault in KEEPING else {})
 
 
+@pytest.mark.parametrize("last", [good, all_again, unannounced])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_later_try_succeeds(fault, site, prepared, tmp_path):
-    site.answers = [fault, fault, good]
+def test_a_later_try_succeeds(fault, last, site, prepared, tmp_path):
+    site.answers = [fault, fault, last]
     prepared("tale")
     assert len(site.tries) == 3
+    assert site.ranges == [None, *(["bytes=100-", "bytes=200-"] if fault in KEEPING else [None, None])]
     assert set(files(tmp_path)) == {"input.txt", "train.bin", "val.bin", "meta.json"}
     assert files(tmp_path)["input.txt"] == TEXT
+
+
+@pytest.mark.parametrize("way", ["pinned", "unpinned", "address"])
+def test_the_next_command_goes_on_with_what_has_arrived(way, site, prepared, refused, tmp_path):
+    words = {"pinned": ["tale"], "unpinned": ["news"], "address": [site.url, "--name=own"]}[way]
+    site.answers = [cut_short]
+    one_line_error(refused(*words), site.url, "300 of 1,220 bytes", "by hand")
+    (name, part), = files(tmp_path).items()
+    assert name.endswith("t.txt.part" if way == "pinned" else "tale.txt.part")
+    assert part == TEXT[:300]
+    site.answers, site.ranges[:] = [good], []
+    prepared(*words)
+    assert site.ranges == ["bytes=300-"]
+    assert set(files(tmp_path)) == {name[:-5], "train.bin", "val.bin", "meta.json"}
+    assert files(tmp_path)[name[:-5]] == TEXT
+
+
+@pytest.mark.parametrize(("held", "changed", "afresh"), [(TEXT[:4], 2019, []), (b"Then", 2021, [None]),
+                                                          (TEXT + b"The end.", 2019, [None])])
+def test_a_part_of_a_text_that_has_changed_is_dropped(held, changed, afresh, site, prepared, tmp_path):
+    (tmp_path / "news").mkdir()
+    part = tmp_path / "news" / "tale.txt.part"
+    part.write_bytes(held)
+    os.utime(part, (1.59e9, 1.59e9))                    # in 2020
+    site.changed = changed
+    prepared("news")
+    assert site.ranges == [f"bytes={len(held)}-", *afresh]
+    assert files(tmp_path)["tale.txt"] == TEXT
+
+
+def test_other_bytes_than_those_asked_for_are_not_added(site, prepared, tmp_path):
+    site.answers = [cut_short, elsewhere, good]
+    prepared("news")
+    assert site.ranges == [None, "bytes=100-", None]
+    assert files(tmp_path)["tale.txt"] == TEXT
+
+
+def test_a_checksum_that_the_server_tells_is_checked(site, prepared, refused, tmp_path, capsys):
+    site.answers = [sent_on, other_text] * 3
+    one_line_error(refused("news"), site.url, "another SHA-256", "by hand")
+    assert files(tmp_path) == {}
+    site.answers = [sent_on, other_text, sent_on, cut_short, sent_on, good]
+    site.tries, site.ranges[:] = [], []
+    prepared("news")
+    assert site.ranges == [None] * 4 + ["bytes=100-"] * 2
+    assert files(tmp_path)["tale.txt"] == TEXT
+    assert "no SHA-256" not in capsys.readouterr().out
 
 
 def test_no_server_at_all(site, refused, tmp_path, monkeypatch):
@@ -203,7 +288,7 @@ def test_a_prepared_set_outlives_a_failed_download(site, prepared, refused, tmp_
 def test_the_embedded_set_needs_no_network(prepared, tmp_path, monkeypatch):
     def no_network(*_, **__):
         raise AssertionError("asked the network")
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", no_network)
     prepared("fables")
     assert set(files(tmp_path)) == {"train.bin", "val.bin", "meta.json"}
 
@@ -214,7 +299,7 @@ def test_the_real_addresses_are_pinned():
     for source in sources:
         assert source["url"].startswith("https://")
     unpinned = {name for name, source in prepare.SETS.items() if "url" in source and "sha256" not in source}
-    assert unpinned == {"tinystories"}                  # whose size is checked instead
+    assert unpinned == {"tinystories"}                  # its size is checked, and what SHA-256 its server tells
     assert all(len(bytes.fromhex(source["sha256"])) == 32 for source in sources if "sha256" in source)
 
 
