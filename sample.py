@@ -93,7 +93,7 @@ class Picker:
     last, under the model itself (temperature 1, nothing filtered), when Options ask for them."""
 
     def __init__(self, options: Options, prompts: list, seeds: list, vocab_size: int, device):
-        self.options, self.device, self.logprobs = options, device, None
+        self.options, self.size, self.device, self.logprobs = options, vocab_size, device, None
         self.numbers = [np.random.default_rng(seed) for seed in seeds]
         shortest = min(map(len, prompts))
         self.waits = [len(prompt) - shortest for prompt in prompts]     # steps until a row chooses for itself
@@ -132,10 +132,16 @@ class Picker:
                                 for numbers, mine in zip(self.numbers, choosing, strict=True)], dtype=torch.float64)
         if logits.device.type == "mps":                 # knows no float64; and nothing may be rounded up to 1
             uniform = uniform.float().clamp(max=1 - 2**-24)
-        # Temperature first, as everywhere: top_p and min_p count the probabilities that are drawn from.
+        likely = None
+        if 0 < options.top_k < logits.size(-1):         # what follows need not look at the others; in the ids' order
+            likely = logits.topk(options.top_k).indices.sort().values
+            logits = logits.gather(-1, likely)
+        # Temperature next, as everywhere: top_p and min_p count the probabilities that are drawn from.
         logits = (logits - logits.amax(-1, keepdim=True)) / options.temperature
-        logits = filtered(logits, options.top_k, options.top_p, options.min_p)
-        return draw(logits, 1.0, uniform.to(self.device, non_blocking=True))
+        logits = filtered(logits, 0, options.top_p, options.min_p)
+        ids = draw(logits, 1.0, uniform.to(self.device, non_blocking=True))
+        # A draw from NaN is past the end: it shall be so of the whole vocabulary, where `write` notices.
+        return ids if likely is None else F.pad(likely, (0, 1), value=self.size).gather(-1, ids[:, None])[:, 0]
 
 
 # -- texts as they grow --------------------------------------------------------------------------------------------

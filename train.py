@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from prepare import Tokenizer, ensure_set, prompt_ids, stored_tokenizer
 from support import runtime
 from support.cli import fail, from_dict, merge, parse, run
-from support.cpu import Linear, dropout
+from support.cpu import Linear, attention, dropout
 from support.report import Report
 
 # -----------------------------------------------------------------------------------------------------------
@@ -220,11 +220,9 @@ class Attention(nn.Module):
         keys, values = k.transpose(1, 2), v.transpose(1, 2)         # (B, n_kv_head, T, head_dim)
         if cache is not None:
             keys, values = cache.extend(self.layer, keys, values)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None and T > 1,
-            dropout_p=self.cfg.dropout if self.cfg.attn_dropout and self.training else 0.0,
-            enable_gqa=self.n_kv_head != self.cfg.n_head)           # (B, n_head, T, head_dim)
-        return self.out(y.transpose(1, 2).reshape(B, T, C)), v
+        p = self.cfg.dropout if self.cfg.attn_dropout and self.training else 0.0
+        y = attention(q.transpose(1, 2), keys, values, mask, mask is None and T > 1, p)
+        return self.out(y.transpose(1, 2).reshape(B, T, C)), v      # y was (B, n_head, T, head_dim)
 
 
 class MLP(nn.Module):

@@ -1,4 +1,4 @@
-"""Two operations that a CPU does several times faster in another way than PyTorch's; elsewhere they are PyTorch's."""
+"""Three operations that a CPU does several times faster in another way than PyTorch's; elsewhere they are PyTorch's."""
 
 import torch
 import torch.nn as nn
@@ -16,15 +16,40 @@ def dropout(x, p: float):
     return x * (numbers[:x.numel()].view(x.shape) >= zeroed) * (256 / (256 - zeroed))
 
 
+def alone(x, rows: int) -> bool:
+    """Whether x holds one token's features in compiled code without gradient on a CPU: a loop that the compiler writes
+    over a matrix reads it at the memory's pace, in 16 bits too; the libraries' routines are made for many rows."""
+    return (rows == 1 and x.device.type == "cpu" and torch.compiler.is_compiling() and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu"))
+
+
+def attention(q, keys, values, mask, causal: bool, dropout_p: float):
+    """F.scaled_dot_product_attention of q (B, n_head, T, head_dim) and keys and values (B, n_kv_head, S, head_dim);
+    mask (T, S) or None. A single query of compiled code is spelled out."""
+    B, H, T, D = q.shape
+    groups = keys.size(1)
+    if not alone(q, B * T) or mask is None:
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal, dropout_p=dropout_p,
+                                              enable_gqa=groups != H)
+    scores = (q.view(groups, H // groups, 1, D).float() * keys[0, :, None].float()).sum(-1) * D**-0.5
+    p = scores.masked_fill(~mask[0], -torch.inf).softmax(-1)                    # (groups, H // groups, S)
+    return (p[..., None] * values[0, :, None].float()).sum(-2).to(q.dtype).view(B, H, T, D)
+
+
 class Linear(nn.Linear):
     """nn.Linear, but up to 16 rows without gradient in float32 go as columns through the matrix taken as a batch of
     four: that reads it at the memory's pace, where BLAS's usual way may reach a third of it (bench/generate.py)."""
 
     def forward(self, x):
-        rows = x.numel() // self.in_features
+        rows, whole = x.numel() // self.in_features, self.out_features // 4 * 4
+        if alone(x, rows):
+            y = (self.weight.float() * x.reshape(1, -1).float()).sum(-1)
+            return (y if self.bias is None else y + self.bias).to(x.dtype).view(*x.shape[:-1], -1)
         if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") \
-                or torch.is_grad_enabled() or rows > 16 or self.out_features % 4:
+                or torch.is_grad_enabled() or rows > 16 or not whole:
             return super().forward(x)
-        columns = x.reshape(rows, -1).mT.expand(4, -1, -1)                      # (4, in_features, rows)
-        y = torch.bmm(self.weight.view(4, -1, self.in_features), columns).view(-1, rows).mT
-        return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], -1)
+        columns = x.reshape(rows, -1).mT                                        # (in_features, rows)
+        y = torch.bmm(self.weight[:whole].view(4, -1, self.in_features), columns.expand(4, -1, -1)).view(-1, rows)
+        if whole < self.out_features:
+            y = torch.cat((y, self.weight[whole:] @ columns))
+        return (y.mT if self.bias is None else y.mT + self.bias).reshape(*x.shape[:-1], -1)
