@@ -5,8 +5,8 @@
     python bench/generate.py --device=cuda --dtype=bfloat16 --compile=True --only=gpt2,xl
 
 Each figure is the median of the runs, after one that warms up; the ways take turns, so that a busy moment of the
-machine meets all of them. "Bound" is what reading the weights once a token allows, at the pace measured for the memory; weights that fit into the
-cache of the processor may exceed it.
+machine meets all of them. The bound is what reading the weights once a token allows, at the pace measured for the
+memory; weights that fit into the processor's cache may exceed it.
 """
 
 import copy

@@ -118,7 +118,7 @@ def test_a_step_of_fixed_shapes_never_sees_what_lies_beyond_its_position():
 def test_a_compiled_step_equals_the_eager_one(rows, dtype, atol):
     if runtime.compiler_missing("cpu"):
         pytest.skip(runtime.compiler_missing("cpu"))
-    model, ids = small(n_layer=1, n_kv_head=2).to(getattr(torch, dtype)), tokens(rows, 3 * SIZE)
+    model, ids = small(n_layer=1, n_kv_head=2, bias=True).to(getattr(torch, dtype)), tokens(rows, 3 * SIZE)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()                # other tests compile, too
     step = runtime.compile_step(model.next_logits, "cpu")
