@@ -29,7 +29,7 @@ tie_weights = True
 init = "gpt2"
 
 optimizer = "adamw"
-learning_rate = 2e-3
+learning_rate = 4e-3
 weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.95
