@@ -9,7 +9,10 @@
 #     python prepare.py poems.csv --name=poems --tokenizer=cl100k_base
 #     python train.py config/fables_zh_cl100k.py --dataset=poems
 #
-# MEASURED
+# Measured on 2 cores of an AMD EPYC, PyTorch 2.13, 2026-11-21: 21,859 and 2,351 tokens, 767 of the 100,277 different;
+# val loss 11.54 at first, 5.71 after 200 steps, 4.97 after 400 (nats per token; 2.27 bytes each); 275 s of training. So
+# few fables teach which bytes follow each other, not what a fable is: up to a third of a sample's characters are
+# U+FFFD, which stands for bytes that form none; the text itself is valid UTF-8 throughout.
 
 dataset = "fables_zh"
 
@@ -29,7 +32,7 @@ tie_weights = True
 init = "gpt2"
 
 optimizer = "adamw"
-learning_rate = 4e-3
+learning_rate = 2e-3
 weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.95
