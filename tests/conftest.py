@@ -11,6 +11,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,8 +22,10 @@ if (SHARED / "tiktoken_cache").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
 torch.set_num_threads(1)                        # toy sizes run faster so, and results do not depend on the machine
 
-from prepare import write_set  # noqa: E402
+import prepare  # noqa: E402
+from prepare import Tokenizer, write_set  # noqa: E402
 from support.report import TIMINGS  # noqa: E402
+from support.runtime import read_meta  # noqa: E402
 from train import GPT, Config, main  # noqa: E402
 
 TOY = dict(dataset="toy", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, max_iters=6, eval_interval=3,
@@ -85,6 +88,26 @@ def start(tmp_path, data_dir, monkeypatch):
     """start("run", max_iters=3): `trained` in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return partial(trained, data_dir)
+
+
+def prepared(*words) -> str:
+    """What prepare.py says, with the sets in ./sets; it must succeed."""
+    done = refused(*words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refused(*words):
+    """The same, but it may fail."""
+    return inside(prepare.main, *words, "--data_dir=sets")
+
+
+def texts(name: str) -> list:
+    """[train text, val text] of a set in ./sets."""
+    folder = Path("sets", name)
+    meta = read_meta(folder)
+    return [Tokenizer(meta["tokenizer"]).decode(np.fromfile(folder / f"{split}.bin", meta["dtype"]))
+            for split in ("train", "val")]
 
 
 def log_rows(folder: Path) -> list:

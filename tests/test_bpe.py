@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
-from conftest import ROOT, SHARED, inside, one_line_error, trained
+from conftest import ROOT, SHARED, one_line_error, prepared, refused, texts, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,24 +35,8 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def prepared(*words) -> str:
-    done = inside(prepare.main, *words, "--data_dir=sets")
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def refused(*words):
-    return inside(prepare.main, *words, "--data_dir=sets")
-
-
 def meta_of(name: str) -> dict:
     return json.loads(Path("sets", name, "meta.json").read_text(encoding="utf-8"))
-
-
-def texts(name: str) -> list:
-    meta = meta_of(name)
-    return [Tokenizer(meta["tokenizer"]).decode(np.fromfile(Path("sets", name, f"{split}.bin"), meta["dtype"]))
-            for split in ("train", "val")]
 
 
 # -- trained ---------------------------------------------------------------------------------------------------------

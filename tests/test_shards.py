@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TOY, inside, one_line_error, trained
+from conftest import ROOT, TOY, inside, one_line_error, prepared, refused, trained
 
 import prepare
 from prepare import Options, Tokenizer, write_set
@@ -28,16 +28,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(FABLES[:20_000], encoding="utf-8", newline="")
     return tmp_path
-
-
-def prepared(*words) -> str:
-    done = inside(prepare.main, *words, "--data_dir=sets")
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def refused(*words):
-    return inside(prepare.main, *words, "--data_dir=sets")
 
 
 @pytest.fixture

@@ -10,20 +10,17 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from conftest import inside, one_line_error
+from conftest import one_line_error, prepared, refused, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
-from prepare import Tokenizer
 from support import sources
 
 ROWS = [{"title": f"fable {n}", "text": f"The {n}. hen, said \"é漢\"\nand went.\n"} for n in range(30)]
@@ -34,25 +31,6 @@ TEXTS = [row["text"] for row in ROWS]
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def prepared(*words) -> str:
-    """What prepare.py says; it must succeed."""
-    done = inside(prepare.main, *words, "--data_dir=sets")
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def refused(*words):
-    return inside(prepare.main, *words, "--data_dir=sets")
-
-
-def texts(name: str) -> list:
-    """[train text, val text] of a set."""
-    folder = Path("sets") / name
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    tokenizer = Tokenizer(meta["tokenizer"])
-    return [tokenizer.decode(np.fromfile(folder / f"{split}.bin", meta["dtype"])) for split in ("train", "val")]
 
 
 def packed(content: bytes, suffix: str) -> bytes:
