@@ -351,7 +351,7 @@ def test_a_folder_that_cannot_be_is_refused(start, tmp_path, out):
 
 @pytest.mark.parametrize(("words", "parts"), [
     (["--ckpt=nowhere.pt"], ["no checkpoint nowhere.pt", "python train.py"]),
-    (["--ckpt=half"], ["no checkpoint half/ckpt.pt"]),
+    (["--ckpt=half"], ["half is a folder"]),
     (["--ckpt=text"], ["text", "nothing was loaded"]),
     (["--out_dir=nowhere"], ["no nowhere/ckpt.pt", "train.py"]),
     (["--out_dir=half"], ["no half/ckpt.pt", "--ckpt=half/last.pt"]),

@@ -50,7 +50,7 @@ def test_shards_are_the_same_ids_in_more_files(both):
         assert [shard["sha256"] for shard in entry["shards"]] == [hashlib.sha256(part.read_bytes()).hexdigest()
                                                                   for part in parts]
         assert {key: entry[key] for key in entry if key != "shards"} == read_meta(one)["splits"][split]
-    assert len(list(many.iterdir())) == 19 + 3 + 1
+    assert len(list(many.glob("*.*"))) == 19 + 3 + 1 + 1                  # meta.json and the lock
 
 
 def test_shards_are_indexed_as_one_array(both):
@@ -85,7 +85,7 @@ def test_changing_between_one_file_and_shards_leaves_nothing_over(here):
     for words in ([], ["--shard_tokens=5000"], ["--shard_tokens=900"], []):
         prepared("a.txt", *words)
         prepared("--check", "a")
-        found = {path.name for path in (here / "sets" / "a").iterdir()} - {"training_notes.bin"}
+        found = {path.name for path in (here / "sets" / "a").iterdir()} - {"training_notes.bin", ".lock"}
         assert (found == names) is (not words)
         assert len(found) == len(read_meta(here / "sets" / "a")["splits"]["train"].get("shards", "1")) + len(
             read_meta(here / "sets" / "a")["splits"]["val"].get("shards", "1")) + 1
