@@ -145,7 +145,8 @@ def cl100k(check: Verdict, options: Options):
 
 
 def tinystories(check: Verdict, options: Options):
-    words = [f"--max_iters={options.max_iters}", f"--eval_interval={max(1, options.max_iters // 3)}"]
+    words = [f"--max_iters={options.max_iters}", f"--eval_interval={max(1, options.max_iters // 3)}",
+             "--batch_size=1"]          # a quarter of the config's, for CPUs
     name = "tinystories"
     if options.stories or not (runtime.data_folder(name, options.data_dir) / "meta.json").is_file():
         text = Path(options.stories).resolve() if options.stories else ROOT / "data/fables/input.txt"
