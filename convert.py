@@ -139,7 +139,8 @@ def write_settings(config: dict, width: int, vocab_size: int, eot: int | None) -
         refused += ["n_kv_head"] * (config["n_kv_head"] not in (0, config["n_head"]))
     if refused:
         raise ValueError(f"{TITLES[kind]} (positions={config['positions']}) has no counterpart of "
-                         f"{', '.join(f'{name}={config[name]}' for name in refused)}")
+                         f"{', '.join(f'{name}={config[name]}' for name in refused)}; a model trained with "
+                         "config/shakespeare_char_nanogpt.py has none of these")
     sizes = config | dict(ffn_dim=width, n_kv_head=config["n_kv_head"] or config["n_head"])
     hf = {"model_type": kind, "vocab_size": vocab_size, "bos_token_id": eot, "eos_token_id": eot,
           "tie_word_embeddings": config["tie_weights"], "dtype": "float32"}
@@ -452,7 +453,7 @@ def read_json(path: Path) -> dict:
             raise ValueError("it holds no object")
         return content
     except OSError as error:
-        fail(f"cannot read {path}: {error.strerror or error}")
+        fail(f"cannot read {path}: {error.strerror or error}; a Hugging Face directory has {', '.join(FILES)}")
     except (ValueError, RecursionError) as error:
         fail(f"{path} is no JSON: {str(error)[:100]}")
 
@@ -657,6 +658,7 @@ def export_folder(source: str, options: Options):
             with runtime.written(beside / name) as file:
                 file.write(json.dumps(part, ensure_ascii=False, indent=1).encode("utf-8"))
         safetensors().torch.save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
+        (beside / "model.safetensors").chmod((beside / "config.json").stat().st_mode)     # it is its owner's alone
         if out.exists():
             os.rename(out, old)
         os.rename(beside, out)

@@ -32,7 +32,7 @@ from train import draw, load
 @dataclass
 class Options:
     # -- which model
-    ckpt: str = ""                      # checkpoint file; empty: ckpt.pt of out_dir
+    ckpt: str = ""                      # checkpoint file, or the folder of a run; empty: ckpt.pt of out_dir
     out_dir: str = ""                   # folder of the run; empty: the most recently written one under out/
     init_from: Literal["resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "resume"  # resume: a model of
                                         # ours; else OpenAI's weights, from the Hugging Face cache or downloaded to it
@@ -342,11 +342,11 @@ def read_start(start: str, flag: str) -> str:
     try:
         return (sys.stdin.buffer.read() if start == "-" else Path(name).read_bytes()).decode("utf-8-sig")
     except IsADirectoryError:
-        fail(f"{flag}={start}: {name} is a folder; name a text file")
+        fail(f"{flag}: {name} is a folder; name a text file")
     except OSError as error:
-        fail(f"{flag}={start}: cannot read {name}: {error.strerror or error}")
+        fail(f"{flag}: cannot read {name}: {error.strerror or error}")
     except UnicodeDecodeError as error:
-        fail(f"{flag}={start}: {name} is not UTF-8 text: byte {error.object[error.start]:#04x} at offset "
+        fail(f"{flag}: {name} is not UTF-8 text: byte {error.object[error.start]:#04x} at offset "
              f"{error.start:,}")
 
 
@@ -358,20 +358,21 @@ def find_checkpoint(options: Options) -> Path:
         other = path.with_name("last.pt")
         fail(f"no {path}" + (f", but {other} is there: --ckpt={other}" if os.path.isfile(other)
                              else ": train one first with python train.py"))
-    print(f"sampling from {path}", file=sys.stderr, flush=True)
+    print(f"{'scoring with' if options.score else 'sampling from'} {path}", file=sys.stderr, flush=True)
     return path
 
 
 def main(argv: list) -> int:
     parsed = parse(Options, argv, __doc__)
     options = Options(**parsed.values)
-    rules = {"num_samples": options.num_samples >= 1, "batch_size": options.batch_size >= 1,
-             "max_new_tokens": options.max_new_tokens >= 0, "temperature": options.temperature >= 0,
-             "top_k": options.top_k >= 0, "top_p": 0 < options.top_p <= 1, "min_p": 0 <= options.min_p <= 1,
-             "repetition_penalty": 0.01 <= options.repetition_penalty <= 100, "seed": options.seed >= 0,
-             "stride": options.stride >= 0}
-    if broken := [f"{name}={getattr(options, name)}" for name, holds in rules.items() if not holds]:
-        fail(f"out of range: {', '.join(broken)} (see --help)")
+    rules = {"at least 0": (("max_new_tokens", "temperature", "top_k", "seed", "stride"), lambda x: x >= 0),
+             "at least 1": (("num_samples", "batch_size"), lambda x: x >= 1),
+             "above 0 and at most 1": (("top_p",), lambda x: 0 < x <= 1),
+             "from 0 to 1": (("min_p",), lambda x: 0 <= x <= 1),
+             "from 0.01 to 100": (("repetition_penalty",), lambda x: 0.01 <= x <= 100)}
+    if broken := [f"{name}={getattr(options, name)} must be {rule}" for rule, (names, holds) in rules.items()
+                  for name in names if not holds(getattr(options, name))]:
+        fail("; ".join(broken))
     modes = [name for name in ("prompts", "interactive", "score") if getattr(options, name)]
     if len(modes) > 1:
         fail(f"--{' and --'.join(modes)} exclude each other: choose one")

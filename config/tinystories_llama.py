@@ -4,7 +4,8 @@
 #     python train.py config/tinystories_llama.py
 #     python sample.py --start="Once upon a time" --top_k=40 --top_p=0.95
 #
-# Without a network, on any story text of yours (one document a file, or with --separator between stories):
+# Without a network, on any story text of yours (one document a file, or with --separator between stories; 100 kB or
+# more, since its tenth for validation must fill the context; a small text offers a smaller vocabulary than 32,000):
 #
 #     python prepare.py stories.txt --name=stories --tokenizer=bpe:32000
 #     python train.py config/tinystories_llama.py --dataset=stories

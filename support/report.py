@@ -65,6 +65,7 @@ def draw(rows: list, path: Path, title: str, tokens_per_step: int, tokens_per_ep
         axes.plot(best["step"], best["val_loss"], "*", color="tab:red", ms=14,
                   label=f"best val {best['val_loss']:.4f} at step {best['step']:.0f}")
     axes.set(title=title, xlabel="steps", ylabel="loss (nats per token)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     above, below = (axes.secondary_xaxis(place, functions=(lambda s, f=factor: s * f, lambda x, f=factor: x / f))
                     for place, factor in (("top", tokens_per_step), (-0.15, tokens_per_step / tokens_per_epoch)))
     above.set_xlabel("tokens seen")

@@ -313,7 +313,7 @@ def load_checkpoint(path: Path, resumable: bool = False) -> dict:
         fail(f"{path} does not fit into this machine's memory")
     except Exception as error:          # a damaged file can fail anywhere in zipfile or torch
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        fail(f"{path} is damaged or no checkpoint of Inkling ({reason}); nothing was loaded from it")
+        fail(f"{path} is damaged or no checkpoint of Inkling ({reason}); nothing was loaded: name a ckpt.pt")
     kinds = {"config": dict, "tokenizer": dict, "model": dict, "vocab_size": int, "step": int}
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT or any(
             not isinstance(content.get(key), kind) for key, kind in kinds.items()):

@@ -614,6 +614,7 @@ def test_an_export_replaces_an_export_and_nothing_else(run_of):
     converted("export", "run/ckpt.pt", "--out=there")
     assert Path("there/model.safetensors").read_bytes() != first
     assert {path.name for path in Path("there").iterdir()} == convert.EXPORTED
+    assert len({path.stat().st_mode for path in Path("there").iterdir()}) == 1         # whoever reads one reads all
     assert {path.name for path in Path().iterdir()} == {"run", "there"}
     Path("there/README.md").write_text("my notes")
     refused("export", "run/ckpt.pt", "--out=there", parts=["there", "--out"])
