@@ -14,8 +14,8 @@
 # data, with Llama 2's tokenizer and one padded story a row, so compare in bits per byte.
 #
 # Measured on 2 cores of an AMD EPYC, PyTorch 2.13, 2026-11-21, on the embedded fables (260 kB; they offer 6,296 tokens)
-# with --batch_size=1 --max_iters=300: val loss 9.75 at first, 6.106 nats per token or 2.266 bits per byte after 300 steps
-# of 4,096 tokens; 411 s of training. Whole TinyStories was not run here.
+# with --batch_size=1 --max_iters=300: val loss 9.75 at first, 6.106 nats per token or 2.266 bits per byte after 300
+# steps of 4,096 tokens; 411 s of training. Whole TinyStories was not run here.
 
 dataset = "tinystories"
 
