@@ -481,7 +481,7 @@ def test_a_prompt_from_standard_input(said):
     for stdin in (b"the fox", "\ufeffthe fox".encode()):
         assert said("--start=-", "--max_new_tokens=5", stdin=stdin).stdout.startswith("the fox")
     assert said("--start=-", "--max_new_tokens=0", stdin=b"the\r\nfox\r\n").stdout == "the\nfox\n\n"
-    one_line_error(said("--start=-", stdin=b"the \xff"), "--start=-", "not UTF-8", "offset 4")
+    one_line_error(said("--start=-", stdin=b"the \xff"), "--start: standard input", "not UTF-8", "offset 4")
     one_line_error(said("--start=-", stdin="the ö".encode()), "--start", "'ö'")
 
 
