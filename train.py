@@ -222,7 +222,7 @@ class Attention(nn.Module):
             keys, values = cache.extend(self.layer, keys, values)
         p = self.cfg.dropout if self.cfg.attn_dropout and self.training else 0.0
         y = attention(q.transpose(1, 2), keys, values, mask, mask is None and T > 1, p)
-        return self.out(y.transpose(1, 2).reshape(B, T, C)), v      # y was (B, n_head, T, head_dim)
+        return self.out(y.transpose(1, 2).reshape(B, T, C)), v      # from (B, n_head, T, head_dim)
 
 
 class MLP(nn.Module):

@@ -347,7 +347,7 @@ def choose_device(device: str) -> str:
         if not have.get(kind, True):
             fail(f"device={device}: PyTorch sees no {kind} device here; use --device=auto")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:    # all that PyTorch raises of other devices
         fail(f"device={device}: {str(error).splitlines()[0]}; use auto, cpu, cuda, cuda:N or mps")
     return device
 
@@ -474,7 +474,7 @@ def compile_step(step, device: str):
                 torch._dynamo.mark_static_address(tensor, guard=False)
         try:
             return chosen(idx, cache, at)
-        except Exception as error:      # whatever it is
+        except Exception as error:      # a failure to compile, whatever it is, must not end a text
             if chosen is step:
                 raise
             chosen, reason = step, (str(error).strip() or type(error).__name__).splitlines()[0][:120]

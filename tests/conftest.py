@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -108,6 +109,16 @@ def texts(name: str) -> list:
     meta = read_meta(folder)
     return [Tokenizer(meta["tokenizer"]).decode(np.fromfile(folder / f"{split}.bin", meta["dtype"]))
             for split in ("train", "val")]
+
+
+def serving(server):
+    """Yield an HTTP server while it answers in a thread; for fixtures."""
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
 def log_rows(folder: Path) -> list:

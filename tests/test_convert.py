@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 import torch
-from conftest import ROOT, flags, inside, one_line_error, perturbed
+from conftest import ROOT, flags, inside, one_line_error, perturbed, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -499,7 +499,7 @@ def test_char_and_byte_have_the_same_ids_there(tmp_path):
 def test_named_tokenizers_have_the_same_ids_there(tmp_path, name):
     try:
         encoding = tiktoken.get_encoding(name)
-    except Exception:
+    except Exception:                   # whatever its download raises
         pytest.skip(f"tiktoken has no {name} here, and tests need no network")
     ours = Tokenizer.build(name, "")
     theirs = exported(ours, tmp_path)
@@ -735,12 +735,7 @@ def site(cache, saved, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    yield from serving(server)
 
 
 def arrived(site, cache) -> bool:

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import sys
-import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from conftest import one_line_error, prepared, refused, texts
+from conftest import one_line_error, prepared, refused, serving, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -296,12 +295,7 @@ def site(monkeypatch):
     server.pages, server.asked, server.url = {}, [], f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setenv("no_proxy", "*")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    yield from serving(server)
 
 
 def test_an_address_is_fetched_once_and_kept_beside_the_set(site, here):
