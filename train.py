@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from prepare import Tokenizer, ensure_set, prompt_ids, stored_tokenizer
 from support import runtime
@@ -44,6 +45,7 @@ class Config:
     seed: int = 1337                    # of the initial weights, the batches and dropout
     max_iters: int = 250                # optimizer steps
     max_epochs: float = 0.0             # passes over the training tokens; above 0 it sets max_iters
+    max_minutes: float = 0.0            # stop after so many on the clock; max_iters, if not typed, is fitted
     # -- evaluation and reports
     eval_interval: int = 50             # steps between evaluations; one comes before the first step
     eval_iters: int = 0                 # N: N batches of 16 windows spread evenly; 0: all of the val split
@@ -51,6 +53,7 @@ class Config:
     log_interval: int = 10              # steps between lines of progress
     patience: int = 0                   # stop after so many evaluations without a better val loss; 0: never
     save_interval: int = 0              # steps between saves of last.pt; 0: at every evaluation
+    keep: int = 0                       # keep the last.pt of the latest N evaluations as last-STEP.pt
     always_save_checkpoint: bool = False  # write ckpt.pt at every evaluation, not only at the best so far
     sample_interval: int = 0            # steps between samples of text; 0: at every evaluation
     sample_tokens: int = 150            # length of these samples; 0: none
@@ -118,6 +121,8 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: measured
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: when it pays within the run
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto: nccl on GPUs
+    shard: bool = False                 # each of several processes holds its share of weights and optimizer
+    activation_checkpointing: bool = False  # compute activations again in the backward pass: less memory
 
     def problems(self) -> list:
         """Every broken rule, with its values, so that all can be mended at once."""
@@ -137,6 +142,12 @@ class Config:
                  f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}":
                      self.n_head % (self.n_kv_head or 1) == 0,
                  "tie_weights=True needs another init than zero": not self.tie_weights or self.init != "zero",
+                 "max_epochs and max_minutes both set the length: leave one out":
+                     not (self.max_epochs and self.max_minutes),
+                 "shard=True cuts matrices that muon needs whole: use optimizer=adamw and its learning_rate":
+                     not self.shard or self.optimizer == "adamw",
+                 "shard=True knows no dtype=float16: use bfloat16 or float32":
+                     not self.shard or self.dtype != "float16",
                  f"min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}":
                      not self.decay_lr or self.min_lr <= self.learning_rate}
         return found + [rule for rule, holds in rules.items() if not holds]
@@ -332,8 +343,10 @@ class GPT(nn.Module):
         if self.cos is not None:
             rotation = [table[at, None].to(x.dtype) for table in (self.cos, self.sin)]
         x_first, v_first = x, None
+        again = self.training and self.cfg.activation_checkpointing
         for block in self.blocks:
-            x, v = block(x, x_first, rotation, v_first, cache, mask)
+            call = partial(checkpoint, block, use_reentrant=False) if again else block
+            x, v = call(x, x_first, rotation, v_first, cache, mask)
             v_first = v if v_first is None else v_first
         if cache and not fixed:
             cache.length += T
@@ -409,28 +422,34 @@ def orthogonalize(m, steps: int = 5):
     return x.mT if tall else x
 
 
-def muon_update(w, grad, average, momentum, lr, decay, cautious: bool, dtype):
-    """One step of Muon on stacked matrices w (n, rows, cols): the new w; `average` is updated in place."""
+def nesterov(grad, average, momentum, dtype):
+    """Nesterov's momentum of the gradients (n, rows, cols); `average` is updated in place."""
     average.lerp_(grad, 1 - momentum)
-    update = orthogonalize(grad.lerp(average, momentum).to(dtype)).float()          # Nesterov's momentum
-    update = update * max(1, w.size(1) / w.size(2)) ** 0.5
+    return grad.lerp(average, momentum).to(dtype)
+
+
+def moved(w, update, lr, decay, cautious: bool):
+    """The matrices w (n, rows, cols) after a step along `update`, with decay."""
+    update = update.float() * max(1, w.size(1) / w.size(2)) ** 0.5
     return w - lr * (update + decay * (w * (update * w > 0) if cautious else w))
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized, for the blocks' matrices (Jordan et al. 2024). Those of a shape are stacked,
-    so that the iteration is a few batched products. A tensor `found_inf` of 1 turns a step into a no-op."""
+    so that the iteration is a few batched products, which the processes of a run share among them (`spread`).
+    A tensor `found_inf` of 1 turns a step into a no-op."""
 
     def __init__(self, params, lr: float, weight_decay: float, momentum: float, cautious: bool,
-                 dtype: torch.dtype = torch.float32, compiled: bool = False):
+                 dtype: torch.dtype = torch.float32, compiled: bool = False, spread=lambda f, m: f(m)):
         shapes = {}
         for p in params:
             shapes.setdefault(tuple(p.shape), []).append(p)
         super().__init__([{"params": same} for same in shapes.values()],
                          dict(lr=lr, base_lr=lr, weight_decay=weight_decay, momentum=momentum,
                               cautious=cautious))
-        self.dtype, self.found_inf = dtype, None
-        self.update = torch.compile(muon_update, dynamic=False) if compiled else muon_update
+        self.dtype, self.found_inf, self.spread = dtype, None, spread
+        self.nesterov, self.orthogonalize, self.moved = (
+            torch.compile(f, dynamic=False) if compiled else f for f in (nesterov, orthogonalize, moved))
 
     @torch.no_grad()
     def step(self):
@@ -447,13 +466,14 @@ class Muon(torch.optim.Optimizer):
                 bad = self.found_inf > 0
                 grad, lr = grad.masked_fill(bad, 0), lr.masked_fill(bad, 0)
                 momentum = momentum.masked_fill(bad, 1)
-            w = self.update(w, grad, state["average"], momentum, lr, decay, group["cautious"], self.dtype)
+            update = self.nesterov(grad, state["average"], momentum, self.dtype)
+            w = self.moved(w, self.spread(self.orthogonalize, update), lr, decay, group["cautious"])
             torch._foreach_copy_(params, list(w.unbind()))
 
 
-def make_optimizers(model: GPT, cfg: Config, device: str, compiled: bool) -> list:
+def make_optimizers(model: GPT, cfg: Config, device: str, compiled: bool, **options) -> list:
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest. Every parameter is in
-    one group; `base_lr` is the rate that lr_factor scales."""
+    one group; `base_lr` is the rate that lr_factor scales. options: of Muon."""
     muon = cfg.optimizer == "muon"
     small = [p for p in model.parameters() if p.dim() < 2]          # gains, biases, mixing weights
     if muon:
@@ -470,7 +490,8 @@ def make_optimizers(model: GPT, cfg: Config, device: str, compiled: bool) -> lis
     if muon:
         optimizers.append(Muon([p for p in model.blocks.parameters() if p.dim() == 2], cfg.learning_rate,
                                cfg.weight_decay, cfg.momentum, cfg.cautious,
-                               torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32, compiled))
+                               torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32, compiled,
+                               **options))
     return optimizers
 
 
@@ -543,12 +564,14 @@ def estimate_loss(model: GPT, data: dict, cfg: Config, ranks, device: str, stop=
     for split in ("train", "val"):
         starts = eval_windows(len(data[split]), cfg, most)
         total = torch.zeros(2)                          # sum of the windows' losses, number of windows
-        for first in range(16 * ranks.rank, len(starts), 16 * ranks.world):
-            if stop and stop.signal:
+        for first in range(0, len(starts), 16 * ranks.world):
+            if stop and stop.asked:
                 model.train()
                 return None
-            some = starts[first:first + 16]
-            x, y = get_batch(data[split], some, cfg.block_size, model.vocab_size, split, device)
+            some = starts[first + 16 * ranks.rank:][:16]
+            # A process with no window left takes part all the same: it may hold a share of the weights.
+            x, y = get_batch(data[split], some if len(some) else starts[:1], cfg.block_size, model.vocab_size,
+                             split, device)
             with runtime.autocast(device, cfg.dtype):
                 total += torch.tensor([model(x, y)[1].item(), 1.0]) * len(some)
         total = ranks.total(total.to(device))
@@ -608,7 +631,7 @@ def sample_text(model: GPT, tokenizer, cfg: Config, step: int, device: str) -> s
 def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict | None = None) -> int:
     """Train as cfg says; returns the exit code. resumed: the content of last.pt, to go on from; weights: a
     checkpoint to start from, with a new schedule."""
-    ranks = runtime.Ranks()
+    ranks, deadline = runtime.Ranks(), runtime.Deadline(cfg.max_minutes)
     device = ranks.join(cfg.backend, runtime.choose_device(cfg.device))
     kind = torch.device(device).type
     folder = ensure_set(cfg.dataset, cfg.data_dir, ranks)
@@ -630,7 +653,11 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
     torch.set_float32_matmul_precision("high")          # TF32, for what stays in float32 on a GPU
     torch.manual_seed(cfg.seed)
     model = restore(source, "the checkpoint", cfg)[0] if source else GPT(cfg, meta["vocab_size"])
-    model.to(device).train()
+    model = ranks.shard(model.train(), device) if cfg.shard else model.train().to(device)
+    if kind not in ("cpu", "cuda") and ranks.first:
+        x, y = get_batch(data["train"], window_starts(0, cfg, len(data["train"]))[:4], cfg.block_size,
+                         model.vocab_size, "train", "cpu")
+        runtime.compare_with_cpu(model, x, y, device)
 
     def batches(step):
         """The micro-batches of this process for update number `step`."""
@@ -650,12 +677,10 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
     state |= {name: resumed[name] for name in state} if resumed else {}
     lock = runtime.claim(out_dir, bool(resumed)) if ranks.first and not cfg.eval_only else None
     passes = 0 if cfg.eval_only else (cfg.max_iters - state["step"]) * micro
-    wanted = ranks.tell(runtime.compile_pays(cfg.compile, model, run_once, passes, device))
+    wanted = runtime.compile_pays(cfg.compile, model, run_once, passes, device, ranks, deadline)
     step_model, cfg.compile, compile_note = runtime.compile(wanted, model, run_once, device)
-    if ranks.world > 1:
-        step_model = nn.parallel.DistributedDataParallel(step_model, [device] if kind == "cuda" else None,
-                                                         broadcast_buffers=False)
-    optimizers = make_optimizers(model, cfg, device, cfg.compile)
+    step_model = step_model if cfg.shard else ranks.copies(step_model, device)
+    optimizers = make_optimizers(model, cfg, device, cfg.compile, **ranks.spreading())
     scaler = torch.amp.GradScaler(kind, enabled=cfg.dtype == "float16")
     if resumed:
         runtime.restore_optimizers(optimizers, scaler, resumed, ranks.first)
@@ -663,29 +688,34 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
 
     unsaved, bad = {}, False                            # what went wrong in the latest save of each file
 
-    def save(name: str):
-        """Write a checkpoint, and note in `unsaved` what went wrong."""
-        if not ranks.first or cfg.eval_only:
+    def save(name: str, number: bool = False):
+        """Write a checkpoint, and note in `unsaved` what went wrong. number: keep it under its step, too."""
+        if cfg.eval_only or not (ranks.first or cfg.shard):
             return
         content = state | dict(config=asdict(cfg), tokenizer=tokenizer.stored, vocab_size=model.vocab_size,
                                text=text, model=dict(model.state_dict()), seconds=report.seconds())
         if name == "last.pt":
             content |= dict(optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
                             threads=torch.get_num_threads())
-        unsaved[name] = runtime.save_checkpoint(content, out_dir / name)
+        content = ranks.whole(content) if cfg.shard else content        # with a part from each process
+        if not ranks.first:
+            return
+        unsaved[name] = runtime.save_checkpoint(content, out_dir / name, state["step"], cfg.keep * number)
         if unsaved[name]:
             report.say(f"{unsaved[name]}; the next save tries again")
 
-    with runtime.Stop() as stop:
+    with runtime.Stop(deadline) as stop:
         watch = runtime.Watch(ranks, stop, optimizers, device, cfg.dtype)
         while True:
             step = state["step"]
+            if cfg.max_iters == runtime.OPEN:           # max_minutes: until its own pace is known
+                cfg.max_iters = ranks.tell(deadline.steps(step, report, cfg.eval_interval))
             last = step >= cfg.max_iters
             due = cfg.eval_only or (step > state["evaluated"] and (last or step % cfg.eval_interval == 0))
             show = cfg.sample_tokens and (step % cfg.sample_interval == 0 if cfg.sample_interval else due)
             with report.paused() if due or show else nullcontext():     # the stopwatch counts training only
                 if due:
-                    save("last.pt")                     # an evaluation can take long, and be cut off
+                    save("last.pt", number=True)        # an evaluation can take long, and be cut off
                     alone = stop if ranks.world == 1 else None      # several must all go on, or all stop
                     losses = estimate_loss(model, data, cfg, ranks, device, alone)
                     if losses is None:
@@ -699,8 +729,8 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
                 stale = 0 < cfg.patience * cfg.eval_interval <= state["evaluated"] - state["best_step"]
                 if due and (last or stale):
                     save("last.pt")
-                if show:
-                    report.sample(step, partial(sample_text, model, tokenizer, cfg, step, device))
+                if show and (ranks.first or cfg.shard):
+                    report.sample(step, sample_text(model, tokenizer, cfg, step, device))
             if last or stale or cfg.eval_only:
                 break
 
@@ -715,7 +745,7 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
             loss = torch.zeros((), device=device)
             for number, (x, y) in enumerate(batches(step), 1):
                 # Processes add up their gradients once a step, after the last micro-batch.
-                with step_model.no_sync() if ranks.world > 1 and number < micro else nullcontext():
+                with ranks.adding_up(step_model, number == micro):
                     with runtime.autocast(device, cfg.dtype):
                         part = step_model(x, y)[1] / micro
                     scaler.scale(part).backward()
@@ -725,6 +755,7 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
             norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
             if cfg.grad_clip:
                 nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm     # of a sharded model
             step += 1
             log_now = step % cfg.log_interval == 0 or step == cfg.max_iters
             save_now = cfg.save_interval > 0 and step % cfg.save_interval == 0
@@ -773,10 +804,13 @@ def main(argv: list) -> int:
         cfg = Config(**asdict(cfg) | {name: stored[name] for name in MODEL_FIELDS | {"init"}})
     if "max_iters" in parsed.typed and "max_epochs" not in parsed.typed:
         cfg.max_epochs = 0.0                            # what is typed wins over what a file or the run says
+    if cfg.max_minutes and not resumed and "max_iters" not in parsed.typed:
+        cfg.max_iters = runtime.OPEN
     if problems := cfg.problems():
         fail("; ".join(problems))
     cfg.out_dir = str(out_dir)
-    return train(cfg, out_dir, resumed, weights)
+    with runtime.explained(out_dir):
+        return train(cfg, out_dir, resumed, weights)
 
 
 if __name__ == "__main__":

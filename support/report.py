@@ -92,6 +92,7 @@ class Report:
         self.first_step = self.last_step = state["step"]
         self.bar, self.loggers, self.closers = None, [], []
         self.before, self.running_since = state["seconds"], time.perf_counter()
+        self.stood_still = 0.0          # seconds of evaluations, saves and samples since the start
         self.last_seconds = self.before
         if not first:
             return
@@ -117,10 +118,12 @@ class Report:
     def paused(self):
         runtime.wait(self.device)
         self.before, self.running_since = self.seconds(), None
+        start = time.perf_counter()
         try:
             yield
         finally:
             self.running_since = time.perf_counter()
+            self.stood_still += self.running_since - start
 
     # -- lines
 
@@ -141,14 +144,16 @@ class Report:
             if kind == "cpu" else ""
         per_epoch = self.tokens_per_epoch / self.tokens_per_step
         changed = [f"{f.name}={getattr(cfg, f.name)}" for f in fields(cfg)
-                   if getattr(cfg, f.name) != f.default and f.name not in ("out_dir", "dtype", "compile")]
+                   if getattr(cfg, f.name) not in (f.default, runtime.OPEN)
+                   and f.name not in ("out_dir", "dtype", "compile")]
         self.say(f"data     {cfg.dataset}: {splits['train']['tokens']:,} train and {splits['val']['tokens']:,} val "
                  f"tokens, vocabulary {meta['vocab_size']:,}")
         self.say(f"model    {short(parameters)} parameters ({parameters:,}): {cfg.n_layer} layers, {cfg.n_head} heads, "
                  f"{cfg.n_embd} wide, context {cfg.block_size}")
         self.say(f"machine  {self.device}{', ' + name if name else ''}; {cfg.dtype}; compile {compile_note}")
         first = f"; the first loss should be near ln {meta['vocab_size']} = {math.log(meta['vocab_size']):.3f}"
-        self.say(f"steps    {cfg.max_iters:,} of {self.tokens_per_step:,} tokens, {per_epoch:.1f} to an epoch"
+        count = f"{cfg.max_iters:,}" if cfg.max_iters < runtime.OPEN else f"as many as {cfg.max_minutes:g} min allow,"
+        self.say(f"steps    {count} of {self.tokens_per_step:,} tokens, {per_epoch:.1f} to an epoch"
                  f"{first if cfg.init_from == 'scratch' else ''}")
         if changed:
             self.say(f"settings {', '.join(changed)} (the rest as --help says)")
@@ -171,6 +176,11 @@ class Report:
         words = re.findall(r"\w+", torch.cuda.get_device_name(self.device))
         return next((rate * 1e12 for card, rate in PEAKS.items() if card in words), 0) * runtime.Ranks().world
 
+    def place(self, step: int) -> str:
+        """`step/max_iters`, as wide at every step."""
+        count = str(self.cfg.max_iters) if self.cfg.max_iters < runtime.OPEN else "?"
+        return f"{step:{len(count)}}/{count}"
+
     def update(self, step: int, loss: float, norm: float, lr: float):
         """A line for update number `step`."""
         if not self.first:
@@ -180,14 +190,13 @@ class Report:
         rate = self.tokens_per_step / each
         self.last_seconds, self.last_step = seconds, step
         mfu = f" | {100 * rate * self.flops_per_token / self.peak:.0f}% MFU" if self.peak else ""
-        left = duration(each * (self.cfg.max_iters - step))
+        left = duration(each * (self.cfg.max_iters - step)) if self.cfg.max_iters < runtime.OPEN else "?"
         line = (f"loss {loss:.3f} | lr {lr:.1e} | norm {norm:.2f} | {1000 * each:3.0f} ms | {short(rate)} tok/s{mfu}")
         if self.bar:
             self.bar.update(step - self.bar.n)
             self.bar.set_postfix_str(line)
         else:
-            width = len(str(self.cfg.max_iters))
-            self.say(f"step {step:{width}}/{self.cfg.max_iters} | {line} | {left} left")
+            self.say(f"step {self.place(step)} | {line} | {left} left")
         self.log(step, loss=loss, norm=norm, lr=lr, ms=1000 * each, tokens_per_second=rate)
 
     def evaluation(self, step: int, losses: dict, best: bool):
@@ -195,8 +204,7 @@ class Report:
             return
         bits = losses["val"] * self.to_bits_per_byte
         note = "best so far" if best else f"best {self.state['best_val_loss']:.4f} at step {self.state['best_step']}"
-        width = len(str(self.cfg.max_iters))
-        self.say(f"eval {step:{width}}/{self.cfg.max_iters} | train {losses['train']:.4f} | val {losses['val']:.4f} | "
+        self.say(f"eval {self.place(step)} | train {losses['train']:.4f} | val {losses['val']:.4f} | "
                  f"{bits:.3f} bits per byte | {note}")
         self.log(step, train_loss=losses["train"], val_loss=losses["val"], val_bits_per_byte=bits)
         if self.writes:
@@ -208,9 +216,9 @@ class Report:
             except OSError as error:
                 self.say(f"could not write {self.out_dir / 'loss.png'}: {error.strerror or error}")
 
-    def sample(self, step: int, make_text):
+    def sample(self, step: int, text: str):
         if self.first:
-            text = "\n".join(printable(line) for line in make_text().strip().split("\n"))
+            text = "\n".join(printable(line) for line in text.strip().split("\n"))
             self.say(f"--- sample at step {step}\n{text}\n---")
 
     # -- files
@@ -300,7 +308,9 @@ class Report:
             self.say(f"stopped  at step {state['step']} of {cfg.max_iters}: the same command with --init_from=resume "
                      f"goes on; python sample.py --ckpt={self.out_dir / 'last.pt'} samples from the weights of now")
             return code
-        early = f" of {cfg.max_iters:,} (patience={cfg.patience})" if state["step"] < cfg.max_iters else ""
+        why = f"patience={cfg.patience}" if not stop.asked else f"max_minutes={cfg.max_minutes:g} are over: " \
+            "--init_from=resume goes on"
+        early = f" of {cfg.max_iters:,} ({why})" if state["step"] < cfg.max_iters else ""
         self.say(f"done     {state['step']:,} steps{early} in {duration(self.seconds())} of training; best val loss "
                  f"{state['best_val_loss']:.4f} at step {state['best_step']}")
         if state["losses"] and state["losses"]["val"] > state["best_val_loss"] + 0.01:

@@ -4,6 +4,7 @@ torch is imported inside the functions that need it, so that prepare.py, which s
 """
 
 import contextlib
+import copy
 import gc
 import hashlib
 import json
@@ -35,6 +36,7 @@ except ImportError:                     # everything else
 ROOT = Path(__file__).resolve().parent.parent
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 CHECKPOINT_FORMAT = 1
+OPEN = 2**31            # max_iters of a run whose max_minutes have not yet told how many steps they allow
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
@@ -276,16 +278,35 @@ def check_ids(ids: np.ndarray, vocab_size: int, split: str):
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-def save_checkpoint(content: dict, path: Path) -> str:
-    """Write a checkpoint atomically. Returns "" or, when the disk refuses, what went wrong: the old file is whole."""
+def save_checkpoint(content: dict, path: Path, step: int = 0, keep: int = 0) -> str:
+    """Write a checkpoint atomically, and keep the latest `keep` as NAME-STEP.pt besides. Returns "" or, when the disk
+    refuses, what went wrong: the old file is whole."""
     import torch
 
     try:
         with written(path) as file:
             torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
+        if keep:
+            number(path, step, keep)
         return ""
     except (OSError, RuntimeError) as error:        # torch.save turns some failed writes into RuntimeError
         return f"could not write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
+
+
+def number(path: Path, step: int, keep: int):
+    """Give the file another name, NAME-STEP.pt, which stays when a new file takes its place, and delete all but the
+    latest `keep` of those. A second name for the same content takes neither time nor space, where links exist."""
+    numbered = path.with_name(f"{path.stem}-{step}.pt")
+    numbered.unlink(missing_ok=True)
+    try:
+        os.link(path, numbered)
+    except OSError:                                 # as on FAT; a copy is whole or absent, too
+        with open(path, "rb") as source, written(numbered) as copy:
+            shutil.copyfileobj(source, copy)
+    steps = sorted(int(old.stem.rpartition("-")[2]) for old in path.parent.glob(f"{path.stem}-*.pt")
+                   if old.stem.rpartition("-")[2].isdigit())
+    for old in steps[:-keep]:
+        path.with_name(f"{path.stem}-{old}.pt").unlink()
 
 
 def load_checkpoint(path: Path, resumable: bool = False) -> dict:
@@ -417,22 +438,22 @@ def compiler_missing(device: str) -> str:
     return "" if kind in ("cpu", "cuda") else f"it is not ready for {kind}"
 
 
-def compile_pays(choice, model, run_once, passes: int, device: str) -> bool:
-    """Resolve compile=auto: whether torch.compile would pay over `passes` forward and backward passes.
-    `run_once(model)` is one of them, of which nothing remains."""
+def compile_pays(choice, model, run_once, passes: int, device: str, ranks, deadline) -> bool:
+    """Resolve compile=auto, for all ranks: whether torch.compile would pay over `passes` forward and backward passes,
+    or as many as end before the deadline. `run_once(model)` is one of them, of which nothing remains."""
     if choice != "auto" or passes <= 0:
         return choice is True and passes > 0
-    if compiler_missing(device):
+    if ranks.tell(compiler_missing(device)):
         return False
     times = []
     for _ in range(3):              # the first ones warm up
         start = time.perf_counter()
         run_once(model)
         wait(device)
-        times.append(time.perf_counter() - start)
+        times.append(ranks.tell(time.perf_counter() - start))       # several must all go on, or all stop
         if times[-1] * passes > 10 * COMPILE_PAYS_AFTER:
             break
-    return min(times) * passes > COMPILE_PAYS_AFTER
+    return ranks.tell(min(min(times) * passes, deadline.left()) > COMPILE_PAYS_AFTER)
 
 
 def compile(wanted: bool, model, run_once, device: str):
@@ -483,6 +504,28 @@ def compile_step(step, device: str):
     return run
 
 
+def compare_with_cpu(model, x, y, device: str):
+    """Warn when loss or gradient norm of a batch differ from the CPU's by more than a thousandth: back ends other than
+    CUDA had operations that were silently wrong. The weights compared are a copy with noise, since many start at 0."""
+    import torch
+
+    reference = copy.deepcopy(model).float().to("cpu").train(False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+    figures = []
+    for candidate, place in ((copy.deepcopy(reference).to(device), device), (reference, "cpu")):
+        loss = candidate(x.to(place), y.to(place))[1]
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in candidate.parameters() if p.grad is not None])
+        figures.append((loss.item(), norm.item()))
+    here, cpu = figures
+    if not all(abs(a - b) <= 0.001 * abs(b) for a, b in zip(here, cpu, strict=True)):
+        print(f"warning  {device} computes something wrong: loss {here[0]:.4f} and gradient norm {here[1]:.4f} of one "
+              f"batch, where the CPU has {cpu[0]:.4f} and {cpu[1]:.4f}; --device=cpu is right, and slower", flush=True)
+
+
 def restore_optimizers(optimizers: list, scaler, stored: dict, first: bool):
     """Put back the optimizers' state, but keep today's settings: load_state_dict would bring back the stored learning
     rates, betas and decays along with the moments."""
@@ -499,6 +542,10 @@ def restore_optimizers(optimizers: list, scaler, stored: dict, first: bool):
             optimizer.load_state_dict(content)
             for group, kept in zip(optimizer.param_groups, settings, strict=True):
                 group.update(kept)
+            for p, values in optimizer.state.items():
+                for key, value in values.items() if hasattr(p, "placements") else ():
+                    if value.shape == p.shape:          # each process takes its share
+                        values[key] = torch.distributed.tensor.distribute_tensor(value, p.device_mesh, p.placements)
         scaler.load_state_dict(stored["scaler"])
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         fail(f"the checkpoint's optimizer state does not fit this run ({type(error).__name__}: {error})")
@@ -557,6 +604,70 @@ class Ranks:
         rows = count // self.world
         return rows, next(n for n in range(-(-rows // batch_size), rows + 1) if rows % n == 0)
 
+    def copies(self, step_model, device: str):
+        """The model for training: each process has a copy, and their gradients are averaged."""
+        if self.world == 1:
+            return step_model
+        import torch
+
+        # Buffers are constants. The newer name of that argument is unknown to PyTorch 2.11.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return torch.nn.parallel.DistributedDataParallel(
+            step_model, [device] if device.startswith("cuda") else None, broadcast_buffers=False)
+
+    def shard(self, model, device: str):
+        """The model, of whose weights, gradients and optimizer state each process holds its share, and a block's
+        weights as a whole only while it is at work (PyTorch's fully_shard; arXiv 2304.11277)."""
+        if self.world == 1:
+            return model.to(device)
+        import torch
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        # A block returns its values, a view, beside the stream; nothing is done to them in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        mesh = torch.distributed.init_device_mesh(torch.device(device).type, (self.world,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        register_fsdp_forward_method(model, "next_logits")      # generate's way in
+        return model.to(device)         # what was not cut, such as buffers
+
+    def adding_up(self, step_model, last: bool):
+        """A context for one micro-batch: gradients are averaged over the processes once a step, in its last one."""
+        if hasattr(step_model, "set_requires_gradient_sync"):
+            step_model.set_requires_gradient_sync(last)
+        elif self.world > 1 and not last:
+            return step_model.no_sync()
+        return contextlib.nullcontext()
+
+    def whole(self, value):
+        """Dicts and lists with every sharded tensor in them put together, for the first rank (None for the others); all
+        ranks must ask."""
+        if isinstance(value, dict):
+            return {key: self.whole(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [self.whole(part) for part in value]
+        if not hasattr(value, "full_tensor"):
+            return value
+        tensor = value.full_tensor()
+        return tensor.cpu() if self.first else None
+
+    def spreading(self) -> dict:
+        """How Muon shares its work: each process treats an equal part of the stacked matrices (n, rows, cols)."""
+        if self.world == 1:
+            return {}
+        import torch
+
+        def spread(function, stacked):
+            each = -(-len(stacked) // self.world)
+            mine = torch.zeros(each, *stacked.shape[1:], dtype=stacked.dtype, device=stacked.device)
+            part = stacked[self.rank * each:(self.rank + 1) * each]
+            mine[:len(part)] = part
+            every = torch.empty(each * self.world, *stacked.shape[1:], dtype=stacked.dtype, device=stacked.device)
+            torch.distributed.all_gather(list(every.split(each)), function(mine))
+            return every[:len(stacked)]
+        return dict(spread=spread)
+
     def leave(self):
         if self.world > 1:
             import torch
@@ -565,11 +676,60 @@ class Ranks:
             torch.distributed.destroy_process_group()
 
 
-class Stop:
-    """SIGINT and SIGTERM ask for a stop after the step in progress; a second SIGINT stops at once."""
+class Deadline:
+    """The end of a run's `minutes` on the clock (0: never), and the number of steps that fit before it."""
 
-    def __init__(self):
-        self.signal = 0
+    def __init__(self, minutes: float):
+        self.end = time.monotonic() + 60 * minutes if minutes else float("inf")
+        self.first = None               # (step, seconds of training) after the steps that warm up
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.monotonic()
+
+    def steps(self, step: int, report, eval_interval: int) -> int:
+        """The steps of the whole run, from the pace of ten of them (or fewer, if these take a twentieth of the time)
+        and of the evaluations so far; OPEN before. A thirtieth of the time is kept back."""
+        wait(report.device)
+        seconds = report.seconds()
+        if step < 3:
+            return OPEN
+        if self.first is None:
+            self.first = step, seconds
+        done, took = step - self.first[0], seconds - self.first[1]
+        if not done or (done < 10 and took < self.left() / 20):
+            return OPEN
+        each, pause = took / done, report.stood_still / (1 + step // eval_interval)
+        count = step + max(1, int((self.left() * 29 / 30 - pause) / (each + pause / eval_interval)))
+        report.say(f"time     for {count:,} steps of {1000 * each:.0f} ms: max_iters={count}")
+        return count
+
+
+@contextlib.contextmanager
+def explained(out_dir: Path):
+    """Turn what can go wrong with a machine in a run into one line."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+            fail("out of memory: halve batch_size and double gradient_accumulation_steps (the same training), or lower "
+                 f"block_size; what {out_dir} holds stays, and --init_from=resume goes on from it "
+                 f"({text.strip().splitlines()[0][:120] if text else 'MemoryError'})")
+        if not isinstance(error, torch.distributed.DistError) and "Connection " not in text:
+            raise
+        fail(f"another process of this run has gone: {out_dir}/last.pt holds the last save, --init_from=resume goes on "
+             f"({text.strip().splitlines()[0][:120]})", code=1)
+
+
+class Stop:
+    """SIGINT and SIGTERM ask for a stop after the step in progress; a second SIGINT stops at once. So does the end of
+    the time that was given."""
+
+    def __init__(self, deadline: Deadline):
+        self.deadline, self.signal = deadline, 0
         self.before = {}
 
     def __enter__(self):
@@ -586,6 +746,10 @@ class Stop:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             os._exit(130)               # what is on the disk is whole at every moment
         self.signal = number
+
+    @property
+    def asked(self) -> bool:
+        return self.signal > 0 or self.deadline.left() < 0
 
     @property
     def exit_code(self) -> int:
@@ -611,7 +775,7 @@ class Watch:
         import torch
 
         finite = torch.isfinite(loss) & (torch.isfinite(norm) | self.scaled)
-        asked = torch.full_like(self.bad, self.stop.signal > 0)
+        asked = torch.full_like(self.bad, self.stop.asked)
         flags = self.ranks.total(torch.stack((1 - finite.to(self.bad.dtype), asked)))
         self.bad = torch.maximum(self.bad, flags[0].clamp(max=1))
         if not self.immediate:

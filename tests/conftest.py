@@ -34,7 +34,8 @@ TOY = dict(dataset="toy", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_s
 
 
 def flags(**settings) -> list:
-    return [f"--{name}={value}" for name, value in settings.items()]
+    """None leaves a flag out."""
+    return [f"--{name}={value}" for name, value in settings.items() if value is not None]
 
 
 @pytest.fixture(scope="session")

@@ -80,6 +80,9 @@ def test_the_slices_of_all_processes_are_the_global_batch(start, toy, monkeypatc
         def total(self, tensor):
             return tensor
 
+        def spreading(self):
+            return {}
+
         def leave(self):
             pass
 
