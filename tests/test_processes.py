@@ -39,6 +39,7 @@ def together(data_dir, folder, count: int, before=lambda rank: None, **settings)
             children.append(pid)
             continue
         code = 99
+        signal.alarm(150)                               # rather a red test than one that waits for ever
         try:
             os.environ.update({key: str(value) for key, value in dict(RANK=rank, LOCAL_RANK=rank, **place).items()})
             before(rank)
