@@ -78,7 +78,7 @@ def lock(folder: Path, wait: bool = False):
     with its process, however it ends. Returns the open file; keep it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")     # noqa: SIM115, held open on purpose
+        file = open(folder / ".lock", "a+", encoding="utf-8")     # noqa: SIM115, held open on purpose
     except OSError as error:
         fail(f"cannot use the folder {folder}: {error.strerror or error}: name another")
     told = False
@@ -101,10 +101,9 @@ def lock(folder: Path, wait: bool = False):
                 print(f"waiting  for {holder}, which uses {folder}", flush=True)
             told = True
             time.sleep(0.2)
-    file.seek(0)
-    file.truncate()
-    file.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
-    file.flush()
+    with contextlib.suppress(OSError):          # a full disk: the folder is held all the same
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}".encode())
     return file
 
 
@@ -284,8 +283,9 @@ def save_checkpoint(content: dict, path: Path) -> str:
         with written(path) as file:
             torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
         return ""
-    except (OSError, RuntimeError) as error:        # torch.save turns some failed writes into RuntimeError
-        return f"could not write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
+    except (OSError, RuntimeError) as error:        # torch.save answers some failed writes with a RuntimeError
+        reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or str(error)
+        return f"could not write {path}: {reason.splitlines()[0]}"
 
 
 def load_checkpoint(path: Path, resumable: bool = False) -> dict:
