@@ -7,6 +7,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
@@ -35,6 +36,9 @@ except ImportError:                     # everything else
 ROOT = Path(__file__).resolve().parent.parent
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 CHECKPOINT_FORMAT = 1
+KINDS = {"config": dict, "tokenizer": dict, "model": dict, "vocab_size": int, "step": int}      # in every checkpoint
+KINDS_TO_GO_ON = {"evaluated": int, "best_step": int, "best_val_loss": float, "losses": dict, "seconds": float,
+                  "optimizers": list, "scaler": dict}
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
@@ -279,6 +283,8 @@ def save_checkpoint(content: dict, path: Path) -> str:
     """Write a checkpoint atomically. Returns "" or, when the disk refuses, what went wrong: the old file is whole."""
     import torch
 
+    if not all(tensor.isfinite().all() for tensor in content["model"].values()):
+        return f"did not write {path}: the weights are not finite numbers"
     try:
         with written(path) as file:
             torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
@@ -299,6 +305,8 @@ def load_checkpoint(path: Path, resumable: bool = False) -> dict:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("compressed entries, which torch.save never writes")
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its entries are larger than the file")
             if broken := archive.testzip():
                 raise ValueError(f"the checksum of {broken} does not match")
         with warnings.catch_warnings():
@@ -314,15 +322,48 @@ def load_checkpoint(path: Path, resumable: bool = False) -> dict:
     except Exception as error:          # a damaged file can fail anywhere in zipfile or torch
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         fail(f"{path} is damaged or no checkpoint of Inkling ({reason}); nothing was loaded: name a ckpt.pt")
-    kinds = {"config": dict, "tokenizer": dict, "model": dict, "vocab_size": int, "step": int}
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT or any(
-            not isinstance(content.get(key), kind) for key, kind in kinds.items()):
+            not isinstance(content.get(key), kind) for key, kind in KINDS.items()):
         fail(f"{path} holds no Inkling checkpoint (format {CHECKPOINT_FORMAT}); "
              "python train.py writes them")
-    to_go_on = ("evaluated", "best_step", "best_val_loss", "losses", "seconds", "optimizers", "scaler")
-    if resumable and (lacking := [key for key in to_go_on if key not in content]):
+    if resumable and (lacking := [key for key in KINDS_TO_GO_ON if key not in content]):
         fail(f"{path} cannot be resumed, it lacks {', '.join(lacking)}: start from its weights with --init_from={path}")
+    kinds = KINDS_TO_GO_ON | {"threads": int, "text": str}
+    wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key, kind()), kind)]
+    if wrong or content["step"] < 0 or not math.isfinite(content.get("seconds", 0)) or not all(
+            isinstance(loss, float) for loss in content.get("losses", {}).values()):
+        fail(f"{path}: {', '.join(wrong) or 'step, seconds or losses'} cannot be what train.py wrote: use another copy")
     return content
+
+
+def filled(build, stored: dict, n_layer: int):
+    """The model of n_layer blocks that `build()` makes, with the weights `stored`. Raises ValueError where these do not
+    fit. A file may claim any size: no memory is taken before what is really there has been counted."""
+    import torch
+
+    if n_layer > len(stored):
+        raise ValueError(f"n_layer={n_layer}, but there are {len(stored)} tensors")
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
+    if lacking := wanted.keys() - stored.keys():
+        raise ValueError(f"{min(lacking)} is missing")
+    for name, tensor in stored.items():
+        if name not in wanted:
+            raise ValueError(f"{name!r:.80} is no part of this model")
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu" or \
+                not tensor.is_floating_point():
+            raise ValueError(f"{name} is no tensor of floating-point numbers")
+        if tuple(tensor.shape) != wanted[name]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {wanted[name]}")
+    storages = [tensor.untyped_storage() for tensor in stored.values()]
+    held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    if sum(tensor.nbytes for tensor in stored.values()) > 2 * sum(held.values()):       # tied weights count twice
+        raise ValueError("its tensors claim more numbers than it holds")
+    if broken := [name for name, tensor in stored.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{broken[0]} holds numbers that are not finite")
+    model = build()
+    model.load_state_dict(stored)
+    return model
 
 
 def newest_checkpoint(folder: Path = Path("out")) -> Path:
@@ -483,6 +524,22 @@ def compile_step(step, device: str):
     return run
 
 
+def check_moments(optimizer):
+    """Raise ValueError unless each parameter has no state or all of AdamW's or Muon's, finite and in its shape (Muon's
+    in that of its group, stacked): load_state_dict does not look."""
+    import torch
+
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            shapes = {"average": (len(group["params"]), *p.shape)} if "momentum" in group else \
+                {"step": (), "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
+            state = optimizer.state.get(p)
+            if state and (state.keys() != shapes.keys() or any(
+                    not isinstance(value, torch.Tensor) or tuple(value.shape) != shapes[name] or
+                    value.layout != torch.strided or not value.isfinite().all() for name, value in state.items())):
+                raise ValueError(f"the moments of a parameter of shape {tuple(p.shape)}")
+
+
 def restore_optimizers(optimizers: list, scaler, stored: dict, first: bool):
     """Put back the optimizers' state, but keep today's settings: load_state_dict would bring back the stored learning
     rates, betas and decays along with the moments."""
@@ -499,8 +556,11 @@ def restore_optimizers(optimizers: list, scaler, stored: dict, first: bool):
             optimizer.load_state_dict(content)
             for group, kept in zip(optimizer.param_groups, settings, strict=True):
                 group.update(kept)
+            check_moments(optimizer)
+        if not all(isinstance(value, (int, float)) for value in stored["scaler"].values()):
+            raise ValueError("the GradScaler's state holds something else than numbers")
         scaler.load_state_dict(stored["scaler"])
-    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         fail(f"the checkpoint's optimizer state does not fit this run ({type(error).__name__}: {error})")
 
 

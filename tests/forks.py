@@ -1,5 +1,5 @@
-"""Programs in children of a process that has imported torch and computed nothing, so that a trial costs milliseconds and
-not the seconds of an import. For POSIX systems, the only ones that fork."""
+"""Programs in children of a process that has imported torch and computed nothing: a trial costs milliseconds, not the
+seconds of an import. For POSIX systems, the only ones that fork."""
 
 import importlib
 import json
@@ -24,7 +24,7 @@ def begin(program: str, words: list, folder: str, seconds: int, memory: int | No
     code = 1
     try:
         os.chdir(folder)
-        sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w"), open(2, "w")
+        sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w"), open(2, "w")    # noqa: SIM115, to the end
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.alarm(seconds)           # whoever hangs dies of SIGALRM
         if memory:
@@ -83,7 +83,8 @@ class Zygote:
         socket.send_fds(self.socket, [json.dumps(request).encode()], pipes)
         return json.loads(self.socket.recv(100))
 
-    def start(self, program: str, *words, folder, seconds: int = 60, memory: int | None = None, room: int | None = None):
+    def start(self, program: str, *words, folder, seconds: int = 60, memory: int | None = None,
+              room: int | None = None):
         """`program` (train.py, or module:function) with these words in a child, as support.cli.run runs it. seconds:
         until it is killed by SIGALRM; memory: bytes of address space beyond what importing took; room: no file grows
         beyond so many bytes, as on a full disk."""
@@ -106,5 +107,8 @@ class Child:
 
     def wait(self) -> subprocess.CompletedProcess:
         """How it ended and what it said."""
-        said = [open(pipe, encoding="utf-8", errors="replace", newline="").read() for pipe in (self.out, self.err)]
+        said = []
+        for pipe in (self.out, self.err):
+            with open(pipe, encoding="utf-8", errors="replace", newline="") as file:
+                said.append(file.read())
         return subprocess.CompletedProcess(self.words, self.zygote.ask(dict(wait=self.pid)), *said)

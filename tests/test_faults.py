@@ -1,4 +1,4 @@
-"""Real processes that are killed, stopped or short of disk at moments nobody chose: nothing is lost. tests/soak.py is the
+"""Real processes that are killed, stopped or short of disk at moments nobody chose lose nothing. tests/soak.py is the
 long form; test_checkpoints.py has the moments that are chosen one by one."""
 
 import itertools
