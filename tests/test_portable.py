@@ -80,6 +80,6 @@ def test_what_only_posix_has_is_asked_for_before_it_is_used(path):
             assert f'hasattr({ast.unparse(node.value)}, "{node.attr}")' in text, ast.unparse(node)
         elif isinstance(node, ast.Call):
             called, said = ast.unparse(node.func), {word.arg for word in node.keywords}
-            binary = any(isinstance(word, ast.Constant) and "b" in str(word.value) for word in node.args[1:2])
-            if called == "open" and not binary or called.endswith((".read_text", ".write_text")):
+            text_mode = called == "open" and "b'" not in "".join(map(ast.unparse, node.args[1:2]))
+            if text_mode or called.endswith((".read_text", ".write_text")):
                 assert "encoding" in said, ast.unparse(node)
