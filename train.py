@@ -573,7 +573,7 @@ def restore(checkpoint: dict, source, cfg: Config | None = None) -> tuple:
         if cfg.positions == "learned":                  # block_size may have been lowered
             checkpoint["model"]["wpe.weight"] = checkpoint["model"]["wpe.weight"][:cfg.block_size]
         model = runtime.filled(lambda: GPT(cfg, size), checkpoint["model"], cfg.n_layer)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         fail(f"{source}: its parts do not fit together: {str(error)[:400]}")
     return model, tokenizer
 
