@@ -568,7 +568,8 @@ def cached(name: str) -> Path | None:
     for repository in (f"openai-community--{name}", name):
         folder = hub() / f"models--{repository}"
         snapshots = sorted(folder.glob("snapshots/*"), key=lambda path: path.stat().st_mtime, reverse=True)
-        with_refs = [folder / "snapshots" / path.read_text().strip() for path in folder.glob("refs/main")]
+        with_refs = [folder / "snapshots" / path.read_text(encoding="utf-8").strip()
+                     for path in folder.glob("refs/main")]
         for snapshot in with_refs + snapshots:
             if (snapshot / "config.json").is_file() and shards(snapshot):
                 return snapshot
@@ -604,7 +605,7 @@ def downloaded(name: str) -> Path:
                     bring(f"{url}/{revision}/{file}", snapshot / file)
             os.replace(folder / FILES[0], snapshot / FILES[0])      # last: with it the copy is whole
             (folder / "refs").mkdir(exist_ok=True)
-            (folder / "refs" / "main").write_text(revision)
+            (folder / "refs" / "main").write_text(revision, encoding="utf-8")
             return snapshot
     except OSError as error:
         fail(f"cannot use the cache {folder}: {error.strerror or error}: set HF_HOME to a folder that can be written")

@@ -63,6 +63,7 @@ PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p
 BOUNDED = 1 << 16                       # characters that a BPE encodes at once: unbroken runs cost more than their size
 JOB = 1 << 18                           # characters that a worker encodes at once
 MANY = 10_000                           # documents up to which the share that goes to val is exact
+MOST_TOKENS = 1 << 24                   # in a vocabulary; what a damaged file says shall not fill the memory
 MOST_SHARDS = 500                       # files of a split, all open while they are written
 
 
@@ -157,12 +158,20 @@ class Tokenizer:
             ranks = {base64.b64decode(token): int(rank) for token, rank in
                      (line.split() for line in stored["ranks"].splitlines())}
             special = {text: int(value) for text, value in stored["special"].items()}
+            ids = [*ranks.values(), *special.values()]
+            if not all(isinstance(stored[key], str) for key in ("name", "pattern")):
+                raise TypeError("its name or pattern is no text")
+            if len(set(ids)) < len(ids) or not 0 <= min(ids) <= max(ids) < MOST_TOKENS:
+                raise ValueError(f"its ids are not different numbers below {MOST_TOKENS:,}")
+            if any(bytes([value]) not in ranks for value in range(256)):
+                raise ValueError("a single byte has no id")
             self.bpe = dict(name=stored["name"], pat_str=stored["pattern"], mergeable_ranks=ranks,
                             special_tokens=special)
             self.eot = special.get(END_OF_TEXT)
             self.pieces = [b""] * (1 + max([*ranks.values(), *special.values()]))   # unused ids decode to nothing
             for token, rank in [*ranks.items(), *((text.encode(), value) for text, value in special.items())]:
                 self.pieces[rank] = token
+            ranks[b""] = len(self.pieces)               # or tiktoken panics where a pattern matches no characters
         else:
             raise ValueError(f"unknown tokenizer kind {self.kind!r}")
         self.vocab_size = len(self.pieces)
@@ -206,7 +215,7 @@ class Tokenizer:
         try:
             return tiktoken.Encoding(**self.bpe)
         except ValueError as error:
-            fail(f"pattern={self.bpe['pattern']} is no regular expression: {error}")
+            fail(f"pattern={self.bpe['pat_str']} is no regular expression: {error}")
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -256,6 +265,8 @@ class Tokenizer:
 
     def _complete(self, ids: np.ndarray, text: str) -> np.ndarray:
         """`ids` in the smallest type, if they spell all of `text`."""
+        if ids.size and int(ids.max()) == self.vocab_size:
+            raise ValueError(f"the pattern of the tokenizer {self.bpe['name']} matches the empty text")
         if int(self.lengths[ids].sum()) != (len(text) if text.isascii() else len(text.encode("utf-8"))):
             raise ValueError(f"the pattern of the tokenizer {self.bpe['name']} leaves out some of the text: "
                              r"let it end with |[\s\S]")
@@ -745,7 +756,7 @@ def stored_tokenizer(folder: Path, meta: dict) -> Tokenizer:
         if tokenizer.vocab_size != meta["vocab_size"]:
             raise ValueError(f"it has {tokenizer.vocab_size} tokens, vocab_size={meta['vocab_size']}")
         return tokenizer
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         fail(f"{folder / 'meta.json'} holds no usable tokenizer ({type(error).__name__}: {error}): "
              f"prepare {folder.name} again")
 

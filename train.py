@@ -128,7 +128,7 @@ class Config:
         """Every broken rule, with its values, so that all can be mended at once."""
         counts = "eval_interval log_interval batch_size gradient_accumulation_steps block_size n_layer n_head"
         limits = dict.fromkeys([*counts.split(), "n_embd", "rope_theta", "pad_vocab_to"], (1, 2**31))
-        limits |= dict.fromkeys(("momentum", "beta1", "beta2"), (0, 0.99999))
+        limits |= dict.fromkeys(("momentum", "beta1", "beta2"), (0, 0.99999)) | dict(block_size=(1, 2**20))
         limits |= dict(dropout=(0, 0.99), rope_fraction=(0, 1), cooldown=(0, 1), adam_eps=(1e-30, 1))
         found = []
         for name, value in asdict(self).items():
@@ -590,13 +590,13 @@ def restore(checkpoint: dict, source, cfg: Config | None = None) -> tuple:
     try:
         if problems := cfg.problems():
             raise ValueError("; ".join(problems))
-        tokenizer, model = Tokenizer(checkpoint["tokenizer"]), GPT(cfg, checkpoint["vocab_size"])
-        if tokenizer.vocab_size != model.vocab_size:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}")
+        tokenizer, size = Tokenizer(checkpoint["tokenizer"]), checkpoint["vocab_size"]
+        if tokenizer.vocab_size != size:
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {size}")
         if cfg.positions == "learned":                  # block_size may have been lowered
             checkpoint["model"]["wpe.weight"] = checkpoint["model"]["wpe.weight"][:cfg.block_size]
-        model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        model = runtime.filled(lambda: GPT(cfg, size), checkpoint["model"], cfg.n_layer)
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         fail(f"{source}: its parts do not fit together: {str(error)[:400]}")
     return model, tokenizer
 
@@ -718,7 +718,8 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
                     save("last.pt", number=True)        # an evaluation can take long, and be cut off
                     alone = stop if ranks.world == 1 else None      # several must all go on, or all stop
                     losses = estimate_loss(model, data, cfg, ranks, device, alone)
-                    if losses is None:
+                    bad = losses is not None and not math.isfinite(losses["val"])
+                    if losses is None or bad:
                         break
                     best = losses["val"] < state["best_val_loss"]
                     state |= dict(evaluated=step, losses=losses)

@@ -17,6 +17,7 @@ import inspect
 import math
 import os
 import re
+import reprlib
 import runpy
 import sys
 import textwrap
@@ -213,7 +214,7 @@ def from_dict(options: type, stored: dict, source) -> dict:
         try:
             values[name] = convert(value, kinds[name])
         except BadValue as problem:
-            fail(f"{source}: its config has {name}={value!r}, which is not {problem}")
+            fail(f"{source}: its config has {name}={reprlib.repr(value)}, which is not {problem}")
     return values
 
 
@@ -229,7 +230,7 @@ def merge(options: type, stored: dict, parsed: Parsed, fixed: set, source, lower
         fail(f"{source} cannot go on with {', '.join(refused)}: leave the flag out, or start from scratch")
     if changed and os.environ.get("RANK", "0") == "0":          # torchrun's first process speaks for all
         changes = [f"{name} {values[name]} -> {value}" for name, value in changed.items()]
-        print(f"changed  since the run was saved: {', '.join(changes)}", flush=True)
+        print(f"changed  since the run was saved: {printable(', '.join(changes))}", flush=True)
     return values | changed
 
 

@@ -156,7 +156,7 @@ class Report:
         self.say(f"steps    {count} of {self.tokens_per_step:,} tokens, {per_epoch:.1f} to an epoch"
                  f"{first if cfg.init_from == 'scratch' else ''}")
         if changed:
-            self.say(f"settings {', '.join(changed)} (the rest as --help says)")
+            self.say(f"settings {printable(', '.join(changed))} (the rest as --help says)")
         if self.writes:
             going_on = f", going on at step {self.first_step:,}" if self.first_step else ""
             self.say(f"writes   {self.out_dir}/{going_on}")
@@ -281,7 +281,7 @@ class Report:
         self.close()
         if self.first:
             late = "" if self.device == "cpu" else f" (seen there; it may be up to {self.cfg.log_interval} steps older)"
-            print(f"stopped: the loss or gradient of step {step}{late} is not finite, and was not applied. "
+            print(f"stopped: the loss or gradient of step {step}{late} is not finite; no update was made with it. "
                   f"{self.out_dir}/last.pt "
                   "holds the run as it was at its last save. Try a lower --learning_rate, --grad_clip=1.0, more "
                   "--warmup_iters or --dtype=float32", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ import copy
 import gc
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
@@ -37,6 +38,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 CHECKPOINT_FORMAT = 1
 OPEN = 2**31            # max_iters of a run whose max_minutes have not yet told how many steps they allow
+KINDS = {"config": dict, "tokenizer": dict, "model": dict, "vocab_size": int, "step": int}      # in every checkpoint
+KINDS_TO_GO_ON = {"evaluated": int, "best_step": int, "best_val_loss": float, "losses": dict, "seconds": float,
+                  "optimizers": list, "scaler": dict}
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
@@ -80,7 +84,7 @@ def lock(folder: Path, wait: bool = False):
     with its process, however it ends. Returns the open file; keep it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")     # noqa: SIM115, held open on purpose
+        file = open(folder / ".lock", "a+", encoding="utf-8")     # noqa: SIM115, held open on purpose
     except OSError as error:
         fail(f"cannot use the folder {folder}: {error.strerror or error}: name another")
     told = False
@@ -103,10 +107,9 @@ def lock(folder: Path, wait: bool = False):
                 print(f"waiting  for {holder}, which uses {folder}", flush=True)
             told = True
             time.sleep(0.2)
-    file.seek(0)
-    file.truncate()
-    file.write(f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
-    file.flush()
+    with contextlib.suppress(OSError):          # a full disk: the folder is held all the same
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}".encode())
     return file
 
 
@@ -283,14 +286,17 @@ def save_checkpoint(content: dict, path: Path, step: int = 0, keep: int = 0) -> 
     refuses, what went wrong: the old file is whole."""
     import torch
 
+    if not all(tensor.isfinite().all() for tensor in content["model"].values()):
+        return f"did not write {path}: the weights are not finite numbers"
     try:
         with written(path) as file:
             torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
         if keep:
             number(path, step, keep)
         return ""
-    except (OSError, RuntimeError) as error:        # torch.save turns some failed writes into RuntimeError
-        return f"could not write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
+    except (OSError, RuntimeError) as error:        # torch.save answers some failed writes with a RuntimeError
+        reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or str(error)
+        return f"could not write {path}: {reason.splitlines()[0]}"
 
 
 def number(path: Path, step: int, keep: int):
@@ -320,6 +326,8 @@ def load_checkpoint(path: Path, resumable: bool = False) -> dict:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("compressed entries, which torch.save never writes")
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its entries are larger than the file")
             if broken := archive.testzip():
                 raise ValueError(f"the checksum of {broken} does not match")
         with warnings.catch_warnings():
@@ -335,15 +343,48 @@ def load_checkpoint(path: Path, resumable: bool = False) -> dict:
     except Exception as error:          # a damaged file can fail anywhere in zipfile or torch
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         fail(f"{path} is damaged or no checkpoint of Inkling ({reason}); nothing was loaded: name a ckpt.pt")
-    kinds = {"config": dict, "tokenizer": dict, "model": dict, "vocab_size": int, "step": int}
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT or any(
-            not isinstance(content.get(key), kind) for key, kind in kinds.items()):
+            not isinstance(content.get(key), kind) for key, kind in KINDS.items()):
         fail(f"{path} holds no Inkling checkpoint (format {CHECKPOINT_FORMAT}); "
              "python train.py writes them")
-    to_go_on = ("evaluated", "best_step", "best_val_loss", "losses", "seconds", "optimizers", "scaler")
-    if resumable and (lacking := [key for key in to_go_on if key not in content]):
+    if resumable and (lacking := [key for key in KINDS_TO_GO_ON if key not in content]):
         fail(f"{path} cannot be resumed, it lacks {', '.join(lacking)}: start from its weights with --init_from={path}")
+    kinds = KINDS_TO_GO_ON | {"threads": int, "text": str}
+    wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key, kind()), kind)]
+    if wrong or content["step"] < 0 or not math.isfinite(content.get("seconds", 0)) or not all(
+            isinstance(loss, float) for loss in content.get("losses", {}).values()):
+        fail(f"{path}: {', '.join(wrong) or 'step, seconds or losses'} cannot be what train.py wrote: use another copy")
     return content
+
+
+def filled(build, stored: dict, n_layer: int):
+    """The model of n_layer blocks that `build()` makes, with the weights `stored`. Raises ValueError where these do not
+    fit. A file may claim any size: no memory is taken before what is really there has been counted."""
+    import torch
+
+    if n_layer > len(stored):
+        raise ValueError(f"n_layer={n_layer}, but there are {len(stored)} tensors")
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
+    if lacking := wanted.keys() - stored.keys():
+        raise ValueError(f"{min(lacking)} is missing")
+    for name, tensor in stored.items():
+        if name not in wanted:
+            raise ValueError(f"{name!r:.80} is no part of this model")
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu" or \
+                not tensor.is_floating_point():
+            raise ValueError(f"{name} is no tensor of floating-point numbers")
+        if tuple(tensor.shape) != wanted[name]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {wanted[name]}")
+    storages = [tensor.untyped_storage() for tensor in stored.values()]
+    held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    if sum(tensor.nbytes for tensor in stored.values()) > 2 * sum(held.values()):       # tied weights count twice
+        raise ValueError("its tensors claim more numbers than it holds")
+    if broken := [name for name, tensor in stored.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{broken[0]} holds numbers that are not finite")
+    model = build()
+    model.load_state_dict(stored)
+    return model
 
 
 def newest_checkpoint(folder: Path = Path("out")) -> Path:
@@ -526,6 +567,22 @@ def compare_with_cpu(model, x, y, device: str):
               f"batch, where the CPU has {cpu[0]:.4f} and {cpu[1]:.4f}; --device=cpu is right, and slower", flush=True)
 
 
+def check_moments(optimizer):
+    """Raise ValueError unless each parameter has no state or all of AdamW's or Muon's, finite and in its shape (Muon's
+    in that of its group, stacked): load_state_dict does not look."""
+    import torch
+
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            shapes = {"average": (len(group["params"]), *p.shape)} if "momentum" in group else \
+                {"step": (), "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
+            state = optimizer.state.get(p)
+            if state and (state.keys() != shapes.keys() or any(
+                    not isinstance(value, torch.Tensor) or tuple(value.shape) != shapes[name] or
+                    value.layout != torch.strided or not value.isfinite().all() for name, value in state.items())):
+                raise ValueError(f"the moments of a parameter of shape {tuple(p.shape)}")
+
+
 def restore_optimizers(optimizers: list, scaler, stored: dict, first: bool):
     """Put back the optimizers' state, but keep today's settings: load_state_dict would bring back the stored learning
     rates, betas and decays along with the moments."""
@@ -542,12 +599,15 @@ def restore_optimizers(optimizers: list, scaler, stored: dict, first: bool):
             optimizer.load_state_dict(content)
             for group, kept in zip(optimizer.param_groups, settings, strict=True):
                 group.update(kept)
+            check_moments(optimizer)
             for p, values in optimizer.state.items():
                 for key, value in values.items() if hasattr(p, "placements") else ():
                     if value.shape == p.shape:          # each process takes its share
                         values[key] = torch.distributed.tensor.distribute_tensor(value, p.device_mesh, p.placements)
+        if not all(isinstance(value, (int, float)) for value in stored["scaler"].values()):
+            raise ValueError("the GradScaler's state holds something else than numbers")
         scaler.load_state_dict(stored["scaler"])
-    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         fail(f"the checkpoint's optimizer state does not fit this run ({type(error).__name__}: {error})")
 
 

@@ -6,6 +6,7 @@ import io
 import itertools
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -24,10 +25,16 @@ if (SHARED / "tiktoken_cache").is_dir():
 torch.set_num_threads(1)                        # toy sizes run faster so, and results do not depend on the machine
 
 import prepare  # noqa: E402
+import sample  # noqa: E402, F401, for the children
 from prepare import Tokenizer, write_set  # noqa: E402
 from support.report import TIMINGS  # noqa: E402
 from support.runtime import read_meta  # noqa: E402
 from train import GPT, Config, main  # noqa: E402
+
+if hasattr(os, "fork"):
+    from forks import Zygote
+
+    ZYGOTE = Zygote()                           # now, while nothing has been computed
 
 TOY = dict(dataset="toy", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, max_iters=6, eval_interval=3,
            eval_iters=1, log_interval=1, sample_tokens=8, device="cpu", dtype="float32", compile=False)
@@ -127,6 +134,33 @@ def log_rows(folder: Path) -> list:
     with open(folder / "log.csv", newline="", encoding="utf-8") as file:
         return [{key: text for key, text in row.items() if key not in TIMINGS}
                 for row in csv.DictReader(file)]
+
+
+def contents(path) -> dict:
+    """What a checkpoint holds, by its place, and tensors as bytes, so that equal is identical."""
+    def flat(value, place):
+        if isinstance(value, dict):
+            return {k: v for key, inner in value.items() for k, v in flat(inner, f"{place}.{key}").items()}
+        if isinstance(value, (list, tuple)):
+            return flat(dict(enumerate(value)), place)
+        if isinstance(value, torch.Tensor):
+            raw = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+            value = (str(value.dtype), tuple(value.shape), raw)
+        return {place: value}
+
+    # What differs without mattering: the time, the place, and the rates, which each step computes anew.
+    ignored = re.compile(r"\.seconds|\.config\.out_dir|.*\.param_groups\.\d+\.(lr|momentum)")
+    found = flat(torch.load(path, weights_only=True), "")
+    return {place: value for place, value in found.items() if not ignored.fullmatch(place)}
+
+
+def same_runs(one, other):
+    """The two folders hold the same run, to the last bit."""
+    assert log_rows(one) == log_rows(other)
+    for name in ("last.pt", "ckpt.pt"):
+        left, right = contents(one / name), contents(other / name)
+        assert left.keys() == right.keys()
+        assert [place for place in left if left[place] != right[place]] == []
 
 
 def one_line_error(process, *parts: str):

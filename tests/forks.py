@@ -1,0 +1,114 @@
+"""Programs in children of a process that has imported torch and computed nothing: a trial costs milliseconds, not the
+seconds of an import. For POSIX systems, the only ones that fork."""
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+try:
+    import resource
+except ImportError:                     # Windows, where nothing here is called
+    resource = None
+
+from support.cli import run
+
+
+def begin(program: str, words: list, folder: str, seconds: int, memory: int | None, room: int | None):
+    """Become `program` in `folder`; never returns."""
+    code = 1
+    try:
+        os.chdir(folder)
+        sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w"), open(2, "w")    # noqa: SIM115, to the end
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.alarm(seconds)           # whoever hangs dies of SIGALRM
+        if memory:
+            held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (held + memory, held + memory))
+        if room is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        sys.modules["matplotlib"] = None        # pictures take most of a toy run's time
+        sys.argv = [program, *words]
+        module, _, name = program.removesuffix(".py").partition(":")
+        run(getattr(importlib.import_module(module), name or "main"))
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Zygote:
+    """The process that forks. Make it before anything has been computed."""
+
+    def __init__(self):
+        self.socket, theirs = socket.socketpair()
+        if os.fork() == 0:
+            self.socket.close()
+            signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is pytest's
+            self.serve(theirs)
+        theirs.close()
+
+    @staticmethod
+    def serve(asked):
+        while True:
+            message, pipes, _, _ = socket.recv_fds(asked, 1 << 20, 2)
+            if not message:
+                os._exit(0)             # whoever asked is gone
+            request = json.loads(message)
+            importlib.import_module("torch._dynamo")            # which optimizers import in 2 s, at the first request
+            if "wait" in request:
+                answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+            else:
+                answer = os.fork()
+                if answer == 0:
+                    asked.close()
+                    os.dup2(pipes[0], 1)
+                    os.dup2(pipes[1], 2)
+                    os.closerange(3, max(pipes) + 1)
+                    begin(**request)
+                for pipe in pipes:
+                    os.close(pipe)
+            asked.sendall(json.dumps(answer).encode())
+
+    def ask(self, request: dict, pipes=()):
+        socket.send_fds(self.socket, [json.dumps(request).encode()], pipes)
+        return json.loads(self.socket.recv(100))
+
+    def start(self, program: str, *words, folder, seconds: int = 60, memory: int | None = None,
+              room: int | None = None):
+        """`program` (train.py, or module:function) with these words in a child, as support.cli.run runs it. seconds:
+        until it is killed by SIGALRM; memory: bytes of address space beyond what importing took; room: no file grows
+        beyond so many bytes, as on a full disk."""
+        return Child(self, program, list(map(str, words)), str(folder), seconds, memory, room)
+
+    def run(self, program: str, *words, **limits) -> subprocess.CompletedProcess:
+        return self.start(program, *words, **limits).wait()
+
+
+class Child:
+    def __init__(self, zygote: Zygote, program: str, words: list, folder: str, seconds, memory, room):
+        self.zygote, self.words, (self.out, out), (self.err, err) = zygote, words, os.pipe(), os.pipe()
+        self.pid = zygote.ask(dict(program=program, words=words, folder=folder, seconds=seconds, memory=memory,
+                                   room=room), (out, err))
+        os.close(out)
+        os.close(err)
+
+    def send(self, number: int):
+        os.kill(self.pid, number)       # it stays there, be it a zombie, until wait()
+
+    def wait(self) -> subprocess.CompletedProcess:
+        """How it ended and what it said."""
+        said = []
+        for pipe in (self.out, self.err):
+            with open(pipe, encoding="utf-8", errors="replace", newline="") as file:
+                said.append(file.read())
+        return subprocess.CompletedProcess(self.words, self.zygote.ask(dict(wait=self.pid)), *said)

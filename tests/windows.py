@@ -1,0 +1,105 @@
+"""As much of Windows as can be put over another system, for a child that is to run a program: modules and names that
+only POSIX has are hidden, locks are msvcrt's, open files can be neither renamed nor removed, folders not opened."""
+
+import importlib
+import mmap
+import os
+import shutil
+import signal
+import sys
+import types
+
+MODULES = ["fcntl", "resource", "termios", "tty", "pty", "readline", "pwd", "grp", "curses", "syslog", "posix"]
+OURS = ("train", "sample", "prepare", "convert", "support")
+SIGNALS = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM"}
+OS = """chown chroot confstr ctermid fchdir fchown fdatasync fork forkpty fpathconf fstatvfs getegid geteuid getgid
+    getgroups getloadavg getpgid getpgrp getpriority getresuid getsid getuid getxattr initgroups killpg lchown lockf
+    major makedev memfd_create minor mkfifo mknod nice openpty pathconf pidfd_open pipe2 posix_fadvise posix_fallocate
+    posix_spawn pread preadv pwrite pwritev readv register_at_fork sched_getaffinity sched_setaffinity sched_yield
+    sendfile seteuid setgid setpgid setpriority setsid setuid statvfs sync sysconf tcgetpgrp uname wait wait3 wait4
+    waitid writev WNOHANG WUNTRACED O_ACCMODE O_ASYNC O_CLOEXEC O_DIRECT O_DIRECTORY O_DSYNC O_NOATIME O_NOCTTY
+    O_NOFOLLOW O_NONBLOCK O_PATH O_SYNC O_TMPFILE"""
+SIGNAL = "alarm getitimer pause pthread_kill pthread_sigmask setitimer siginterrupt sigpending sigtimedwait sigwait"
+NAMES = {
+    os: OS.split(),
+    signal: SIGNAL.split() + [name for name in dir(signal) if name.startswith("SIG") and "_" not in name and
+                              name not in SIGNALS],
+    mmap: [name for name in dir(mmap) if name.startswith(("MADV_", "MAP_", "PROT_"))],
+}
+
+
+def in_use(path: str) -> bool:
+    """Whether this process has that file open or mapped, or one below that folder. Knows it on Linux alone."""
+    path, held = os.path.abspath(path), []
+    if os.path.isdir("/proc/self/fd"):
+        for number in os.listdir("/proc/self/fd"):
+            try:
+                held.append(os.readlink(f"/proc/self/fd/{number}"))
+            except OSError:
+                continue                # the folder itself, closed by now
+        with open("/proc/self/maps") as file:
+            held += [line.split(maxsplit=5)[-1].strip() for line in file]
+    return any(name == path or name.startswith(path + os.sep) for name in held)
+
+
+def refuse(event: str, args: tuple):
+    """An audit hook with what Windows does not allow."""
+    if event == "open" and isinstance(args[0], str) and not args[0].startswith("/proc/"):
+        if os.path.isdir(args[0]):
+            raise PermissionError(13, "Permission denied", args[0])
+        if set(os.path.basename(args[0])) & set('<>:"|?*\\'):
+            raise OSError(22, "Invalid argument", args[0])
+    if event in ("os.rename", "os.remove", "os.rmdir"):
+        for path in args[:2]:
+            if isinstance(path, (str, os.PathLike)) and in_use(os.fspath(path)):
+                raise PermissionError(13, "The process cannot access the file because it is being used", str(path))
+
+
+def locks() -> types.ModuleType:
+    """msvcrt's one function that is used here, over the system's own locks: on bytes from the file's position on."""
+    import fcntl
+
+    def locking(descriptor: int, mode: int, count: int):
+        at = os.lseek(descriptor, 0, os.SEEK_CUR)
+        fcntl.lockf(descriptor, fcntl.LOCK_UN if mode == 0 else fcntl.LOCK_EX | fcntl.LOCK_NB, count, at)
+
+    module = types.ModuleType("msvcrt")
+    module.locking, module.LK_UNLCK, module.LK_LOCK, module.LK_NBLCK = locking, 0, 1, 2
+    return module
+
+
+def become(program: str):
+    """Put Windows on, import `program` and all of ours afresh, and return its main."""
+    sys.argv[0] = f"{program}.py"
+    sys.modules["msvcrt"] = locks()
+    for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
+        del sys.modules[name]
+    sys.modules.update(dict.fromkeys(MODULES))          # importing them is an error now
+    for owner, names in NAMES.items():
+        for name in names:
+            if hasattr(owner, name):
+                delattr(owner, name)
+    shutil._use_fd_functions = False
+    module = importlib.import_module(program)
+    sys.addaudithook(refuse)
+    windows = types.SimpleNamespace(**vars(os) | dict(name="nt"))       # pathlib and others must not believe it
+    for ours in [name for name in sys.modules if name.split(".")[0] in OURS]:
+        if hasattr(sys.modules[ours], "os"):
+            sys.modules[ours].os = windows
+    return module.main
+
+
+def train(argv):
+    return become("train")(argv)
+
+
+def prepare(argv):
+    return become("prepare")(argv)
+
+
+def sample(argv):
+    return become("sample")(argv)
+
+
+def convert(argv):
+    return become("convert")(argv)
