@@ -18,6 +18,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import sys
 import textwrap
 import traceback
@@ -246,9 +247,19 @@ def comments(options: type) -> list:
     return rows
 
 
-def help_text(options: type, doc: str) -> str:
+def help_text(options: type, doc: str, width: int = 0) -> str:
+    """What --help prints: the prose of `doc`, the fields in their groups, and last the examples, which are the indented
+    paragraphs of `doc`. width: columns to wrap at; 0: those of the terminal, 80 in a pipe."""
+    width = width or min(120, max(50, shutil.get_terminal_size().columns))
+    column = 36 if width >= 100 else 30                 # where the comments begin
     kinds, defaults = typing.get_type_hints(options), {f.name: f for f in fields(options)}
-    lines, group = [inspect.cleandoc(doc)], None
+    parts = re.split(r"\n\n+", doc.strip("\n"))
+    examples = [part for part in parts if part.startswith("    ")]
+    lines, group = [], None
+    for part in parts:
+        if part not in examples:
+            lines += [*textwrap.wrap(part, width - 1, break_on_hyphens=False), ""]
+    lines += ["Flags and their defaults (a bare --flag means --flag=True):"]
     for heading, name, comment in comments(options):
         if heading != group:
             group = heading
@@ -256,6 +267,10 @@ def help_text(options: type, doc: str) -> str:
         default = defaults[name].default if kinds[name] != TEXTS else ""
         if typing.get_origin(kinds[name]) is typing.Literal:
             comment += " [" + " | ".join(map(str, typing.get_args(kinds[name]))) + "]"
-        entry = f"  --{name}={default}".ljust(36) + " "
-        lines += textwrap.wrap(comment, width=110, initial_indent=entry, subsequent_indent=" " * 37)
-    return "\n".join(lines)
+        entry, indent = f"  --{name}={default}", " " * column
+        if len(entry) > column - 2:                     # no room: the comment goes below
+            lines.append(entry)
+            entry = ""
+        lines += textwrap.wrap(comment, width - 1, initial_indent=entry.ljust(column), subsequent_indent=indent,
+                               break_on_hyphens=False)
+    return "\n".join([*lines, "", "examples:", *examples] if examples else lines)

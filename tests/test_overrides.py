@@ -9,6 +9,7 @@ from conftest import inside, one_line_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import convert
 import prepare
 import sample
 import train
@@ -16,7 +17,7 @@ from support.cli import TEXTS, comments, from_dict, help_text, parse
 from train import Config
 
 PROGRAMS = {"train": (train.main, Config), "prepare": (prepare.main, prepare.Options),
-            "sample": (sample.main, sample.Options)}
+            "sample": (sample.main, sample.Options), "convert": (convert.main, convert.Options)}
 
 
 def choices(kind) -> tuple:
@@ -257,12 +258,14 @@ def test_no_value_is_ever_evaluated(program, tmp_path, monkeypatch):
 # -- help
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_help_lists_every_field_with_its_default_and_comment(program):
+def test_help_lists_every_field_with_its_default_and_comment(program, monkeypatch):
     main, options = PROGRAMS[program]
+    monkeypatch.setenv("COLUMNS", "80")
     outcome = inside(main, "--help")
     assert outcome.returncode == 0
     assert outcome.stderr == ""
     assert len(comments(options)) == len(fields(options))           # none without a comment
+    assert max(map(len, outcome.stdout.splitlines())) < 80          # the examples, too
     unwrapped = "".join(outcome.stdout.split())                     # lines break anywhere
     for field, (_, name, comment) in zip(fields(options), comments(options), strict=True):
         assert name == field.name
@@ -284,12 +287,22 @@ class Garden:
 
 
 def test_the_help_is_the_comments_of_the_source():
-    lines = help_text(Garden, "A garden.\n\n    python garden.py\nGreen.").splitlines()
-    assert lines[:5] == ["A garden.", "", "    python garden.py", "Green.", ""]
-    assert [" ".join(line.split()) for line in lines[5:]] == [
+    lines = help_text(Garden, "A garden.\n\n    python garden.py\n\nGreen.\n", 100).splitlines()
+    assert lines[:4] == ["A garden.", "", "Green.", ""]
+    assert [" ".join(line.split()) for line in lines[6:]] == [
         "plants:", "--trees=3 how many; with # in it",
         "--shade=0.5 its share of the ground, which is explained in a second line", "",
-        "tools:", "--hose=False lay one", "--name= on the gate"]
+        "tools:", "--hose=False lay one", "--name= on the gate", "",
+        "examples:", "python garden.py"]
+
+
+def test_the_help_is_wrapped_to_the_terminal(monkeypatch):
+    for columns in (60, 80, 100, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = help_text(Config, train.__doc__).split("examples:")[0].splitlines()
+        assert columns - 12 < max(map(len, lines)) < columns
+        long = lines.index("  --gradient_accumulation_steps=1") if columns < 100 else 0
+        assert not long or lines[long + 1].startswith(" " * 30 + "micro-batches per step")
 
 
 # -- any command line at all
