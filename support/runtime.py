@@ -170,6 +170,8 @@ def read_meta(folder: Path) -> dict:
         if not isinstance(meta["tokenizer"], dict):
             raise ValueError("no tokenizer")
         return meta
+    except FileNotFoundError:
+        fail(f"no data set in {folder}: python prepare.py YOUR_TEXT_FILE --name={folder.name}")
     except OSError as error:
         fail(f"cannot read {folder / 'meta.json'}: {error.strerror or error}: {again}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:

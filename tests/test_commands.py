@@ -386,7 +386,7 @@ def test_mistakes_in_sampling(alone, words, parts):
     (["latin"], ["latin is not UTF-8", "0xe4", "offset 5"]),
     (["empty"], ["empty", "no text"]),
     (["folder", "--name=x"], ["folder is a folder without text files"]),
-    (["nowhere", "--check"], ["nowhere", "meta.json"]),
+    (["nowhere", "--check"], ["no data set in", "python prepare.py YOUR_TEXT_FILE --name=nowhere"]),
     (["text", "--data_dir=empty"], ["empty"]),                      # a file, where a folder should be
     (["x" * 300], ["xxx"]),
 ])
