@@ -125,7 +125,7 @@ def serve():
         if program is train:                            # rules that the toy settings would hide
             if problems := train.Config(**cli.parse(train.Config, argv, "").values).problems():
                 return "; ".join(problems)
-            argv += flags(**TOY)
+            argv += flags(max_iters=3) if "--init_from=resume" in argv else flags(**TOY)
         if program is sample:
             argv += ["--max_new_tokens=3", "--device=cpu", "--compile=False"]
         sys.argv = [words[1], *argv]
