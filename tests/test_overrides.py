@@ -1,6 +1,7 @@
 """Config files and --key=value flags: read by declared type, never evaluated, refused in one line."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -273,6 +274,10 @@ def test_help_lists_every_field_with_its_default_and_comment(program, monkeypatc
         assert "".join(f"--{name}={default} {comment}".split()) in unwrapped
         for choice in choices(get_type_hints(options)[name]):
             assert str(choice) in outcome.stdout
+
+
+def test_the_help_of_prepare_names_every_set():
+    assert all(re.search(rf"\b{name}\b", prepare.__doc__) for name in prepare.SETS)
 
 
 @dataclass
