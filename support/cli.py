@@ -83,6 +83,13 @@ def nearest(name: str, known) -> str:
     return f"; did you mean --{close[0]}?" if close else ""
 
 
+def nearest_config(word: str) -> str:
+    """`; did you mean config/NAME.py?` for the config file whose name or path comes closest, or nothing."""
+    known = {str(name): path for path in sorted(Path("config").glob("*.py")) for name in (path, path.name, path.stem)}
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {known[close[0]]}?" if close else ""
+
+
 def expected(kind) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
@@ -178,10 +185,10 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files") -> P
                 parsed.words.append(word)
                 continue
             if not word.endswith(".py"):
-                fail(f"{word!r} is neither a config file (NAME.py) nor a flag (--key=value); see --help")
+                fail(f"{word!r} is neither a config file (NAME.py) nor a flag (--key=value)"
+                     f"{nearest_config(word) or '; see --help'}")
             if not os.path.isfile(word):         # Path.is_file raises on a name that is too long
-                close = difflib.get_close_matches(word, [str(p) for p in sorted(Path("config").glob("*.py"))], n=1)
-                fail(f"no config file {word}" + (f"; did you mean {close[0]}?" if close else ""))
+                fail(f"no config file {word}{nearest_config(word)}")
             values = read_config_file(word, kinds)
             parsed.values.update((name, value) for name, value in values.items() if name not in parsed.typed)
             parsed.files.append(Path(word))
