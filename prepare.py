@@ -417,8 +417,8 @@ def ensure_set(name: str, data_dir: str, ranks) -> Path:
     folder = data_folder(name, data_dir)
     if ranks.tell(not os.path.isfile(folder / "meta.json")):
         if name not in SETS:
-            fail(f"no data set in {folder}: python prepare.py YOUR_TEXT_FILE --name={name} makes it; the named sets are "
-                 f"{', '.join(SETS)}")
+            fail(f"no data set in {folder}: python prepare.py YOUR_TEXT_FILE --name={name} makes it; the named sets "
+                 f"are {', '.join(SETS)}")
         if ranks.first:
             try:
                 prepare_named(name, data_dir)

@@ -84,9 +84,9 @@ def nearest(name: str, known) -> str:
 
 
 def nearest_config(word: str) -> str:
-    """`; did you mean config/NAME.py?` for the config file whose name or path comes closest, or nothing."""
-    known = {str(name): path for path in sorted(Path("config").glob("*.py")) for name in (path, path.name, path.stem)}
-    close = difflib.get_close_matches(word, known, n=1)
+    """`; did you mean config/NAME.py?` for the config file whose name comes closest, or nothing."""
+    known = {path.name: path for path in sorted(Path("config").glob("*.py"))}
+    close = difflib.get_close_matches(os.path.basename(word), known, n=1)
     return f"; did you mean {known[close[0]]}?" if close else ""
 
 

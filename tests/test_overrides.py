@@ -240,8 +240,10 @@ def test_a_missing_config_file_suggests_the_nearest(config, tmp_path, monkeypatc
     config("", "config/shakespeare.py")
     one_line_error(train_with("config/shakspeare.py"), "no config file config/shakspeare.py",
                    "did you mean config/shakespeare.py?")
-    for word in ("shakespeare", "shakespear", "shakespeare.py"):     # as people type it first
-        one_line_error(train_with(word), word, "config file", "did you mean config/shakespeare.py?")
+    config("", "config/poe.py")
+    for word in ("poe", "poe.py"):                      # as people type it first
+        one_line_error(train_with(word), word, "config file", "did you mean config/poe.py?")
+    one_line_error(train_with("verse"), "verse", "see --help")
     one_line_error(train_with("x" * 300 + ".py"), "xxx.py")          # longer than any file's name may be
 
 
