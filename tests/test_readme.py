@@ -78,6 +78,16 @@ def test_every_config_is_named():
         assert f"config/{family}" in page("README.md"), config.name
 
 
+def test_the_losses_of_the_table_are_those_measured():
+    """In both languages the same figures, each in bench/RESULTS.md, which says where it comes from."""
+    rows = [[re.findall(r"\d[\d.]*", "|".join(line.split("|")[3:])) for line in page(name).splitlines()
+             if line.startswith("|") and line.count("|") == 5] for name in PAGES[:2]]
+    assert rows[0] == rows[1]
+    losses = {figure for row in rows[0] for figure in row if re.fullmatch(r"\d\.\d+", figure)}
+    assert len(losses) > 10
+    assert not [figure for figure in losses if figure not in page("bench/RESULTS.md")]
+
+
 # -- their code ------------------------------------------------------------------------------------------------------
 
 def serve():
