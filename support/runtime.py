@@ -341,7 +341,7 @@ def choose_device(device: str) -> str:
     """`auto` becomes cuda, mps or cpu, whichever is there first; a named device is checked."""
     import torch
 
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "meta": False}
     if device == "auto":
         return next(kind for kind in ("cuda", "mps", "cpu") if have[kind])
     try:
@@ -350,7 +350,9 @@ def choose_device(device: str) -> str:
             fail(f"device={device}: PyTorch sees no {kind} device here; use --device=auto")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:    # all that PyTorch raises of other devices
-        fail(f"device={device}: {str(error).splitlines()[0]}; use auto, cpu, cuda, cuda:N or mps")
+        reason = str(error).splitlines()[0]             # PyTorch lists twenty kinds where it knows none
+        fail(f"device={device}: {'no such device' if reason.startswith('Expected one of') else reason}; "
+             "use auto, cpu, cuda, cuda:N or mps")
     return device
 
 
