@@ -81,7 +81,7 @@ class Config:
     norm_gain: bool = False             # the norms have a learned gain
     norm_eps: float = 1e-6              # the norms' epsilon
     embed_norm: bool = True             # a norm after the embedding
-    mlp: Literal["relu2", "relu", "gelu", "gelu_tanh", "swiglu"] = "relu2"  # relu2: arXiv 2109.08668
+    mlp: Literal["relu2", "relu", "gelu", "gelu_tanh", "swiglu"] = "relu2"  # relu2: squared, arXiv 2109.08668
     bias: bool = False                  # biases in linear layers, and in layernorms with a gain
     qkv_bias: Literal["auto", True, False] = "auto"  # biases of queries, keys and values; auto: as bias
     head_bias: bool = False             # bias of the output layer
@@ -98,7 +98,7 @@ class Config:
     embed_lr: float = 0.1               # AdamW's for the embeddings, under muon
     head_lr: float = 0.004              # AdamW's for the output layer, under muon
     scalar_lr: float = 0.02             # AdamW's for gains, biases and mixing weights, under muon
-    weight_decay: float = 0.8           # times the rate; muon: of the blocks' matrices, adamw: of all
+    weight_decay: float = 0.8           # times the rate; of the blocks' matrices (muon) or of all (adamw)
     cautious: bool = True               # muon decays only where decay and update agree (arXiv 2411.16085)
     decay_all: bool = False             # weight decay on every parameter
     momentum: float = 0.95              # muon's; reached from 0.85 in 100 steps
