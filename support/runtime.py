@@ -171,7 +171,8 @@ def read_meta(folder: Path) -> dict:
             raise ValueError("no tokenizer")
         return meta
     except FileNotFoundError:
-        fail(f"no data set in {folder}: python prepare.py YOUR_TEXT_FILE --name={folder.name}")
+        fail(f"no data set in {folder}, as {folder / 'meta.json'} is missing: python prepare.py YOUR_TEXT_FILE "
+             f"--name={folder.name} makes one")
     except OSError as error:
         fail(f"cannot read {folder / 'meta.json'}: {error.strerror or error}: {again}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
