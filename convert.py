@@ -1,9 +1,11 @@
 """Weights of other programs: a Hugging Face directory of GPT-2 or Llama to a checkpoint of ours, and back.
 
-    python convert.py import gpt2                           # OpenAI's (-medium, -large, -xl) -> out/gpt2/ckpt.pt
-    python convert.py import path/to/folder --out=out/llama # config.json, model.safetensors, tokenizer.json
-    python convert.py export out/book/ckpt.pt --out=book    # what transformers and its tokenizers load
+    python convert.py import gpt2               # OpenAI's; also gpt2-xl ...
+    python convert.py import path/to/folder --out=out/llama
+    python convert.py export out/book/ckpt.pt --out=book
 
+A folder to import holds config.json, model.safetensors and tokenizer.json; an exported one is what transformers and its
+tokenizers load.
 Weights keep their bytes in both directions: matrices are only split, joined and transposed. What one side has and the
 other cannot express is refused by name, never dropped. A name is looked up in the local Hugging Face cache (HF_HOME,
 HF_HUB_CACHE) and downloaded to it when it is not there; HF_ENDPOINT names another server.

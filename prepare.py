@@ -1,18 +1,21 @@
 """Turn raw text into the token files that train.py reads.
 
-    python prepare.py fables                                # embedded in this repository: needs no network
-    python prepare.py shakespeare_char                      # tinyshakespeare, one token per character
-    python prepare.py book.txt --name=book --tokenizer=gpt2 # your own text
-    python prepare.py texts/ more.jsonl.gz https://host/a.txt - --name=all --tokenizer=bpe:4096
-    python prepare.py --check book                          # verify a prepared set from end to end
-    python prepare.py --decode book > book.txt              # its text again, train and then val
-    python prepare.py --adopt FOLDER --tokenizer=gpt2       # nanoGPT's train.bin and val.bin, as they are
+    python prepare.py shakespeare_char          # a named set, downloaded once
+    python prepare.py book.txt --name=book      # a token per character
+    python prepare.py book.txt --name=words --tokenizer=bpe:4096
+    python prepare.py texts/ more.jsonl.gz https://host/a.txt --name=all
+    python prepare.py --check book              # every count, checksum and id
+    python prepare.py --decode book > book.txt  # its text, train and then val
+    python prepare.py --adopt FOLDER --tokenizer=gpt2   # nanoGPT's .bin files
 
-INPUT is a file, a folder, a glob, an address or - for standard input: plain text, .csv, .tsv, .json, .jsonl or
-.parquet, each also as .gz or .zst. Writes data/NAME/train.bin and val.bin, raw arrays of token ids without a header
-(uint8 up to 256 different tokens, uint16 up to 65,536, else uint32), and meta.json with the tokenizer, counts and
-checksums. The text is split first and tokenized afterwards, so that no token spans both sides. Everything is read and
-written in pieces; files are replaced only when the new ones are complete.
+The named sets are fables (embedded), fables_zh, shakespeare_char, shakespeare, verdict and tinystories. Any other input
+is a file, a folder, a glob, an address or - for standard input: plain text, .csv, .tsv, .json, .jsonl or .parquet, each
+also as .gz or .zst.
+
+Writes data/NAME/train.bin and val.bin, raw arrays of token ids without a header (uint8 up to 256 different tokens,
+uint16 up to 65,536, else uint32), and meta.json with the tokenizer, counts and checksums. The text is split first and
+tokenized afterwards, so that no token spans both sides. Everything is read and written in pieces; files are replaced
+only when the new ones are complete.
 """
 
 import base64
@@ -425,7 +428,8 @@ def ensure_set(name: str, data_dir: str, ranks) -> Path:
     folder = data_folder(name, data_dir)
     if ranks.tell(not os.path.isfile(folder / "meta.json")):
         if name not in SETS:
-            fail(f"no data set in {folder}: python prepare.py YOUR_TEXT_FILE --name={name}")
+            fail(f"no data set in {folder}: python prepare.py YOUR_TEXT_FILE --name={name} makes it; the named sets "
+                 f"are {', '.join(SETS)}")
         if ranks.first:
             try:
                 prepare_named(name, data_dir)

@@ -1,11 +1,11 @@
 """Continue a prompt with a trained model; the text appears as it is generated.
 
-    python sample.py --start="Once there was a hen"                # the model trained last
-    python sample.py --out_dir=out/shakespeare_char --num_samples=3 --temperature=0.7
-    python sample.py --ckpt=/anywhere/ckpt.pt --start=FILE:prompt.txt --stop="\\n\\n"
-    python sample.py --prompts=lines.txt --json=True > samples.jsonl
-    python sample.py --interactive                                 # type, read on, type again
-    python sample.py --score=chapter.txt                           # how well does the model know this text?
+    python sample.py --start="The fox"          # the model trained last
+    python sample.py --out_dir=out/fables --num_samples=3 --temperature=0.7
+    python sample.py --ckpt=ckpt.pt --start=FILE:prompt.txt --stop="\\n\\n"
+    python sample.py --prompts=lines.txt --json > samples.jsonl
+    python sample.py --interactive              # type, read on, type again
+    python sample.py --score=chapter.txt        # how well it knows this text
 
 A checkpoint is the whole model: it holds its settings and its tokenizer, so that one file is all there is to copy.
 """
@@ -59,7 +59,7 @@ class Options:
     stride: int = 0                     # tokens by which its windows advance; 0: half of block_size
     score_tokens: bool = False          # print each of its tokens with its log-probability
     # -- machine
-    device: str = "auto"                # auto | cpu | cuda | cuda:N | mps
+    device: str = "auto"                # cpu | cuda | cuda:N | mps; auto: a GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: float32 on a CPU
     compile: bool = False               # torch.compile the step; takes 10-30 s, for long texts
 

@@ -1,10 +1,10 @@
 """Inkling: train a GPT from raw text. The whole model and the whole loop, in one file, from top to bottom.
 
-    python train.py                                     # the embedded fables: prepares, trains, shows samples
-    python train.py config/shakespeare_char.py          # a config file
-    python train.py config/shakespeare_char.py --n_layer=8 --max_iters=2000         # later ones win
-    python train.py config/shakespeare_char.py --init_from=resume                   # go on after a stop
-    torchrun --standalone --nproc_per_node=4 train.py config/shakespeare_char.py    # four processes
+    python train.py                                         # the embedded text
+    python train.py config/shakespeare_char.py              # a config file
+    python train.py config/shakespeare_char.py --n_layer=8  # later ones win
+    python train.py config/shakespeare_char.py --init_from=resume   # go on
+    torchrun --standalone --nproc_per_node=4 train.py       # four processes
 
 What remains in out/NAME: ckpt.pt, the weights with the best validation loss, for sample.py; last.pt, all that
 is needed to go on; log.csv and loss.png. Ctrl-C finishes the step, saves last.pt and leaves.
@@ -58,7 +58,7 @@ class Config:
     sample_interval: int = 0            # steps between samples of text; 0: at every evaluation
     sample_tokens: int = 150            # length of these samples; 0: none
     sample_start: str = ""              # their prompt; empty: the start of a text
-    sample_temperature: float = 0.8     # 0: greedy
+    sample_temperature: float = 0.8     # randomness of these samples; 0: greedy
     tensorboard: bool = False           # write TensorBoard files to out_dir as well
     wandb_log: bool = False             # log to Weights & Biases as well
     wandb_project: str = "inkling"      # its project
@@ -73,10 +73,10 @@ class Config:
     n_layer: int = 4                    # blocks
     n_head: int = 2                     # attention heads (queries)
     n_kv_head: int = 0                  # heads of keys and values, shared by groups of queries; 0: n_head
-    n_embd: int = 256                   # width
+    n_embd: int = 256                   # width: numbers per token
     ffn_dim: int = 0                    # width inside the MLP; 0: 4 n_embd (swiglu: 8/3, rounded up to 128)
-    dropout: float = 0.1                # on the embedding and on what each half-block adds
-    attn_dropout: bool = False          # dropout on the attention weights, too
+    dropout: float = 0.1                # share dropped of the embedding and of what each half-block adds
+    attn_dropout: bool = False          # drop as large a share of the attention weights, too
     positions: Literal["rope", "learned"] = "rope"  # rotary (arXiv 2104.09864) or vectors
     rope_theta: float = 1024.0          # base of the rotary wavelengths
     rope_fraction: float = 0.5          # share of each head's dimensions that is rotated
@@ -101,12 +101,12 @@ class Config:
     embed_lr: float = 0.1               # AdamW's for the embeddings, under muon
     head_lr: float = 0.004              # AdamW's for the output layer, under muon
     scalar_lr: float = 0.02             # AdamW's for gains, biases and mixing weights, under muon
-    weight_decay: float = 0.8           # of the blocks' matrices under muon, of all matrices under adamw
+    weight_decay: float = 0.8           # times the rate; of the blocks' matrices (muon) or of all (adamw)
     cautious: bool = True               # muon decays only where decay and update agree (arXiv 2411.16085)
     decay_all: bool = False             # weight decay on every parameter
     momentum: float = 0.95              # muon's; reached from 0.85 in 100 steps
-    beta1: float = 0.8                  # AdamW's
-    beta2: float = 0.95                 # AdamW's
+    beta1: float = 0.8                  # AdamW's averaging of gradients, share kept per step
+    beta2: float = 0.95                 # the same for their squares
     adam_eps: float = 1e-10             # AdamW's epsilon
     grad_clip: float = 0.0              # bound on the norm of the gradient; 0: none
     # -- learning rate over time, one factor for every rate above
@@ -117,8 +117,8 @@ class Config:
     cooldown: float = 0.8               # share of lr_decay_iters over which `linear` comes down
     min_lr: float = 0.0                 # learning_rate at the end
     # -- machine
-    device: str = "auto"                # auto | cpu | cuda | cuda:N | mps
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: measured
+    device: str = "auto"                # cpu | cuda | cuda:N | mps; auto: a GPU where there is one
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the faster, measured
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: when it pays within the run
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto: nccl on GPUs
     shard: bool = False                 # each of several processes holds its share of weights and optimizer

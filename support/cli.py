@@ -19,6 +19,7 @@ import os
 import re
 import reprlib
 import runpy
+import shutil
 import sys
 import textwrap
 import traceback
@@ -81,6 +82,13 @@ def nearest(name: str, known) -> str:
     """`; did you mean --x?` for the closest known name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean --{close[0]}?" if close else ""
+
+
+def nearest_config(word: str) -> str:
+    """`; did you mean config/NAME.py?` for the config file whose name comes closest, or nothing."""
+    known = {path.name: path for path in sorted(Path("config").glob("*.py"))}
+    close = difflib.get_close_matches(os.path.basename(word), known, n=1)
+    return f"; did you mean {known[close[0]]}?" if close else ""
 
 
 def expected(kind) -> str:
@@ -178,10 +186,10 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files") -> P
                 parsed.words.append(word)
                 continue
             if not word.endswith(".py"):
-                fail(f"{word!r} is neither a config file (NAME.py) nor a flag (--key=value); see --help")
+                fail(f"{word!r} is neither a config file (NAME.py) nor a flag (--key=value)"
+                     f"{nearest_config(word) or '; see --help'}")
             if not os.path.isfile(word):         # Path.is_file raises on a name that is too long
-                close = difflib.get_close_matches(word, [str(p) for p in sorted(Path("config").glob("*.py"))], n=1)
-                fail(f"no config file {word}" + (f"; did you mean {close[0]}?" if close else ""))
+                fail(f"no config file {word}{nearest_config(word)}")
             values = read_config_file(word, kinds)
             parsed.values.update((name, value) for name, value in values.items() if name not in parsed.typed)
             parsed.files.append(Path(word))
@@ -247,9 +255,19 @@ def comments(options: type) -> list:
     return rows
 
 
-def help_text(options: type, doc: str) -> str:
+def help_text(options: type, doc: str, width: int = 0) -> str:
+    """What --help prints: the prose of `doc`, the fields in their groups, and last the examples, which are the indented
+    paragraphs of `doc`. width: columns to wrap at; 0: those of the terminal, 80 in a pipe."""
+    width = width or min(120, max(50, shutil.get_terminal_size().columns))
+    column = 36 if width >= 100 else 30                 # where the comments begin
     kinds, defaults = typing.get_type_hints(options), {f.name: f for f in fields(options)}
-    lines, group = [inspect.cleandoc(doc)], None
+    parts = re.split(r"\n\n+", doc.strip("\n"))
+    examples = [part for part in parts if part.startswith("    ")]
+    lines, group = [], None
+    for part in parts:
+        if part not in examples:
+            lines += [*textwrap.wrap(part, width - 1, break_on_hyphens=False), ""]
+    lines += ["Flags and their defaults (a bare --flag means --flag=True):"]
     for heading, name, comment in comments(options):
         if heading != group:
             group = heading
@@ -257,6 +275,10 @@ def help_text(options: type, doc: str) -> str:
         default = defaults[name].default if kinds[name] != TEXTS else ""
         if typing.get_origin(kinds[name]) is typing.Literal:
             comment += " [" + " | ".join(map(str, typing.get_args(kinds[name]))) + "]"
-        entry = f"  --{name}={default}".ljust(36) + " "
-        lines += textwrap.wrap(comment, width=110, initial_indent=entry, subsequent_indent=" " * 37)
-    return "\n".join(lines)
+        entry, indent = f"  --{name}={default}", " " * column
+        if len(entry) > column - 2:                     # no room: the comment goes below
+            lines.append(entry)
+            entry = ""
+        lines += textwrap.wrap(comment, width - 1, initial_indent=entry.ljust(column), subsequent_indent=indent,
+                               break_on_hyphens=False)
+    return "\n".join([*lines, "", "examples:", *examples] if examples else lines)

@@ -175,6 +175,9 @@ def read_meta(folder: Path) -> dict:
         if not isinstance(meta["tokenizer"], dict):
             raise ValueError("no tokenizer")
         return meta
+    except FileNotFoundError:
+        fail(f"no data set in {folder}, as {folder / 'meta.json'} is missing: python prepare.py YOUR_TEXT_FILE "
+             f"--name={folder.name} makes one")
     except OSError as error:
         fail(f"cannot read {folder / 'meta.json'}: {error.strerror or error}: {again}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -401,7 +404,7 @@ def choose_device(device: str) -> str:
     """`auto` becomes cuda, mps or cpu, whichever is there first; a named device is checked."""
     import torch
 
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "meta": False}
     if device == "auto":
         return next(kind for kind in ("cuda", "mps", "cpu") if have[kind])
     try:
@@ -410,7 +413,9 @@ def choose_device(device: str) -> str:
             fail(f"device={device}: PyTorch sees no {kind} device here; use --device=auto")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:    # all that PyTorch raises of other devices
-        fail(f"device={device}: {str(error).splitlines()[0]}; use auto, cpu, cuda, cuda:N or mps")
+        reason = str(error).splitlines()[0]             # PyTorch lists twenty kinds where it knows none
+        fail(f"device={device}: {'no such device' if reason.startswith('Expected one of') else reason}; "
+             "use auto, cpu, cuda, cuda:N or mps")
     return device
 
 

@@ -328,7 +328,7 @@ def decoded(blocks, path: Path, encoding: str):
             name = codecs.lookup(encoding).name.upper()
             fail(f"{path} is not {name} text: byte {byte:#04x} at offset {at:,}"
                  + (" of its unpacked content" if path.suffix.lower() in PACKED else "")
-                 + "; name its encoding (for example --encoding=latin-1)")
+                 + "; name its encoding (--encoding=utf-16, gb18030, latin-1 ...)")
         fed += len(block)
         if first and text:
             text, first = text.removeprefix("\ufeff"), False

@@ -317,7 +317,8 @@ def test_a_mistake_ends_the_process_with_two_and_one_line(tmp_path, program, wor
     (["--block_size=5000"], ["val has 2,000 tokens", "block_size=5000 needs 5001", "lower --block_size",
                              "val_fraction"]),
     (["--sample_start=ℵ"], ["sample_start='ℵ'", "the tokenizer has no 'ℵ'"]),
-    (["--device=tpu"], ["device=tpu", "cpu"]),
+    (["--device=tpu"], ["device=tpu: no such device; use auto, cpu"]),
+    (["--device=meta"], ["device=meta", "auto"]),
     (["--device=cuda:99"], ["device=cuda:99", "auto"]),
     (["--init_from=resume"], ["no checkpoint", "out/toy/last.pt"]),
     (["--init_from=resume", "--out_dir=elsewhere"], ["no checkpoint", "elsewhere/last.pt"]),
@@ -386,7 +387,7 @@ def test_mistakes_in_sampling(alone, words, parts):
     (["latin"], ["latin is not UTF-8", "0xe4", "offset 5"]),
     (["empty"], ["empty", "no text"]),
     (["folder", "--name=x"], ["folder is a folder without text files"]),
-    (["nowhere", "--check"], ["nowhere", "meta.json"]),
+    (["nowhere", "--check"], ["no data set in", "python prepare.py YOUR_TEXT_FILE --name=nowhere"]),
     (["text", "--data_dir=empty"], ["empty"]),                      # a file, where a folder should be
     (["x" * 300], ["xxx"]),
 ])

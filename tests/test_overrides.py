@@ -1,6 +1,7 @@
 """Config files and --key=value flags: read by declared type, never evaluated, refused in one line."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -9,6 +10,7 @@ from conftest import inside, one_line_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import convert
 import prepare
 import sample
 import train
@@ -16,7 +18,7 @@ from support.cli import TEXTS, comments, from_dict, help_text, parse
 from train import Config
 
 PROGRAMS = {"train": (train.main, Config), "prepare": (prepare.main, prepare.Options),
-            "sample": (sample.main, sample.Options)}
+            "sample": (sample.main, sample.Options), "convert": (convert.main, convert.Options)}
 
 
 def choices(kind) -> tuple:
@@ -238,6 +240,10 @@ def test_a_missing_config_file_suggests_the_nearest(config, tmp_path, monkeypatc
     config("", "config/shakespeare.py")
     one_line_error(train_with("config/shakspeare.py"), "no config file config/shakspeare.py",
                    "did you mean config/shakespeare.py?")
+    config("", "config/poe.py")
+    for word in ("poe", "poe.py"):                      # as people type it first
+        one_line_error(train_with(word), word, "config file", "did you mean config/poe.py?")
+    one_line_error(train_with("verse"), "verse", "see --help")
     one_line_error(train_with("x" * 300 + ".py"), "xxx.py")          # longer than any file's name may be
 
 
@@ -257,12 +263,14 @@ def test_no_value_is_ever_evaluated(program, tmp_path, monkeypatch):
 # -- help
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_help_lists_every_field_with_its_default_and_comment(program):
+def test_help_lists_every_field_with_its_default_and_comment(program, monkeypatch):
     main, options = PROGRAMS[program]
+    monkeypatch.setenv("COLUMNS", "80")
     outcome = inside(main, "--help")
     assert outcome.returncode == 0
     assert outcome.stderr == ""
     assert len(comments(options)) == len(fields(options))           # none without a comment
+    assert max(map(len, outcome.stdout.splitlines())) < 80          # the examples, too
     unwrapped = "".join(outcome.stdout.split())                     # lines break anywhere
     for field, (_, name, comment) in zip(fields(options), comments(options), strict=True):
         assert name == field.name
@@ -270,6 +278,10 @@ def test_help_lists_every_field_with_its_default_and_comment(program):
         assert "".join(f"--{name}={default} {comment}".split()) in unwrapped
         for choice in choices(get_type_hints(options)[name]):
             assert str(choice) in outcome.stdout
+
+
+def test_the_help_of_prepare_names_every_set():
+    assert all(re.search(rf"\b{name}\b", prepare.__doc__) for name in prepare.SETS)
 
 
 @dataclass
@@ -284,12 +296,22 @@ class Garden:
 
 
 def test_the_help_is_the_comments_of_the_source():
-    lines = help_text(Garden, "A garden.\n\n    python garden.py\nGreen.").splitlines()
-    assert lines[:5] == ["A garden.", "", "    python garden.py", "Green.", ""]
-    assert [" ".join(line.split()) for line in lines[5:]] == [
+    lines = help_text(Garden, "A garden.\n\n    python garden.py\n\nGreen.\n", 100).splitlines()
+    assert lines[:4] == ["A garden.", "", "Green.", ""]
+    assert [" ".join(line.split()) for line in lines[6:]] == [
         "plants:", "--trees=3 how many; with # in it",
         "--shade=0.5 its share of the ground, which is explained in a second line", "",
-        "tools:", "--hose=False lay one", "--name= on the gate"]
+        "tools:", "--hose=False lay one", "--name= on the gate", "",
+        "examples:", "python garden.py"]
+
+
+def test_the_help_is_wrapped_to_the_terminal(monkeypatch):
+    for columns in (60, 80, 100, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = help_text(Config, train.__doc__).split("examples:")[0].splitlines()
+        assert columns - 12 < max(map(len, lines)) < columns
+        long = lines.index("  --gradient_accumulation_steps=1") if columns < 100 else 0
+        assert not long or lines[long + 1].startswith(" " * 30 + "micro-batches per step")
 
 
 # -- any command line at all

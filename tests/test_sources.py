@@ -123,7 +123,8 @@ def test_other_encodings(encoding, here):
 
 def test_what_does_not_decode_is_named_with_its_offset(here):
     (here / "a.txt").write_bytes(b"x" * 2_000_000 + "漢".encode("gb18030") + b"\xff")
-    one_line_error(refused("a.txt", "--encoding=gb18030"), "a.txt is not GB18030", "0xff", "offset 2,000,002")
+    one_line_error(refused("a.txt", "--encoding=gb18030"), "a.txt is not GB18030", "0xff", "offset 2,000,002",
+                   "--encoding=")
     (here / "b.txt.gz").write_bytes(gzip.compress(b"caf\xe9"))
     one_line_error(refused("b.txt.gz"), "b.txt.gz", "0xe9", "offset 3", "unpacked")
     one_line_error(refused("a.txt", "--encoding=base64"), "encoding=base64", "utf-8")
