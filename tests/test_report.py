@@ -3,7 +3,6 @@
 import math
 import sys
 import types
-from dataclasses import asdict
 
 import pytest
 from conftest import flags, inside, one_line_error, trained
@@ -100,7 +99,8 @@ def test_evaluation_and_saving_do_not_count_as_training(data_dir, tmp_path, monk
     monkeypatch.setattr("support.report.time.perf_counter", lambda: now[0])
     meta = {"splits": dict.fromkeys(("train", "val"), {"tokens": 1, "bytes": 1})}
     report = Report(Config(), tmp_path, False, None, meta,
-                    dict(step=0, seconds=7.0), "cpu", "")
+                    dict(step=0, seconds=7.0, evaluated=-1), "cpu")
+    report.begin("off", [], None)
     now[0] += 2
     with report.paused():
         now[0] += 50
@@ -111,7 +111,9 @@ def test_evaluation_and_saving_do_not_count_as_training(data_dir, tmp_path, monk
 def test_ranks_other_than_the_first_say_and_write_nothing(tmp_path, capsys):
     meta = {"splits": dict.fromkeys(("train", "val"), {"tokens": 1, "bytes": 1})}
     report = Report(Config(), tmp_path, False, None, meta,
-                    dict(step=0, seconds=0.0, **asdict(Config())), "cpu", "")
+                    dict(step=0, seconds=0.0, evaluated=-1), "cpu")
+    report.compiling(True)
+    report.begin("off", [], None)
     report.update(1, 2.0, 0.5, 0.01)
     report.evaluation(1, {"train": 2.0, "val": 2.0}, True)
     report.sample(1, lambda: 1 / 0)
