@@ -37,6 +37,8 @@ RUN = """
 import resource, sys
 sys.path.insert(0, sys.argv.pop(1))
 sys.modules["matplotlib"] = None                # a picture is no part of it
+import torch
+torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).step()      # so that the libraries it imports are there
 import train
 made, begun = train.GPT, []
 def GPT(*some):

@@ -65,7 +65,7 @@ def columns() -> int:
 
 def fitted(parts: dict, room: int) -> str:
     """The parts as one line of at most `room` columns: what matters least is left out first."""
-    for name in ("", "norm", "lr", "mfu", "ms", "rate", "left"):
+    for name in ("", "norm", "lr", "mfu", "ms", "rate", "bits", "left", "train"):
         parts = {key: part for key, part in parts.items() if key != name and part}
         if len(line := " | ".join(parts.values())) <= room:
             break
@@ -106,8 +106,8 @@ def free_memory(device: str) -> int:
 
 
 def saved_tensors(run_once, model, logits: int) -> tuple:
-    """Bytes of (activations, logits) that autograd keeps in a forward pass for the backward pass: each storage once,
-    without the weights. `logits`: how many numbers make the logits of a micro-batch."""
+    """Bytes of (activations, logits, the largest activation) that autograd keeps in a forward pass for the backward
+    pass: each storage once, without the weights. `logits`: how many numbers make the logits of a micro-batch."""
     import torch
 
     weights, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
@@ -121,7 +121,8 @@ def saved_tensors(run_once, model, logits: int) -> tuple:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         run_once()
-    return tuple(sum(size for is_logits, size in found.values() if is_logits == wanted) for wanted in (False, True))
+    parts = [[size for is_logits, size in found.values() if is_logits == wanted] for wanted in (False, True)]
+    return sum(parts[0]), sum(parts[1]), max(parts[0], default=0)
 
 
 def model_table(model) -> list:
@@ -392,7 +393,7 @@ class Report:
                      rate=f"{short(rate):>5} tok/s", left=f"{duration(self.left(step, each))} left",
                      mfu=f"{100 * rate * self.flops_per_token / self.peak:.0f}% MFU" if self.peak else "")
         if self.bar:
-            self.bar.update(step - self.bar.n)
+            self.bar.n = step
             self.bar.set_description_str(fitted(parts, columns() - 10))
         else:
             self.say(fitted(parts, columns()))
@@ -406,10 +407,12 @@ class Report:
             self.found["evaluation"] = time.perf_counter() - self.paused_since
             return
         bits = losses["val"] * self.to_bits_per_byte
-        note = "best so far" if best else f"best {self.state['best_val_loss']:.4f} at step {self.state['best_step']}"
         of, wide = self.widths
-        self.say(f"eval {step:{of}}/{self.cfg.max_iters} | train {losses['train']:{wide + 1}.4f} | "
-                 f"val {losses['val']:{wide + 1}.4f} | {bits:.3f} bits per byte | {note}")
+        best_of_all = f"best {self.state['best_val_loss']:.4f} at step {self.state['best_step']}"
+        parts = dict(step=f"eval {step:{of}}/{self.cfg.max_iters}", train=f"train {losses['train']:{wide + 1}.4f}",
+                     val=f"val {losses['val']:{wide + 1}.4f}", bits=f"{bits:.3f} bits per byte",
+                     best="best so far" if best else best_of_all)
+        self.say(fitted(parts, columns()))
         self.log(step, train_loss=losses["train"], val_loss=losses["val"], val_bits_per_byte=bits)
         if self.writes:
             try:
@@ -484,7 +487,7 @@ class Report:
         gradients = sum(p.nbytes for p in self.model.parameters()) * (1 if world == 1 else 2)   # DDP's buckets
         state = sum(tensor.nbytes for optimizer in optimizers for entry in optimizer.state.values()
                     for tensor in entry.values() if hasattr(tensor, "nbytes"))
-        activations, saved_logits = self.found["saved"]
+        activations, saved_logits, widest = self.found["saved"]
         position = 4 * self.model.vocab_size                            # bytes of its logits
         logits = saved_logits + 2 * rows // micro * cfg.block_size * position       # and two of their gradients
         # Muon stacks the matrices of a shape, and holds up to eight more tensors of that size while it works on them.
@@ -493,7 +496,8 @@ class Report:
         # An evaluation keeps no activations, but takes up to 16 windows at once, with their logits.
         windows = max(min(16, (self.meta["splits"][name]["tokens"] - 1) // cfg.block_size) for name in ("train", "val"))
         wide = 4 * 17 * cfg.n_embd + (4 if cfg.logit_cap else 2) * position
-        phases = dict(backward=activations + logits + gradients * (micro > 1), update=gradients + work,
+        # As the backward pass begins, all of it is there, and some three tensors between two layers.
+        phases = dict(backward=activations + logits + 3 * widest + gradients * (micro > 1), update=gradients + work,
                       evaluation=windows * cfg.block_size * wide)
         phases = {name: weights + state + more for name, more in phases.items()}
         return dict(weights=weights, gradients=gradients, optimizer=state, work=work, activations=activations,
@@ -576,10 +580,10 @@ class Report:
         self.close()
         if self.first:
             late = "" if self.device == "cpu" else f" (seen there; it may be up to {self.cfg.log_interval} steps older)"
-            print(f"stopped: the loss or gradient of step {step}{late} is not finite, and was not applied. "
-                  f"{self.out_dir}/last.pt "
-                  "holds the run as it was at its last save. Try a lower --learning_rate, --grad_clip=1.0, more "
-                  "--warmup_iters or --dtype=float32", file=sys.stderr, flush=True)
+            kept = f" {self.out_dir}/last.pt holds the run as it was at its last save." if self.writes else ""
+            print(f"stopped: the loss or gradient of step {step}{late} is not finite, and was not applied."
+                  f"{kept} Try a lower --learning_rate, --grad_clip=1.0, more --warmup_iters or --dtype=float32",
+                  file=sys.stderr, flush=True)
         return 3
 
     def close(self):
