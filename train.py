@@ -46,6 +46,7 @@ class Config:
     max_iters: int = 250                # optimizer steps
     max_epochs: float = 0.0             # passes over the training tokens; above 0 it sets max_iters
     max_minutes: float = 0.0            # stop after so many on the clock; max_iters, if not typed, is fitted
+    dry_run: bool = False               # say what the run would take, from three real steps; write nothing
     # -- evaluation and reports
     eval_interval: int = 50             # steps between evaluations; one comes before the first step
     eval_iters: int = 0                 # N: N batches of 16 windows spread evenly; 0: all of the val split
@@ -675,22 +676,23 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
 
     state = dict(step=0, evaluated=-1, best_step=0, best_val_loss=math.inf, losses={}, seconds=0.0)
     state |= {name: resumed[name] for name in state} if resumed else {}
-    lock = runtime.claim(out_dir, bool(resumed)) if ranks.first and not cfg.eval_only else None
+    lock = None if cfg.eval_only or cfg.dry_run or not ranks.first else runtime.claim(out_dir, bool(resumed))
+    report = Report(cfg, out_dir, ranks.first, model, meta, state, device)
     passes = 0 if cfg.eval_only else (cfg.max_iters - state["step"]) * micro
     wanted = runtime.compile_pays(cfg.compile, model, run_once, passes, device, ranks, deadline)
-    step_model, cfg.compile, compile_note = runtime.compile(wanted, model, run_once, device)
+    step_model, cfg.compile, note = runtime.compile(report.compiling(wanted), model, run_once, device)
     step_model = step_model if cfg.shard else ranks.copies(step_model, device)
     optimizers = make_optimizers(model, cfg, device, cfg.compile, **ranks.spreading())
     scaler = torch.amp.GradScaler(kind, enabled=cfg.dtype == "float16")
     if resumed:
         runtime.restore_optimizers(optimizers, scaler, resumed, ranks.first)
-    report = Report(cfg, out_dir, ranks.first, model, meta, state, device, compile_note)
+    cfg = report.begin(note, optimizers, partial(run_once, step_model))     # a short one, if it is dry
 
     unsaved, bad = {}, False                            # what went wrong in the latest save of each file
 
     def save(name: str, number: bool = False):
         """Write a checkpoint, and note in `unsaved` what went wrong. number: keep it under its step, too."""
-        if cfg.eval_only or not (ranks.first or cfg.shard):
+        if cfg.eval_only or cfg.dry_run or not (ranks.first or cfg.shard):
             return
         content = state | dict(config=asdict(cfg), tokenizer=tokenizer.stored, vocab_size=model.vocab_size,
                                text=text, model=dict(model.state_dict()), seconds=report.seconds())
@@ -731,7 +733,7 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
                 if due and (last or stale):
                     save("last.pt")
                 if show and (ranks.first or cfg.shard):
-                    report.sample(step, sample_text(model, tokenizer, cfg, step, device))
+                    report.sample(step, partial(sample_text, model, tokenizer, cfg, step, device))
             if last or stale or cfg.eval_only:
                 break
 

@@ -4,10 +4,11 @@
 #     python train.py config/gpt2_124m.py                                 # one GPU
 #     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py
 #
-# 524,288 tokens a step, whatever the number of GPUs: 16 micro-batches of 32 windows are shared by the processes. Memory: 162M parameters, since the output layer is not the embedding (124M as in GPT-2 but
-# for that): 0.65 GB each for weights and gradients, 1.0 GB for the optimizers; activations grow with batch_size:
-# --batch_size=8 --gradient_accumulation_steps=64 is the same training in a quarter of their memory, and
-# --activation_checkpointing less still. `--dry_run` estimates it for the machine at hand.
+# 524,288 tokens a step, whatever the number of GPUs: 16 micro-batches of 32 windows are shared by the processes.
+# Memory: 162M parameters, since the output layer is not the embedding (124M as in GPT-2 but for that): 0.65 GB each for
+# weights and gradients, 1.0 GB for the optimizers. Activations and logits grow with batch_size: --batch_size=8
+# --gradient_accumulation_steps=64 is the same training in a quarter of theirs, --activation_checkpointing less still.
+# `--dry_run` estimates it for the machine at hand.
 #
 # Not trained whole here, for want of a GPU: the rates are those of public speedruns at this size (modded-nanogpt).
 

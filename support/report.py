@@ -1,18 +1,33 @@
-"""What a person sees of a run: banner, progress, log.csv, loss.png, TensorBoard and W&B. It changes no weight, no batch
-and no random number; ranks other than the first print and write nothing."""
+"""What a person sees of a run: banner, progress, log.csv, loss.png, TensorBoard and W&B, what a dry run finds out. It
+changes no weight, no batch and no random number; ranks other than the first print and write nothing.
+
+As a program it draws the validation losses of several runs over one another, and prints what each came to:
+
+    python support/report.py out/a out/b
+    python support/report.py out/a out/b out/c --by=time --out=compare.png
+"""
 
 import contextlib
 import csv
 import io
 import math
+import os
 import re
+import shlex
+import shutil
+import statistics
 import sys
+import textwrap
 import time
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)   # instead of support/
 
 from support import runtime
-from support.cli import fail, printable
+from support.cli import fail, parse, printable, run
 
 COLUMNS = ["step", "tokens", "loss", "lr", "norm", "train_loss", "val_loss", "val_bits_per_byte",
            "ms", "tokens_per_second", "seconds"]
@@ -37,6 +52,134 @@ def short(number: float) -> str:
     return f"{number:.0f}"
 
 
+def size(number: float) -> str:
+    """12345678 bytes as 12.3 MB."""
+    return f"{number / 1e9:,.2f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
+
+
+def columns() -> int:
+    """The width of the terminal; none, when the output goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+
+
+def fitted(parts: dict, room: int) -> str:
+    """The parts as one line of at most `room` columns: what matters least is left out first."""
+    for name in ("", "norm", "lr", "mfu", "ms", "rate", "bits", "left", "train"):
+        parts = {key: part for key, part in parts.items() if key != name and part}
+        if len(line := " | ".join(parts.values())) <= room:
+            break
+    return line
+
+
+def aligned(rows: list) -> list:
+    """Rows of texts as lines, the first column flush left and the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+
+
+def peak_memory(device: str) -> int:
+    """The most bytes this process has held so far: on an NVIDIA GPU those of its tensors, else its resident memory.
+    0 where the system does not tell."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:                 # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that the device could give this process in all; 0 where the system does not tell."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    found = 0
+    with contextlib.suppress(OSError):
+        for path, name in (("/proc/meminfo", "MemAvailable"), ("/proc/self/status", "VmRSS")):  # with what it holds now
+            found += 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path(path).read_text(encoding="utf-8"))[1])
+    return found
+
+
+def saved_tensors(run_once, model, logits: int) -> tuple:
+    """Bytes of (activations, logits, the largest activation) that autograd keeps in a forward pass for the backward
+    pass: each storage once, without the weights. `logits`: how many numbers make the logits of a micro-batch."""
+    import torch
+
+    weights, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            is_logits = tensor.numel() == logits and tensor.shape[-1] == model.vocab_size
+            found[storage.data_ptr()] = (is_logits, storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run_once()
+    parts = [[size for is_logits, size in found.values() if is_logits == wanted] for wanted in (False, True)]
+    return sum(parts[0]), sum(parts[1]), max(parts[0], default=0)
+
+
+def model_table(model) -> list:
+    """Lines of a table of all parameters; those of the blocks that share name and shape are one row."""
+    rows, tied = {}, {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        shape = " x ".join(map(str, p.shape))
+        if tied[id(p)] != name:
+            name, number = f"{name} = {tied[id(p)]}", 0
+        else:
+            name, number = re.sub(r"^blocks\.\d+", "blocks.*", name), p.numel()
+        times, count = rows.get((name, shape), (0, 0))
+        rows[name, shape] = times + 1, count + number
+    table = [(name, shape, str(times), f"{count:,}") for (name, shape), (times, count) in rows.items()]
+    total = sum(count for _, count in rows.values())
+    return aligned([("parameter", "shape", "times", "numbers"), *table, ("total", "", "", f"{total:,}")])
+
+
+def evaluations_left(cfg, step: int, evaluated: int) -> int:
+    """How many evaluations a run at `step`, the last of them at `evaluated` (-1: none), has still before it."""
+    if evaluated >= cfg.max_iters:
+        return 0
+    return -(-cfg.max_iters // cfg.eval_interval) - -(-max(step, evaluated + 1) // cfg.eval_interval) + 1
+
+
+def doubts(cfg, tokens: dict, parameters: int, vocab_size: int, device: str) -> list:
+    """What in the settings is allowed and yet rarely meant, in a sentence each. tokens: of the splits, and those that
+    the run reads, "read"."""
+    per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
+    epochs, windows, decays = tokens["read"] / tokens["train"], (tokens["val"] - 1) // cfg.block_size, cfg.decay_lr
+    rows = cfg.pad_vocab_to * math.ceil(vocab_size / cfg.pad_vocab_to)
+    rules = [
+        (windows < 16, f"val holds {windows} windows of {cfg.block_size} tokens: so few make a rough val loss; bring "
+         "more text, raise prepare.py's --val_fraction or lower --block_size"),
+        (tokens["train"] < 0.02 * parameters, f"{parameters / tokens['train']:,.0f} parameters for each token of "
+         "train: it will be learned by heart; take a smaller model or more text, and look at the val loss"),
+        (epochs > 10 and not cfg.dropout, f"{epochs:,.0f} epochs without dropout: the model may learn its text by "
+         "heart; try --dropout=0.1, fewer steps or --patience=3"),
+        (per_step > tokens["train"], f"a step of {per_step:,} tokens is more than an epoch, so that it sees windows "
+         "several times: lower --batch_size or --gradient_accumulation_steps"),
+        (decays and cfg.schedule != "constant" and cfg.lr_decay_iters not in (0, cfg.max_iters),
+         f"lr_decay_iters={cfg.lr_decay_iters:,} is not max_iters={cfg.max_iters:,}: the learning rate "
+         + ("stays at its lowest from there on" if cfg.lr_decay_iters < cfg.max_iters else "will not have come down")
+         + "; --lr_decay_iters=0 fits them"),
+        (cfg.min_lr and not (decays and cfg.schedule != "constant"), f"min_lr={cfg.min_lr} is not used: "
+         + (f"schedule={cfg.schedule}" if decays else "decay_lr=False")),
+        (decays and cfg.warmup_iters >= cfg.max_iters > 0, f"warmup_iters={cfg.warmup_iters:,} is not below "
+         f"max_iters={cfg.max_iters:,}: the full learning rate is never reached"),
+        (cfg.eval_interval > cfg.max_iters > 0, f"eval_interval={cfg.eval_interval:,} is above max_iters="
+         f"{cfg.max_iters:,}: it is evaluated at its two ends only, and ckpt.pt is the better of those"),
+        (cfg.patience * cfg.eval_interval >= cfg.max_iters > 0 and cfg.patience, f"patience={cfg.patience} evaluations "
+         f"of {cfg.eval_interval:,} steps are the whole run: it will not stop early"),
+        (device.startswith("cuda") and rows % 64, f"the vocabulary of {vocab_size:,} makes slow matrix products on a "
+         "GPU: --pad_vocab_to=64"),
+    ]
+    return [sentence for holds, sentence in rules if holds]
+
+
 def read_log(path: Path) -> list:
     """The rows of a log.csv as dicts of numbers (empty cells left out). A row that a kill cut short is dropped."""
     rows = []
@@ -56,15 +199,17 @@ def draw(rows: list, path: Path, title: str, tokens_per_step: int, tokens_per_ep
     axes = figure.subplots()
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "val_loss" in row]
-    axes.plot([row["step"] for row in steps], [row["loss"] for row in steps], color="0.75", lw=1, label="batch")
+    axes.plot([row["step"] for row in steps], [row["loss"] for row in steps], color="0.75", lw=1,
+              label="one step's batch")
     for name, color in (("train", "tab:blue"), ("val", "tab:orange")):
         axes.plot([row["step"] for row in evaluations], [row[f"{name}_loss"] for row in evaluations], ".-", color=color,
-                  label=name)
+                  label=f"{name}, evaluated")
     if evaluations:
         best = min(evaluations, key=lambda row: row["val_loss"])
-        axes.plot(best["step"], best["val_loss"], "*", color="tab:red", ms=14,
+        axes.plot(best["step"], best["val_loss"], "*", color="tab:red", ms=12, zorder=5,
                   label=f"best val {best['val_loss']:.4f} at step {best['step']:.0f}")
-    axes.set(title=title, xlabel="steps", ylabel="loss (nats per token)")
+    end = max([1, *(row["step"] for row in rows)])
+    axes.set(title=title, xlabel="steps", ylabel="loss (nats per token)", xlim=(-0.03 * end, 1.03 * end))
     axes.xaxis.get_major_locator().set_params(integer=True)
     above, below = (axes.secondary_xaxis(place, functions=(lambda s, f=factor: s * f, lambda x, f=factor: x / f))
                     for place, factor in (("top", tokens_per_step), (-0.15, tokens_per_step / tokens_per_epoch)))
@@ -73,6 +218,10 @@ def draw(rows: list, path: Path, title: str, tokens_per_step: int, tokens_per_ep
     above.xaxis.set_major_formatter(lambda tokens, _: short(tokens) if tokens >= 1 else "0")
     axes.grid(alpha=0.3)
     axes.legend()
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: Path):
     image = io.BytesIO()
     figure.savefig(image, format="png")
     with runtime.written(path) as file:
@@ -82,31 +231,84 @@ def draw(rows: list, path: Path, title: str, tokens_per_step: int, tokens_per_ep
 class Report:
     """The run's face and its stopwatch, which stands still while `paused()`."""
 
-    def __init__(self, cfg, out_dir: Path, first: bool, model, meta: dict, state: dict, device: str, compile_note: str):
+    def __init__(self, cfg, out_dir: Path, first: bool, model, meta: dict, state: dict, device: str):
         self.cfg, self.out_dir, self.first, self.state, self.device = cfg, out_dir, first, state, device
-        self.writes = first and not cfg.eval_only
+        self.model, self.meta = model, meta
+        self.writes = first and not (cfg.eval_only or cfg.dry_run)
         self.tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
         self.tokens_per_epoch = meta["splits"]["train"]["tokens"] // cfg.block_size * cfg.block_size
         val = meta["splits"]["val"]
         self.to_bits_per_byte = val["tokens"] / max(1, val["bytes"]) / math.log(2)
         self.first_step = self.last_step = state["step"]
         self.bar, self.loggers, self.closers = None, [], []
-        self.before, self.running_since = state["seconds"], time.perf_counter()
-        self.stood_still = 0.0          # seconds of evaluations, saves and samples since the start
+        self.before, self.running_since = state["seconds"], None
         self.last_seconds = self.before
-        if not first:
-            return
-        self.flops_per_token, self.peak = self.flops(model), self.peak_flops()
+        self.began = time.perf_counter()
+        self.standing, self.evaluations = 0.0, 0        # seconds paused by this process, and what for
+        self.evaluated = state["evaluated"]             # before it began
+        self.found = {}                                 # what a dry run measures
+        if first:
+            self.flops_per_token, self.peak = self.flops(model), self.peak_flops()
+            self.width = len(f"{math.log(meta['vocab_size']):.3f}")     # of the largest loss to expect
+            if not cfg.eval_only:
+                self.need_loggers()
+            self.banner()
+
+    def need_loggers(self):
+        """The packages that flags ask for, or one line on how to get them: before anything that takes long."""
+        if self.cfg.tensorboard:
+            try:
+                from torch.utils import tensorboard
+            except ImportError:
+                fail("tensorboard=True needs the package: pip install tensorboard")
+            self.tensorboard = tensorboard
+        if self.cfg.wandb_log:
+            try:
+                import wandb
+            except ImportError:
+                fail("wandb_log=True needs the package: pip install wandb")
+            self.wandb = wandb
+
+    def compiling(self, wanted: bool) -> bool:
+        """Say that compiling begins, if it is `wanted`, since it takes long; returns `wanted`."""
+        self.began_compiling = time.perf_counter()
+        if wanted:
+            self.label("compile", "takes 20-40 s on a few processor cores, less if it was done before ...")
+        return wanted
+
+    def begin(self, compile_note: str, optimizers: list, run_once):
+        """Start the stopwatch and whatever is written. Returns the settings to train with: those of the run, or for a
+        dry run those of three steps and two short evaluations. run_once: a forward and a backward pass."""
+        cfg = self.cfg
+        if self.first:
+            import torch
+
+            kind = torch.device(self.device).type
+            name = {"cuda": lambda: f", {torch.cuda.get_device_name(self.device)}",
+                    "cpu": lambda: f", {torch.get_num_threads()} threads"}.get(kind, str)()
+            self.label("machine", f"{self.device}{name}; {cfg.dtype}; compile {compile_note}")
         if self.writes:
             self.open_log()
             self.open_loggers()
-        self.banner(model, meta, compile_note)
-        if sys.stdout.isatty() and not cfg.eval_only:
+        if cfg.dry_run:
+            compiling = time.perf_counter() - self.began_compiling if cfg.compile else 0.0
+            self.found |= dict(optimizers=optimizers, compile=compiling)
+            _, micro = self.share = runtime.Ranks().share(cfg.batch_size * cfg.gradient_accumulation_steps,
+                                                          cfg.batch_size)
+            logits = self.share[0] // micro * cfg.block_size * self.model.vocab_size
+            if self.device.startswith("cuda"):
+                torch.cuda.reset_peak_memory_stats(self.device)
+            self.found["saved"] = saved_tensors(run_once, self.model, logits)
+            cfg = replace(cfg, max_iters=min(cfg.max_iters, self.first_step + 3), eval_iters=1, log_interval=1,
+                          eval_interval=2**31, sample_interval=0, save_interval=0, patience=0)
+        elif self.first and sys.stdout.isatty() and not cfg.eval_only:
             with contextlib.suppress(ImportError):
                 from tqdm import tqdm
 
-                self.bar = tqdm(total=cfg.max_iters, initial=self.first_step, unit="step", dynamic_ncols=True,
-                                leave=False)
+                self.bar = tqdm(total=cfg.max_iters, initial=self.first_step, file=sys.stdout, dynamic_ncols=True,
+                                leave=False, desc="step", bar_format="{desc} |{bar}|")
+        self.running_since = time.perf_counter()
+        return cfg
 
     # -- time
 
@@ -118,12 +320,28 @@ class Report:
     def paused(self):
         runtime.wait(self.device)
         self.before, self.running_since = self.seconds(), None
-        start = time.perf_counter()
+        self.paused_since = time.perf_counter()
         try:
             yield
         finally:
             self.running_since = time.perf_counter()
-            self.stood_still += self.running_since - start
+            self.standing += self.running_since - self.paused_since
+
+    def pause(self) -> float:
+        """Seconds that an evaluation takes, with its saves and sample."""
+        return self.standing / max(1, self.evaluations)
+
+    def left(self, step: int, each: float) -> str:
+        """The time from `step` to the end at `each` seconds a step, with evaluations like those so far."""
+        if self.cfg.max_iters == runtime.OPEN:
+            return f"{self.cfg.max_minutes:g} min"
+        to_come = evaluations_left(self.cfg, step, self.state["evaluated"])
+        return duration(each * (self.cfg.max_iters - step) + self.pause() * to_come)
+
+    def place(self, step: int) -> str:
+        """`step/max_iters`, as wide at every step."""
+        count = str(self.cfg.max_iters) if self.cfg.max_iters < runtime.OPEN else "?"
+        return f"{step:{len(count)}}/{count}"
 
     # -- lines
 
@@ -134,32 +352,31 @@ class Report:
             else:
                 print(line, flush=True)
 
-    def banner(self, model, meta: dict, compile_note: str):
-        import torch
+    def label(self, name: str, text: str):
+        """A line of the banner or the summary; on a terminal as many as it is narrow."""
+        wrapped = textwrap.wrap(text, max(30, columns() - 10), break_long_words=False, break_on_hyphens=False)
+        self.say("\n".join(f"{'' if number else name:<8} {line}" for number, line in enumerate(wrapped)))
 
-        cfg, splits = self.cfg, meta["splits"]
-        parameters = sum(p.numel() for p in model.parameters())
-        kind = torch.device(self.device).type
-        name = torch.cuda.get_device_name(self.device) if kind == "cuda" else f"{torch.get_num_threads()} threads" \
-            if kind == "cpu" else ""
+    def banner(self):
+        cfg, splits, vocab_size = self.cfg, self.meta["splits"], self.meta["vocab_size"]
+        parameters = sum(p.numel() for p in self.model.parameters())
         per_epoch = self.tokens_per_epoch / self.tokens_per_step
         changed = [f"{f.name}={getattr(cfg, f.name)}" for f in fields(cfg)
                    if getattr(cfg, f.name) not in (f.default, runtime.OPEN)
-                   and f.name not in ("out_dir", "dtype", "compile")]
-        self.say(f"data     {cfg.dataset}: {splits['train']['tokens']:,} train and {splits['val']['tokens']:,} val "
-                 f"tokens, vocabulary {meta['vocab_size']:,}")
-        self.say(f"model    {short(parameters)} parameters ({parameters:,}): {cfg.n_layer} layers, {cfg.n_head} heads, "
-                 f"{cfg.n_embd} wide, context {cfg.block_size}")
-        self.say(f"machine  {self.device}{', ' + name if name else ''}; {cfg.dtype}; compile {compile_note}")
-        first = f"; the first loss should be near ln {meta['vocab_size']} = {math.log(meta['vocab_size']):.3f}"
+                   and f.name not in ("out_dir", "dtype", "compile", "dry_run")]
+        self.label("data", f"{cfg.dataset}: {splits['train']['tokens']:,} train and {splits['val']['tokens']:,} val "
+                   f"tokens, vocabulary {vocab_size:,}")
+        self.label("model", f"{short(parameters)} parameters ({parameters:,}): {cfg.n_layer} layers, {cfg.n_head} "
+                   f"heads, {cfg.n_embd} wide, context {cfg.block_size}")
+        first = f"; the first loss should be near ln {vocab_size} = {math.log(vocab_size):.3f}"
         count = f"{cfg.max_iters:,}" if cfg.max_iters < runtime.OPEN else f"as many as {cfg.max_minutes:g} min allow,"
-        self.say(f"steps    {count} of {self.tokens_per_step:,} tokens, {per_epoch:.1f} to an epoch"
-                 f"{first if cfg.init_from == 'scratch' else ''}")
+        self.label("steps", f"{count} of {self.tokens_per_step:,} tokens, {per_epoch:.1f} to an epoch"
+                   f"{first if cfg.init_from == 'scratch' and not self.first_step else ''}")
         if changed:
-            self.say(f"settings {printable(', '.join(changed))} (the rest as --help says)")
+            self.label("settings", f"{', '.join(changed)} (the rest as --help says)")
         if self.writes:
             going_on = f", going on at step {self.first_step:,}" if self.first_step else ""
-            self.say(f"writes   {self.out_dir}/{going_on}")
+            self.label("writes", f"{self.out_dir}/{going_on}")
 
     def flops(self, model) -> float:
         """Floating-point operations of training on one token: 6 for each weight of a matrix product, and attention's
@@ -176,11 +393,6 @@ class Report:
         words = re.findall(r"\w+", torch.cuda.get_device_name(self.device))
         return next((rate * 1e12 for card, rate in PEAKS.items() if card in words), 0) * runtime.Ranks().world
 
-    def place(self, step: int) -> str:
-        """`step/max_iters`, as wide at every step."""
-        count = str(self.cfg.max_iters) if self.cfg.max_iters < runtime.OPEN else "?"
-        return f"{step:{len(count)}}/{count}"
-
     def update(self, step: int, loss: float, norm: float, lr: float):
         """A line for update number `step`."""
         if not self.first:
@@ -189,23 +401,34 @@ class Report:
         each = max(1e-9, (seconds - self.last_seconds) / max(1, step - self.last_step))
         rate = self.tokens_per_step / each
         self.last_seconds, self.last_step = seconds, step
-        mfu = f" | {100 * rate * self.flops_per_token / self.peak:.0f}% MFU" if self.peak else ""
-        left = duration(each * (self.cfg.max_iters - step)) if self.cfg.max_iters < runtime.OPEN else "?"
-        line = (f"loss {loss:.3f} | lr {lr:.1e} | norm {norm:.2f} | {1000 * each:3.0f} ms | {short(rate)} tok/s{mfu}")
+        if self.cfg.dry_run:
+            self.found.setdefault("steps", []).append(each)
+            return
+        parts = dict(step=f"step {self.place(step)}", loss=f"loss {loss:{self.width}.3f}", lr=f"lr {lr:.1e}",
+                     norm=f"norm {norm:5.2f}", ms=f"{1000 * each:5.{1 if each < 0.1 else 0}f} ms",
+                     rate=f"{short(rate):>5} tok/s", left=f"{self.left(step, each)} left",
+                     mfu=f"{100 * rate * self.flops_per_token / self.peak:.0f}% MFU" if self.peak else "")
         if self.bar:
-            self.bar.update(step - self.bar.n)
-            self.bar.set_postfix_str(line)
+            self.bar.n, self.bar.total = step, self.cfg.max_iters
+            self.bar.set_description_str(fitted(parts, columns() - 10))
         else:
-            self.say(f"step {self.place(step)} | {line} | {left} left")
+            self.say(fitted(parts, columns()))
         self.log(step, loss=loss, norm=norm, lr=lr, ms=1000 * each, tokens_per_second=rate)
 
     def evaluation(self, step: int, losses: dict, best: bool):
+        self.evaluations += 1
         if not self.first:
             return
+        if self.cfg.dry_run:
+            self.found["evaluation"] = time.perf_counter() - self.paused_since
+            return
         bits = losses["val"] * self.to_bits_per_byte
-        note = "best so far" if best else f"best {self.state['best_val_loss']:.4f} at step {self.state['best_step']}"
-        self.say(f"eval {self.place(step)} | train {losses['train']:.4f} | val {losses['val']:.4f} | "
-                 f"{bits:.3f} bits per byte | {note}")
+        best_of_all = f"best {self.state['best_val_loss']:.4f} at step {self.state['best_step']}"
+        wide = self.width + 1
+        parts = dict(step=f"eval {self.place(step)}", train=f"train {losses['train']:{wide}.4f}",
+                     val=f"val {losses['val']:{wide}.4f}", bits=f"{bits:.3f} bits per byte",
+                     best="best so far" if best else best_of_all)
+        self.say(fitted(parts, columns()))
         self.log(step, train_loss=losses["train"], val_loss=losses["val"], val_bits_per_byte=bits)
         if self.writes:
             try:
@@ -216,9 +439,11 @@ class Report:
             except OSError as error:
                 self.say(f"could not write {self.out_dir / 'loss.png'}: {error.strerror or error}")
 
-    def sample(self, step: int, text: str):
-        if self.first:
-            text = "\n".join(printable(line) for line in text.strip().split("\n"))
+    def sample(self, step: int, make_text):
+        began = time.perf_counter()
+        text = "\n".join(printable(line) for line in make_text().strip().split("\n"))
+        self.found["sample"] = time.perf_counter() - began
+        if not self.cfg.dry_run:
             self.say(f"--- sample at step {step}\n{text}\n---")
 
     # -- files
@@ -245,21 +470,14 @@ class Report:
     def open_loggers(self):
         cfg = self.cfg
         if cfg.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                fail("tensorboard=True needs the package: pip install tensorboard")
-            board = SummaryWriter(str(self.out_dir))
+            board = self.tensorboard.SummaryWriter(str(self.out_dir))
             self.loggers.append(lambda step, row: [board.add_scalar(key, value, step) for key, value in row.items()])
             self.closers.append(board.close)
         if cfg.wandb_log:
-            try:
-                import wandb
-            except ImportError:
-                fail("wandb_log=True needs the package: pip install wandb")
-            run = wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or self.out_dir.name, config=vars(cfg))
-            self.loggers.append(lambda step, row: run.log(row, step=step))
-            self.closers.append(run.finish)
+            logged = self.wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name or self.out_dir.name,
+                                     config=vars(cfg))
+            self.loggers.append(lambda step, row: logged.log(row, step=step))
+            self.closers.append(logged.finish)
 
     def log(self, step: int, **row):
         """A row of log.csv, and the same figures to TensorBoard and W&B. A full disk costs the row, not the run."""
@@ -274,6 +492,104 @@ class Report:
         for logger in self.loggers:
             logger(step, row)
 
+    # -- a dry run
+
+    def memory(self) -> dict:
+        """Bytes by part, and the most that a step holds at once ("step") and an evaluation ("evaluation")."""
+        cfg, (rows, micro), world = self.cfg, self.share, runtime.Ranks().world
+        optimizers = self.found["optimizers"]
+        weights = sum(tensor.nbytes for tensor in [*self.model.parameters(), *self.model.buffers()])
+        gradients = sum(p.nbytes for p in self.model.parameters()) * (1 if world == 1 else 2)   # DDP's buckets
+        state = sum(tensor.nbytes for optimizer in optimizers for entry in optimizer.state.values()
+                    for tensor in entry.values() if hasattr(tensor, "nbytes"))
+        activations, saved_logits, widest = self.found["saved"]
+        position = 4 * self.model.vocab_size                            # bytes of its logits
+        logits = saved_logits + 2 * rows // micro * cfg.block_size * position       # and two of their gradients
+        # Muon stacks the matrices of a shape, and holds up to eight more tensors of that size while it works on them.
+        work = max((8 * sum(p.nbytes for p in group["params"]) for optimizer in optimizers
+                    for group in optimizer.param_groups if "momentum" in group), default=0)
+        # An evaluation keeps no activations, but takes up to 16 windows at once, with their logits.
+        windows = max(min(16, (self.meta["splits"][name]["tokens"] - 1) // cfg.block_size) for name in ("train", "val"))
+        wide = 4 * 17 * cfg.n_embd + (4 if cfg.logit_cap else 2) * position
+        # As the backward pass begins, all of it is there, and some three tensors between two layers.
+        phases = dict(backward=activations + logits + 3 * widest + gradients * (micro > 1), update=gradients + work,
+                      evaluation=windows * cfg.block_size * wide)
+        phases = {name: weights + state + more for name, more in phases.items()}
+        return dict(weights=weights, gradients=gradients, optimizer=state, work=work, activations=activations,
+                    logits=logits, windows=windows, phases=phases)
+
+    def plan(self):
+        """Say what the run would be."""
+        cfg, found, splits = self.cfg, self.found, self.meta["splits"]
+        each = statistics.median(found.get("steps", [0.0]))
+        if cfg.max_iters == runtime.OPEN:               # about; evaluations take their part
+            cfg = replace(cfg, max_iters=max(1, int(60 * cfg.max_minutes / max(each, 1e-9))))
+        parameters = sum(p.numel() for p in self.model.parameters())
+        tokens = {split: splits[split]["tokens"] for split in ("train", "val")}
+        steps = max(0, cfg.max_iters - self.first_step)
+        tokens["read"] = cfg.max_iters * self.tokens_per_step
+        self.say("")
+        for line in model_table(self.model):
+            self.say(line)
+        self.say("")
+        self.label("data", f"{tokens['train'] / parameters:.3g} train tokens to a parameter; the run reads "
+                   f"{short(tokens['read'])} tokens, {tokens['read'] / self.tokens_per_epoch:.3g} epochs")
+        if self.first_step:
+            self.label("resumes", f"at step {self.first_step:,}: {steps:,} of {cfg.max_iters:,} steps remain, "
+                       f"{short(steps * self.tokens_per_step)} tokens")
+
+        memory = self.memory()
+        most = max(memory["phases"], key=memory["phases"].get)
+        notes = dict(optimizer=f"and {size(memory['work'])} while it works" if memory["work"] else "",
+                     activations=f"kept for the backward pass of {self.share[0] // self.share[1]} sequences",
+                     logits="and their gradients")
+        rows = [(name, size(memory[name])) for name in ("weights", "gradients", "optimizer", "activations", "logits")]
+        for number, ((name, _), line) in enumerate(zip(rows, aligned(rows), strict=True)):
+            self.say(f"{'' if number else 'memory':<8} {line}  {notes.get(name, '')}".rstrip())
+        peak, held, free = memory["phases"][most], peak_memory(self.device), free_memory(self.device)
+        where = dict(backward="as the backward pass begins", update="in the optimizer's update",
+                     evaluation=f"in an evaluation, {memory['windows']} windows together")[most]
+        self.label("", f"about {size(peak)} of tensors at once: {where}")
+        whole = "" if self.device.startswith("cuda") else ", Python, PyTorch and the allocator's gaps with it"
+        self.label("", (f"measured {size(held)}{whole}" if held else "") + (f"; {size(free)} are free" if free else ""))
+
+        warnings = doubts(cfg, tokens, parameters, self.meta["vocab_size"], self.device)
+        if free and max(peak, held) > 0.9 * free:
+            warnings.append(f"it needs about {size(max(peak, held))} of {size(free)} of memory: halve --batch_size "
+                            "and double --gradient_accumulation_steps, or lower --block_size")
+        evaluations, ranks = evaluations_left(cfg, self.first_step, self.evaluated), runtime.Ranks().world
+        whole = {split: (tokens[split] - 1) // cfg.block_size for split in ("train", "val")}
+        most_windows = 16 * cfg.eval_iters or whole["val"]
+        # The trial took 16 windows of each split or all there are, on one process.
+        rounds = [max(1, min(count, most_windows) / min(count, 16) / ranks) for count in whole.values()]
+        evaluation = found.get("evaluation", 0) * sum(rounds) / len(rounds)
+        samples = steps // cfg.sample_interval if cfg.sample_interval else evaluations
+        parts = {f"{steps:,} steps of {1000 * each:,.{1 if each < 0.1 else 0}f} ms": steps * each,
+                 f"{evaluations:,} evaluations of {evaluation:,.2g} s": evaluations * evaluation,
+                 f"{samples:,} samples of {found.get('sample', 0):,.2g} s": samples * found.get("sample", 0),
+                 "compiling": found["compile"]}
+        total = sum(parts.values())
+        self.label("time", ", ".join(f"{what} {duration(seconds)}" for what, seconds in parts.items() if seconds)
+                   + f": about {duration(total)} in all" if total else "nothing remains to be done")
+        if evaluations * evaluation > 0.5 * total > 30:
+            warnings.append(f"evaluations take {100 * evaluations * evaluation / total:.0f}% of the time: a larger "
+                            "--eval_interval or a smaller --eval_iters shortens them")
+
+        path = self.out_dir.absolute()
+        place = next(folder for folder in (path, *path.parents) if folder.exists())
+        disk, files = shutil.disk_usage(place).free, 2 * (2 * memory["weights"] + memory["optimizer"])
+        self.label("files", f"{self.out_dir}/: last.pt of {size(memory['weights'] + memory['optimizer'])}, ckpt.pt of "
+                   f"{size(memory['weights'])}; {size(disk)} are free")
+        if files > disk:
+            warnings.append(f"the checkpoints and their replacements may take {size(files)}, {size(disk)} are free")
+        if not os.access(place, os.W_OK):
+            warnings.append(f"{place} cannot be written to: name another --out_dir")
+        if self.evaluated < 0 and not self.first_step and (self.out_dir / "last.pt").exists():
+            warnings.append(f"{self.out_dir} holds a run, which would be moved to {self.out_dir}.1, or the next number")
+        for warning in warnings:
+            self.label("warning", warning)
+        self.label("dry run", "nothing was written; the same command without --dry_run does it")
+
     # -- the end
 
     def not_finite(self, step: int) -> int:
@@ -281,10 +597,10 @@ class Report:
         self.close()
         if self.first:
             late = "" if self.device == "cpu" else f" (seen there; it may be up to {self.cfg.log_interval} steps older)"
-            print(f"stopped: the loss or gradient of step {step}{late} is not finite; no update was made with it. "
-                  f"{self.out_dir}/last.pt "
-                  "holds the run as it was at its last save. Try a lower --learning_rate, --grad_clip=1.0, more "
-                  "--warmup_iters or --dtype=float32", file=sys.stderr, flush=True)
+            kept = f" {self.out_dir}/last.pt holds the run as it was at its last save." if self.writes else ""
+            print(f"stopped: the loss or gradient of step {step}{late} is not finite, and was not applied."
+                  f"{kept} Try a lower --learning_rate, --grad_clip=1.0, more --warmup_iters or --dtype=float32",
+                  file=sys.stderr, flush=True)
         return 3
 
     def close(self):
@@ -299,25 +615,102 @@ class Report:
         self.close()
         problems = list(filter(None, unsaved.values()))
         for problem in problems:
-            self.say(f"unsaved  {problem}")
+            self.label("unsaved", problem)
         code = stop.exit_code if stop.signal else 4 if problems else 0
+        cfg, state, step = self.cfg, self.state, self.state["step"]
+        if self.first and cfg.dry_run and not stop.signal:
+            self.plan()
         if not self.writes:
             return code
-        cfg, state = self.cfg, self.state
-        if stop.signal:
-            self.say(f"stopped  at step {state['step']} of {cfg.max_iters}: the same command with --init_from=resume "
-                     f"goes on; python sample.py --ckpt={self.out_dir / 'last.pt'} samples from the weights of now")
+        if stop.signal and state["evaluated"] < step:
+            rest = "makes up for its last evaluation" if step == cfg.max_iters else "goes on"
+            last = shlex.quote(str(self.out_dir / "last.pt"))
+            self.label("stopped", f"at step {step} of {cfg.max_iters}: the same command with --init_from=resume "
+                       f"{rest}; python sample.py --ckpt={last} samples from the weights of now")
             return code
-        why = f"patience={cfg.patience}" if not stop.asked else f"max_minutes={cfg.max_minutes:g} are over: " \
-            "--init_from=resume goes on"
-        early = f" of {cfg.max_iters:,} ({why})" if state["step"] < cfg.max_iters else ""
-        self.say(f"done     {state['step']:,} steps{early} in {duration(self.seconds())} of training; best val loss "
-                 f"{state['best_val_loss']:.4f} at step {state['best_step']}")
+        why = f"max_minutes={cfg.max_minutes:g} are over; --init_from=resume goes on" if stop.asked else \
+            f"patience={cfg.patience}"
+        early = f" of {cfg.max_iters:,} ({why})" if step < cfg.max_iters else ""
+        self.label("done", f"{step:,} steps{early} in {duration(self.seconds())} of training; best val loss "
+                   f"{state['best_val_loss']:.4f} at step {state['best_step']}")
+        tokens, peak = step * self.tokens_per_step, peak_memory(self.device)
+        rate = f" at {short(tokens / self.seconds())} a second" if tokens else ""
+        self.label("figures", f"{short(tokens)} tokens{rate}; this process took "
+                   f"{duration(time.perf_counter() - self.began)}" + (f" and {size(peak)} of memory" if peak else ""))
         if state["losses"] and state["losses"]["val"] > state["best_val_loss"] + 0.01:
-            self.say(f"note     the val loss has risen to {state['losses']['val']:.4f} since: the model learns its "
-                     "training text by heart. Try --patience=3, fewer steps, more --dropout or a smaller model")
+            self.label("note", f"the val loss has risen to {state['losses']['val']:.4f} since: the model learns its "
+                       "training text by heart. Try --patience=3, fewer steps, more --dropout or a smaller model")
         purposes = {"ckpt.pt": "best weights", "last.pt": "to go on", "log.csv": "figures", "loss.png": "picture"}
         there = [f"{name} ({purpose})" for name, purpose in purposes.items() if (self.out_dir / name).exists()]
-        self.say(f"files    {self.out_dir}/: {', '.join(there)}")
-        self.say(f"next     python sample.py --out_dir={self.out_dir}")
+        self.label("files", f"{self.out_dir}/: {', '.join(there)}")
+        self.say(f"next     python sample.py --out_dir={shlex.quote(str(self.out_dir))}")
         return code
+
+
+# -- several runs --------------------------------------------------------------------------------------------------
+
+@dataclass
+class Options:
+    # -- what is drawn
+    by: Literal["steps", "tokens", "time"] = "steps"    # the horizontal axis; time: of training
+    out: str = "compare.png"            # the picture
+
+
+def compare(runs: dict, by: str, path: Path):
+    """The val losses of {name: rows of its log} over one another, the train losses thinner, as a PNG. Needs
+    matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    column, unit, label = {"steps": ("step", 1, "steps"), "tokens": ("tokens", 1, "tokens seen"),
+                           "time": ("seconds", 60, "minutes of training")}[by]
+    for number, (name, rows) in enumerate(runs.items()):
+        evaluations = [row for row in rows if "val_loss" in row]
+        places = [row[column] / unit for row in evaluations]
+        color = f"C{number % 10}"
+        axes.plot(places, [row["train_loss"] for row in evaluations], "--", color=color, lw=0.8, alpha=0.7)
+        axes.plot(places, [row["val_loss"] for row in evaluations], ".-", color=color, lw=1.6, label=name)
+    axes.plot([], [], "--", color="0.5", lw=0.8, label="train")
+    axes.set(title="val loss", xlabel=label, ylabel="loss (nats per token)")
+    axes.xaxis.set_major_formatter(lambda x, _: short(x) if x >= 1000 else f"{x:g}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
+
+
+def main(argv: list) -> int:
+    parsed = parse(Options, argv, __doc__, takes="runs")
+    options = Options(**parsed.values)
+    if not parsed.words:
+        fail("name the folders of runs to compare, such as out/a out/b")
+    runs, table = {}, [("run", "best val", "at step", "last val", "steps", "tokens", "training", "tokens/s")]
+    for word in parsed.words:
+        path = Path(word) / "log.csv"
+        try:
+            rows = read_log(path)
+        except (OSError, UnicodeDecodeError) as error:
+            fail(f"{word} holds no run: cannot read {path}: {getattr(error, 'strerror', None) or error}")
+        evaluations = [row for row in rows if {"train_loss", "val_loss"} <= row.keys()]
+        if not evaluations:
+            fail(f"{path} holds no evaluation yet")
+        runs[word.rstrip("/")] = rows
+        best, last = min(evaluations, key=lambda row: row["val_loss"]), rows[-1]
+        rate = short(last["tokens"] / last["seconds"]) if last["seconds"] and last["tokens"] else "-"
+        table.append((word.rstrip("/"), f"{best['val_loss']:.4f}", f"{best['step']:,.0f}",
+                      f"{evaluations[-1]['val_loss']:.4f}", f"{last['step']:,.0f}", short(last["tokens"]),
+                      duration(last["seconds"]), rate))
+    for line in aligned(table):
+        print(line)
+    try:
+        compare(runs, options.by, Path(options.out))
+        print(f"\n{options.out}: val losses by {options.by}")
+    except ImportError:
+        print("\nno picture: pip install matplotlib")
+    except (OSError, ValueError) as error:
+        fail(f"cannot write {options.out}: {getattr(error, 'strerror', None) or error}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -764,7 +764,7 @@ class Deadline:
         done, took = step - self.first[0], seconds - self.first[1]
         if not done or (done < 10 and took < self.left() / 20):
             return OPEN
-        each, pause = took / done, report.stood_still / (1 + step // eval_interval)
+        each, pause = took / done, report.pause()
         count = step + max(1, int((self.left() * 29 / 30 - pause) / (each + pause / eval_interval)))
         report.say(f"time     for {count:,} steps of {1000 * each:.0f} ms: max_iters={count}")
         return count
