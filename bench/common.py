@@ -18,14 +18,13 @@ from statistics import median
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "bench" / "out"            # pictures and figures; ignored by git
-RESULTS = ROOT / "bench" / "RESULTS.md"
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support import runtime
 from support.cli import fail
+from support.runtime import ROOT
+
+OUT = ROOT / "bench" / "out"            # pictures and figures; ignored by git
+RESULTS = ROOT / "bench" / "RESULTS.md"
 
 
 # -- peers ---------------------------------------------------------------------------------------------------------
@@ -42,8 +41,8 @@ def nanogpt_checkout(folder: str) -> str:
 def need(*packages: str):
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            fail(f"{package} is not installed, and the Hugging Face Trainer needs it: pip install {' '.join(packages)}, "
-                 "or leave this peer out")
+            fail(f"{package} is not installed, and the Hugging Face Trainer needs it: pip install "
+                 f"{' '.join(packages)}, or leave this peer out")
 
 
 # -- children ------------------------------------------------------------------------------------------------------
@@ -75,7 +74,8 @@ def random_set(folder: Path, vocab_size: int, tokens: int):
         rng.integers(0, vocab_size, count).astype(dtype).tofile(folder / f"{split}.bin")
         splits[split] = dict(tokens=count, characters=count, bytes=4 * count, sha256="")
     chars = "".join(chr(0x10000 + number) for number in range(vocab_size))
-    meta = dict(format=1, dtype=dtype.name, vocab_size=vocab_size, splits=splits, tokenizer=dict(kind="char", chars=chars))
+    meta = dict(format=1, dtype=dtype.name, vocab_size=vocab_size, splits=splits,
+                tokenizer=dict(kind="char", chars=chars))
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 

@@ -4,14 +4,14 @@ The other scripts start it; a person does not. Every way of training is its own 
 
 - ours: train.main with the flags given.
 - nanogpt: the checkout's train.py, run in a temporary folder of links to it, on our ids as uint16.
-- trainer: transformers' Trainer with GPT2LMHeadModel and nanoGPT's hyper-parameters, on random windows of block_size + 1
-  tokens, so that it learns as many predictions as the others.
+- trainer: transformers' Trainer with GPT2LMHeadModel and nanoGPT's hyper-parameters, on random windows of
+  block_size + 1 tokens, so that it learns as many predictions as the others.
 
 What is added is a stopwatch that stands still during evaluations, and an evaluation that is the same for all three: the
 whole val split in windows that follow on one another, in float32 (TF32 on a card), without dropout. The stopwatch is
 hooked to what each program calls anyway: ours to Report and lr_factor; nanoGPT's to GPT.train (its estimate_loss
-begins with eval() and ends with train()), torch.save (of its checkpoint, which is not written) and zero_grad (the end of a
-step); the Trainer's to its callbacks.
+begins with eval() and ends with train()), torch.save (of its checkpoint, which is not written) and zero_grad (the end
+of a step); the Trainer's to its callbacks.
 """
 
 import ast
@@ -29,8 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support import runtime
 from support.cli import parse
 
@@ -65,8 +64,8 @@ class Stopwatch:
 
 
 def settled(watch: Stopwatch, curve: list, compiled: bool, **more) -> dict:
-    """The figures of a run. curve: (step, seconds, loss or None) at each evaluation. What the first step of compiled code
-    takes beyond a median step is compilation, and counts as start-up."""
+    """The figures of a run. curve: (step, seconds, loss or None) at each evaluation. What the first step of compiled
+    code takes beyond a median step is compilation, and counts as start-up."""
     steps = np.diff(watch.ticks).tolist()
     step = median(steps) if steps else watch.ticks[0]
     compiling = max(0.0, watch.ticks[0] - step) if compiled else 0.0
@@ -104,9 +103,9 @@ def ours(spec: dict) -> dict:
 
     parsed = parse(train.Config, spec["words"], "")
     steps = parsed.values.get("max_iters", train.Config.max_iters)
-    data = Path(spec["data"])
-    words = [*spec["words"], f"--dataset={data.name}", f"--data_dir={data.parent}", "--sample_tokens=0", "--patience=0",
-             "--save_interval=0", f"--out_dir={spec['folder']}/run", f"--eval_interval={max(1, steps // spec['points'])}"]
+    data, every = Path(spec["data"]), max(1, steps // spec["points"])
+    words = [*spec["words"], f"--dataset={data.name}", f"--data_dir={data.parent}", f"--out_dir={spec['folder']}/run",
+             f"--eval_interval={every}", "--sample_tokens=0", "--patience=0", "--save_interval=0"]
     found, curve, state = {}, [], dict(step=-1)
 
     class Timed(train.Report):
@@ -225,8 +224,8 @@ def plant(spec: dict) -> Path:
 
 
 def nanogpt(spec: dict) -> dict:
-    """The checkout's train.py with spec["settings"] as its flags. With spec["points"] it evaluates so often, in its own way
-    on one batch, which is not measured, and then in ours."""
+    """The checkout's train.py with spec["settings"] as its flags. At spec["points"] it evaluates in its own way, on one
+    batch, which is not measured, and then in ours."""
     tree, settings, device = plant(spec), spec["settings"], spec["device"]
     os.chdir(tree)
     sys.path.insert(0, str(tree))
@@ -352,9 +351,10 @@ def trainer(spec: dict) -> dict:
                 watch.resume()
 
     arguments = TrainingArguments(
-        output_dir=spec["folder"], max_steps=steps, per_device_train_batch_size=batch, gradient_accumulation_steps=micro,
-        learning_rate=settings["learning_rate"], weight_decay=settings["weight_decay"], adam_beta2=settings["beta2"],
-        max_grad_norm=1.0, warmup_steps=settings["warmup_iters"], lr_scheduler_type="cosine_with_min_lr",
+        output_dir=spec["folder"], max_steps=steps, per_device_train_batch_size=batch,
+        gradient_accumulation_steps=micro, learning_rate=settings["learning_rate"], adam_beta2=settings["beta2"],
+        weight_decay=settings["weight_decay"], max_grad_norm=1.0, warmup_steps=settings["warmup_iters"],
+        lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs=dict(min_lr=settings["min_lr"]), save_strategy="no", logging_strategy="no", report_to=[],
         disable_tqdm=True, seed=spec["seed"], use_cpu=device == "cpu", bf16=device != "cpu",
         torch_compile=spec["compile"])

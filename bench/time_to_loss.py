@@ -1,8 +1,8 @@
 """Seconds of training until a loss: ours beside nanoGPT and the Hugging Face Trainer, on the same ids, in one run.
 
-    python bench/time_to_loss.py --nanogpt=../nanoGPT                     # about a minute of nanoGPT a seed: --preset=small
+    python bench/time_to_loss.py --nanogpt=../nanoGPT                     # preset small: about 2 minutes a seed
     python bench/time_to_loss.py --nanogpt=../nanoGPT --preset=full       # on a CPU nanoGPT's time is an estimate
-    python bench/time_to_loss.py --nanogpt=../nanoGPT --preset=fables     # another text, everyone for as long as ours
+    python bench/time_to_loss.py --nanogpt=../nanoGPT --preset=fables     # another text, all for as long as ours
     python bench/time_to_loss.py --nanogpt=../nanoGPT --preset=full --device=cuda --peers=nanogpt
     python bench/time_to_loss.py --nanogpt=../nanoGPT --preset=web --dataset=NAME --tokens=5e7 --device=cuda
 
@@ -10,12 +10,14 @@ How it is measured (bench/runners.py holds the code):
 - Ours is train.py, nanoGPT its own train.py, the Trainer transformers' with GPT2LMHeadModel of nanoGPT's size and
   hyper-parameters. Each run is a process of its own; within a seed they take turns.
 - The loss is that of the full val split in whole windows of the preset's context, in float32, by the same code for all.
-  Evaluations are not on the clock. Nor is what comes before the first step, and the compilation in it: that is `start-up`.
+  Evaluations are not on the clock. Nor is what comes before the first step, and the compilation in it: these are in
+  `s from launch` alone.
 - Ours must have the target with its final weights. A peer has it at its first evaluation at or below, whatever follows.
-- A peer that would take hours (`--estimate`; auto: preset full on a CPU) runs a few steps, and counts as the steps after
-  which nanoGPT publishes the target, times its median step here; its row says so.
+- A peer that would take hours (`--estimate`; auto: preset full on a CPU) runs a few steps, and counts as the steps
+  after which nanoGPT publishes the target, times its median step here; its row says so.
 - Figures are medians over the seeds. Without a target of its own, a preset takes nanoGPT's best loss in this run.
-- preset fables: nanoGPT's hyper-parameters get a schedule that fits the seconds which ours took (warm-up at most a tenth).
+- preset fables: nanoGPT's hyper-parameters get a schedule that fits the seconds which ours took (warm-up at most a
+  tenth).
 - preset web: 124M on a text of 10-50 MB in GPT-2's tokens; nanoGPT trains on --tokens with its default hyper-parameters
   (its schedule fitted, warm-up a tenth), ours on --share of them.
 """
@@ -27,18 +29,19 @@ from pathlib import Path
 from typing import Literal
 
 from common import OUT, ROOT, child, machine, middle, nanogpt_checkout, need, publish, table
+
 from prepare import ensure_set
 from support import runtime
 from support.cli import fail, parse, run
 from support.report import short
 
 # nanoGPT's config/train_shakespeare_char.py, with the defaults of its train.py for what that leaves open.
-NANOGPT = dict(gradient_accumulation_steps=1, batch_size=64, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2,
-               bias=False, learning_rate=1e-3, weight_decay=0.1, beta2=0.99, max_iters=5000, lr_decay_iters=5000,
-               min_lr=1e-4, warmup_iters=100)
+NANOGPT = dict(gradient_accumulation_steps=1, batch_size=64, block_size=256, n_layer=6, n_head=6, n_embd=384,
+               dropout=0.2, bias=False, learning_rate=1e-3, weight_decay=0.1, beta2=0.99, max_iters=5000,
+               lr_decay_iters=5000, min_lr=1e-4, warmup_iters=100)
 # The command in its README for CPUs.
-README = NANOGPT | dict(block_size=64, batch_size=12, n_layer=4, n_head=4, n_embd=128, max_iters=2000, lr_decay_iters=2000,
-                        dropout=0.0)
+README = NANOGPT | dict(block_size=64, batch_size=12, n_layer=4, n_head=4, n_embd=128, max_iters=2000,
+                        lr_decay_iters=2000, dropout=0.0)
 # The defaults of its train.py.
 WEB = NANOGPT | dict(gradient_accumulation_steps=40, batch_size=12, block_size=1024, n_layer=12, n_head=12, n_embd=768,
                      dropout=0.0, learning_rate=6e-4, beta2=0.95, min_lr=6e-5)
@@ -72,7 +75,7 @@ PRESETS = {"small": Preset("shakespeare_char", "shakespeare_char_small", SMALL, 
 @dataclass
 class Options:
     # -- what to measure
-    preset: Literal["small", "full", "fables", "web", "toy"] = "small"  # models, text and target; toy: a check of the script
+    preset: Literal["small", "full", "fables", "web", "toy"] = "small"  # models, text, target; toy: a check
     peers: str = "nanogpt,trainer"      # of nanogpt, trainer, separated by commas; empty: ours alone
     nanogpt: str = ""                   # folder of a nanoGPT checkout
     seeds: str = "1337,1,2"             # one run of each for every seed
@@ -118,7 +121,8 @@ def overridden(settings: dict, flags: str) -> dict:
 
 def fitted(settings: dict, steps: int) -> dict:
     """The settings with a schedule of so many steps, of which at most a tenth warm up."""
-    return settings | dict(max_iters=steps, lr_decay_iters=steps, warmup_iters=min(settings["warmup_iters"], steps // 10))
+    return settings | dict(max_iters=steps, lr_decay_iters=steps,
+                           warmup_iters=min(settings["warmup_iters"], steps // 10))
 
 
 def reached(result: dict, target: float, final: bool) -> tuple:
