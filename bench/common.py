@@ -9,6 +9,8 @@ import json
 import math
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -130,7 +132,10 @@ def machine(device: str = "cpu", more: tuple = ()) -> str:
 
 
 def command() -> str:
-    return " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    """This script's command line, without the folders of the machine it ran on."""
+    words = ["--nanogpt=../nanoGPT" if word.startswith("--nanogpt=") else re.sub(r"=/.*/(?=[^/])", "=", word)
+             for word in sys.argv[1:]]
+    return shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *words])
 
 
 def publish(title: str, text: str, about: str, append: bool, figures=None, name: str = ""):

@@ -22,6 +22,8 @@ import resource
 import runpy
 import sys
 import time
+import warnings
+from collections import Counter
 from pathlib import Path
 from statistics import median
 
@@ -63,9 +65,10 @@ class Stopwatch:
         self.ticks.append(self.seconds())
 
 
-def settled(watch: Stopwatch, curve: list, compiled: bool, **more) -> dict:
-    """The figures of a run. curve: (step, seconds, loss or None) at each evaluation. What the first step of compiled
-    code takes beyond a median step is compilation, and counts as start-up."""
+def settled(watch: Stopwatch, curve: list, end: float, compiled: bool, **more) -> dict:
+    """The figures of a run. curve: (step, seconds, loss or None) at each evaluation; end: its seconds, with nothing left
+    to do on a card. What the first step of compiled code takes beyond a median step is compilation, and counts as
+    start-up."""
     steps = np.diff(watch.ticks).tolist()
     step = median(steps) if steps else watch.ticks[0]
     compiling = max(0.0, watch.ticks[0] - step) if compiled else 0.0
@@ -73,7 +76,7 @@ def settled(watch: Stopwatch, curve: list, compiled: bool, **more) -> dict:
     if torch.device(watch.device).type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     return dict(curve=[(at, seconds - compiling, loss) for at, seconds, loss in curve], steps=len(watch.ticks),
-                step_seconds=step, mean_seconds=(watch.ticks[-1] - watch.ticks[0]) / max(1, len(watch.ticks) - 1),
+                step_seconds=step, mean_seconds=(end - watch.ticks[0]) / max(1, len(steps)),
                 startup=watch.startup + compiling, first_step=watch.startup + watch.ticks[0], peak=peak, **more)
 
 
@@ -90,6 +93,10 @@ def full_loss(logits, ids, block_size: int, device: str, limit: int = 0) -> floa
     return total / (count * block_size)
 
 
+def parameters(model) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
 def opened(spec: dict) -> tuple:
     """({"train": ids, "val": ids}, meta) of the set in spec["data"]."""
     return runtime.open_data(Path(spec["data"]), spec["block_size"])
@@ -98,14 +105,18 @@ def opened(spec: dict) -> tuple:
 # -- ours ----------------------------------------------------------------------------------------------------------
 
 def ours(spec: dict) -> dict:
-    """train.main with spec["words"]. It saves nothing, and its evaluation is replaced by the common one."""
+    """train.main with spec["words"], for as many steps as spec["tokens"] make if that is given. It saves nothing, and
+    its evaluation is replaced by the common one."""
     import train
 
-    parsed = parse(train.Config, spec["words"], "")
-    steps = parsed.values.get("max_iters", train.Config.max_iters)
+    cfg = train.Config(**parse(train.Config, spec["words"], "").values)
+    steps = cfg.max_iters
+    if spec.get("tokens"):
+        steps = max(1, round(spec["tokens"] / (cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size)))
     data, every = Path(spec["data"]), max(1, steps // spec["points"])
     words = [*spec["words"], f"--dataset={data.name}", f"--data_dir={data.parent}", f"--out_dir={spec['folder']}/run",
-             f"--eval_interval={every}", "--sample_tokens=0", "--patience=0", "--save_interval=0"]
+             f"--eval_interval={every}", "--sample_tokens=0", "--patience=0", "--save_interval=0",
+             *([f"--max_iters={steps}"] if spec.get("tokens") else [])]
     found, curve, state = {}, [], dict(step=-1)
 
     class Timed(train.Report):
@@ -141,7 +152,7 @@ def ours(spec: dict) -> dict:
         raise SystemExit(code)
     watch, cfg = found["watch"], found["cfg"]
     watch.ticks.append(curve[-1][1])                            # the last step ends where the last pause begins
-    result = settled(watch, curve, bool(cfg.compile), parameters=sum(p.numel() for p in found["model"].parameters()),
+    result = settled(watch, curve, watch.ticks[-1], bool(cfg.compile), parameters=parameters(found["model"]),
                      flops_per_token=found["report"].flops(found["model"]), dtype=cfg.dtype, compile=bool(cfg.compile),
                      tokens_per_step=cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size)
     if spec.get("split"):
@@ -163,31 +174,22 @@ def timed_parts(parts: dict, steps: int, device: str) -> dict:
 
 
 def split_ours(train, cfg, spec: dict) -> dict:
-    """Seconds of the parts of a step, with the calls of train.train's loop."""
+    """Seconds of the parts of a step of one micro-batch, with the calls of train.train's loop."""
     data, meta = opened(spec)
     device = runtime.choose_device(cfg.device)
     torch.manual_seed(cfg.seed)
     model = train.GPT(cfg, meta["vocab_size"]).to(device).train()
-    now, micro = {}, cfg.gradient_accumulation_steps
+    now = {}
 
     def fetch(step):
-        starts = train.window_starts(step, cfg, len(data["train"])).reshape(micro, -1)
-        now["batches"] = [train.get_batch(data["train"], some, cfg.block_size, meta["vocab_size"], "train", device)
-                          for some in starts]
+        starts = train.window_starts(step, cfg, len(data["train"]))[:cfg.batch_size]
+        now["batch"] = train.get_batch(data["train"], starts, cfg.block_size, meta["vocab_size"], "train", device)
 
     def forward(_, candidate=None):
-        # The micro-batches beyond the first would keep their graphs alive: they run whole, as a part of `backward`.
         with runtime.autocast(device, cfg.dtype):
-            now["loss"] = (candidate or step_model)(*now["batches"][0])[1] / micro
+            now["loss"] = (candidate or step_model)(*now["batch"])[1]
 
-    def backward(_):
-        now["loss"].backward()
-        for x, y in now["batches"][1:]:
-            with runtime.autocast(device, cfg.dtype):
-                loss = step_model(x, y)[1] / micro
-            loss.backward()
-
-    def optimize(step):
+    def optimize(_):
         torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         for optimizer in optimizers:
             optimizer.step()
@@ -201,7 +203,34 @@ def split_ours(train, cfg, spec: dict) -> dict:
 
     step_model = runtime.compile(bool(cfg.compile), model, run_once, device)[0]
     optimizers = train.make_optimizers(model, cfg, device, bool(cfg.compile))
-    return timed_parts(dict(data=fetch, forward=forward, backward=backward, optimizer=optimize), spec["split"], device)
+    return timed_parts(dict(data=fetch, forward=forward, backward=lambda _: now["loss"].backward(), optimizer=optimize),
+                       spec["split"], device)
+
+
+def loop(spec: dict) -> dict:
+    """ours(spec), with what happens from step spec["first"] to spec["last"] counted: synchronisations of host and
+    device, as PyTorch's debug mode sees them (by place), and graphs compiled."""
+    from torch._dynamo.utils import counters
+
+    places, graphs = Counter(), {}
+    cuda = torch.cuda.is_available()
+
+    def note(message, category, filename, lineno, *_):
+        if "called a synchronizing" in str(message):
+            places[f"{Path(filename).name}:{lineno}"] += 1
+
+    def hook(step):
+        if step in (spec["first"], spec["last"]):
+            graphs[step] = counters["stats"]["unique_graphs"]
+            if cuda:
+                torch.cuda.set_sync_debug_mode("warn" if step == spec["first"] else "default")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        result = ours(spec | dict(hooks=[hook]))
+    return result | dict(places=places, graphs=graphs[spec["last"]],
+                         recompilations=graphs[spec["last"]] - graphs[spec["first"]], counted=cuda)
 
 
 # -- nanoGPT -------------------------------------------------------------------------------------------------------
@@ -268,10 +297,10 @@ def nanogpt(spec: dict) -> dict:
     sys.argv = ["train.py", *(f"--{name}={value}" for name, value in flags.items())]
     runpy.run_path("train.py", run_name="__main__")
     watch.pause()
-    count = sum(p.numel() for p in held["model"].parameters())
     tokens = settings["batch_size"] * settings["block_size"] * settings.get("gradient_accumulation_steps", 1)
-    result = settled(watch, curve or [(len(watch.ticks), watch.seconds(), None)], spec["compile"], parameters=count,
-                     tokens_per_step=tokens)
+    end = watch.seconds()
+    result = settled(watch, curve or [(len(watch.ticks), end, None)], end, spec["compile"], tokens_per_step=tokens,
+                     parameters=parameters(held["model"]))
     if spec.get("split"):
         result["parts"] = split_nanogpt(nano, spec)
     return result
@@ -360,8 +389,9 @@ def trainer(spec: dict) -> dict:
         torch_compile=spec["compile"])
     Trainer(model=model, args=arguments, train_dataset=Windows(), callbacks=[Timer()]).train()
     watch.pause()
-    return settled(watch, curve or [(len(watch.ticks), watch.seconds(), None)], spec["compile"],
-                   parameters=sum(p.numel() for p in model.parameters()), tokens_per_step=batch * micro * block)
+    end = watch.seconds()
+    return settled(watch, curve or [(len(watch.ticks), end, None)], end, spec["compile"],
+                   parameters=parameters(model), tokens_per_step=batch * micro * block)
 
 
 # -- the machine ---------------------------------------------------------------------------------------------------
@@ -388,7 +418,7 @@ def card(spec: dict) -> dict:
     return dict(name=name, peak=next((rate * 1e12 for part, rate in PEAKS.items() if part in name), 0))
 
 
-TASKS = dict(ours=ours, nanogpt=nanogpt, trainer=trainer, matmul=matmul, card=card)
+TASKS = dict(ours=ours, loop=loop, nanogpt=nanogpt, trainer=trainer, matmul=matmul, card=card)
 
 if __name__ == "__main__":
     task, given, result = sys.argv[1:]      # nanoGPT's train.py finds its own flags in sys.argv later

@@ -104,18 +104,30 @@ def measure(variant: tuple, options: Options, sets: Path, checkout: str) -> dict
     return child("ours", words=[str(config), *flags, *padded, *words], **common)
 
 
-def row(variant: tuple, results: list, rate: float, base: float | None, size_flops: float, cuda: bool) -> list:
-    """A line of the table. rate: peak or matmul operations a second; base: nanoGPT's seconds a step."""
-    size, dropout, dtype, way = variant
-    step = middle([one["mean_seconds" if cuda else "step_seconds"] for one in results])
-    tokens = results[0]["tokens_per_step"]
-    parts = [f"{1000 * middle([one['parts'][name] for one in results]):,.1f}" if "parts" in results[0] else "-"
+def seconds(results: list, cuda: bool) -> float:
+    """A step's seconds."""
+    return middle([one["mean_seconds" if cuda else "step_seconds"] for one in results])
+
+
+def numbers(variant: tuple, results: list, rate: float, base: float | None, operations: float, cuda: bool) -> dict:
+    """What the table says of a variant. rate: peak or matmul operations a second; base: nanoGPT's seconds a step;
+    operations: of a token."""
+    step, tokens = seconds(results, cuda), results[0]["tokens_per_step"]
+    parts = {name: middle([one["parts"][name] for one in results]) for name in results[0].get("parts", {})}
+    return dict(zip(("size", "dropout", "dtype", "way"), variant, strict=True), tokens=tokens, step=step, parts=parts,
+                times=base / step if base else None, share=operations * tokens / step / rate,
+                peak=middle([one["peak"] for one in results]), start=middle([one["first_step"] for one in results]))
+
+
+def row(found: dict) -> list:
+    """A line of the table."""
+    parts = [f"{1000 * found['parts'][name]:,.1f}" if found["parts"] else "-"
              for name in ("data", "forward", "backward", "optimizer")]
-    return [size, "-" if dropout is None else dropout, dtype, "nanoGPT" if way == "nanogpt" else f"ours, {way}",
-            f"{tokens:,}", f"{1000 * step:,.1f}", short(tokens / step), f"{base / step:.2f}x" if base else "-", *parts,
-            f"{100 * size_flops * tokens / step / rate:.0f}%",
-            f"{middle([one['peak'] for one in results]) / 1e6:,.0f}",
-            f"{middle([one['first_step'] for one in results]):.1f}"]
+    return [found["size"], "-" if found["dropout"] is None else found["dropout"], found["dtype"],
+            "nanoGPT" if found["way"] == "nanogpt" else f"ours, {found['way']}", f"{found['tokens']:,}",
+            f"{1000 * found['step']:,.1f}", short(found["tokens"] / found["step"]),
+            f"{found['times']:.2f}x" if found["times"] else "-", *parts, f"{100 * found['share']:.0f}%",
+            f"{found['peak'] / 1e6:,.0f}", f"{found['start']:.1f}"]
 
 
 def main(argv: list) -> int:
@@ -140,26 +152,26 @@ def main(argv: list) -> int:
                 print(f"round {number + 1} of {options.rounds}: {', '.join(map(str, variant))}", flush=True)
                 results[variant].append(measure(variant, options, sets, checkout))
 
-    rows = []
+    lines = []
     for variant in todo:
         size, dropout, dtype, _ = variant
         theirs = results.get((size, dropout, "float32" if not cuda else "bfloat16", "nanogpt"))
-        base = middle([one["mean_seconds" if cuda else "step_seconds"] for one in theirs]) if theirs else None
+        base = seconds(theirs, cuda) if theirs else None
         if size == "recipe":
             operations = results[variant][0]["flops_per_token"]
         else:
             n_layer, _, n_embd, block_size, vocabulary, *_ = SIZES[size]
             operations = flops_per_token(n_layer, n_embd, block_size, vocabulary)
         rate = peak if peak and dtype == "bfloat16" else middle(rates[dtype])
-        rows.append(row(variant, results[variant], rate, base, operations, cuda))
+        lines.append(numbers(variant, results[variant], rate, base, operations, cuda))
     head = ["size", "dropout", "precision", "", "tokens a step", "ms a step", "tokens/s", "times nanoGPT", "data",
             "forward", "backward", "optimizer, ms", "MFU" if peak else "share of matmul", "peak, MB", "start-up, s"]
     measured = "; ".join(f"{dtype} {middle(values) / 1e12:.2f}" for dtype, values in rates.items())
     note = (f"Medians of {options.rounds} rounds in turn, {options.steps} steps each. A large matrix product runs here "
             f"at (TFLOP/s) {measured}.")
-    figures = dict(head=head, rows=rows, rates={dtype: middle(values) for dtype, values in rates.items()},
+    figures = dict(lines=lines, rates={dtype: middle(values) for dtype, values in rates.items()},
                    results=[dict(variant=variant, runs=runs) for variant, runs in results.items()])
-    publish("Throughput", f"{table(head, rows)}\n\n{note}", machine(options.device), options.append, figures,
+    publish("Throughput", f"{table(head, map(row, lines))}\n\n{note}", machine(options.device), options.append, figures,
             "throughput")
     return 0
 

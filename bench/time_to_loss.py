@@ -12,7 +12,8 @@ How it is measured (bench/runners.py holds the code):
 - The loss is that of the full val split in whole windows of the preset's context, in float32, by the same code for all.
   Evaluations are not on the clock. Nor is what comes before the first step, and the compilation in it: these are in
   `s from launch` alone.
-- Ours must have the target with its final weights. A peer has it at its first evaluation at or below, whatever follows.
+- Ours must have the target with its final weights. A peer has it where the line between its evaluations first crosses
+  it, whatever follows.
 - A peer that would take hours (`--estimate`; auto: preset full on a CPU) runs a few steps, and counts as the steps
   after which nanoGPT publishes the target, times its median step here; its row says so.
 - Figures are medians over the seeds. Without a target of its own, a preset takes nanoGPT's best loss in this run.
@@ -127,19 +128,28 @@ def fitted(settings: dict, steps: int) -> dict:
 
 def reached(result: dict, target: float, final: bool) -> tuple:
     """(seconds, steps) to the target; infinite if it is not reached. final: only the final weights count."""
-    curve = result["curve"][-1:] if final else result["curve"]
-    return next(((seconds, step) for step, seconds, loss in curve if loss is not None and loss <= target),
-                (math.inf, math.inf))
+    points = [point for point in result["curve"] if point[2] is not None]
+    if final:
+        points = points[-1:]
+    for before, (step, seconds, loss) in zip([None, *points], points, strict=False):
+        if loss <= target:
+            if before is None:
+                return seconds, step
+            part = (before[2] - target) / (before[2] - loss)
+            return before[1] + part * (seconds - before[1]), before[0] + part * (step - before[0])
+    return math.inf, math.inf
 
 
 def summary(name: str, results: list, target: float, base: float, published: int) -> tuple:
-    """A row of the table, and the median seconds to the target. published: steps, if the results are estimates."""
+    """A row of the table, and the median seconds to the target. base: those of the first row, or 0 for that row itself;
+    published: steps, if the results are estimates."""
     own, tokens = name == "ours", results[0]["tokens_per_step"]
     if published:
         found = [(published * one["step_seconds"], published) for one in results]
     else:
         found = [reached(one, target, own) for one in results]
     seconds, steps = (middle([pair[number] for pair in found]) for number in (0, 1))
+    base = base or seconds
     launch = middle([pair[0] + one["startup"] for pair, one in zip(found, results, strict=True)])
     hits = sum(math.isfinite(pair[0]) for pair in found)
     losses = [[loss for _, _, loss in one["curve"] if loss is not None] for one in results]
@@ -151,7 +161,7 @@ def summary(name: str, results: list, target: float, base: float, published: int
         return f"{middle([choose(some) for some in losses]):.4f}" if not published else "-"
 
     row = [name + (" (estimate)" if published else ""), f"{short(results[0]['parameters'])}", f"{hits} of {len(found)}",
-           figure(seconds), figure(launch), figure(base / seconds if base else seconds / seconds, "{:.2f}x"),
+           figure(seconds), figure(launch), figure(base / seconds if math.isfinite(seconds) else math.inf, "{:.2f}x"),
            figure(steps, "{:,.0f}"), short(steps * tokens) if math.isfinite(steps) else "-",
            f"{1000 * middle([one['mean_seconds'] for one in results]):,.1f}",
            f"{middle([one['curve'][-1][1] for one in results]):,.1f}" if not published else "-",
@@ -212,19 +222,19 @@ def main(argv: list) -> int:
     words = [str(config)] if preset.config and config.is_file() else preset.flags
     words = [*words, f"--device={options.device}", *(["--dtype=float32"] if options.fp32 else [])]
     if options.preset == "web":
-        peer = fitted(peer, round(options.tokens / (math.prod(peer[name] for name in (
-            "gradient_accumulation_steps", "batch_size", "block_size")))))
-        words.append(f"--max_iters={max(1, round(options.share * peer['max_iters']))}")     # the same tokens a step
+        step = math.prod(peer[name] for name in ("gradient_accumulation_steps", "batch_size", "block_size"))
+        peer = fitted(peer, max(1, round(options.tokens / step)))
     if cuda:
         words.append("--compile=True")
     words += shlex.split(options.ours)
+    tokens = options.share * options.tokens if options.preset == "web" else 0
     shared = dict(data=str(folder), block_size=peer["block_size"], points=options.points)
     theirs = shared | dict(device=options.device, compile=cuda, checkout=checkout)
 
     runs = {"ours": [], **{name: [] for name in peers}}
     for seed in seeds:
         print(f"seed {seed}: ours", flush=True)
-        runs["ours"].append(child("ours", words=[*words, f"--seed={seed}"], evaluate=True, **shared))
+        runs["ours"].append(child("ours", words=[*words, f"--seed={seed}"], tokens=tokens, evaluate=True, **shared))
         for name in peers:
             settings = fitted(peer, options.estimate_steps) if estimate else peer
             if equal_time and not estimate:
