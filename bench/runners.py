@@ -14,7 +14,6 @@ begins with eval() and ends with train()), torch.save (of its checkpoint, which 
 of a step); the Trainer's to its callbacks.
 """
 
-import ast
 import json
 import os
 import pickle
@@ -66,8 +65,8 @@ class Stopwatch:
 
 
 def settled(watch: Stopwatch, curve: list, end: float, compiled: bool, **more) -> dict:
-    """The figures of a run. curve: (step, seconds, loss or None) at each evaluation; end: its seconds, with nothing left
-    to do on a card. What the first step of compiled code takes beyond a median step is compilation, and counts as
+    """The figures of a run. curve: (step, seconds, loss or None) at each evaluation; end: its seconds, with nothing
+    left to do on a card. What the first step of compiled code takes beyond a median step is compilation, and counts as
     start-up."""
     steps = np.diff(watch.ticks).tolist()
     step = median(steps) if steps else watch.ticks[0]
@@ -295,44 +294,33 @@ def nanogpt(spec: dict) -> dict:
     flags = settings | dict(dataset="set", out_dir="out", device=device, compile=spec["compile"], eval_interval=every,
                             eval_iters=1, always_save_checkpoint=True, log_interval=10**9)
     sys.argv = ["train.py", *(f"--{name}={value}" for name, value in flags.items())]
-    runpy.run_path("train.py", run_name="__main__")
+    names = runpy.run_path("train.py", run_name="__main__")
     watch.pause()
     tokens = settings["batch_size"] * settings["block_size"] * settings.get("gradient_accumulation_steps", 1)
     end = watch.seconds()
     result = settled(watch, curve or [(len(watch.ticks), end, None)], end, spec["compile"], tokens_per_step=tokens,
                      parameters=parameters(held["model"]))
     if spec.get("split"):
-        result["parts"] = split_nanogpt(nano, spec)
+        result["parts"] = split_nanogpt(names, spec)
     return result
 
 
-def split_nanogpt(nano, spec: dict) -> dict:
-    """Seconds of the parts of a step: its model, its optimizer, its get_batch, called as in its loop."""
-    settings, device = spec["settings"], spec["device"]
-    kind = torch.device(device).type
-    names = dict(np=np, torch=torch, os=os, data_dir="data/set", device=device, device_type=kind,
-                 batch_size=settings["batch_size"], block_size=settings["block_size"])
-    source = ast.parse(Path("train.py").read_text(encoding="utf-8"))
-    function, = [node for node in source.body if isinstance(node, ast.FunctionDef) and node.name == "get_batch"]
-    exec(compile(ast.Module([function], []), "train.py", "exec"), names)
-    vocabulary = opened(spec)[1]["vocab_size"]
-    sizes = {name: settings[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias")}
-    model = nano.GPT(nano.GPTConfig(**sizes, vocab_size=50304 if vocabulary == 50257 else vocabulary)).to(device)
-    optimizer = model.configure_optimizers(settings["weight_decay"], settings["learning_rate"],
-                                           (0.9, settings["beta2"]), kind)
-    step_model, now = torch.compile(model) if spec["compile"] else model, {}
+def split_nanogpt(names: dict, spec: dict) -> dict:
+    """Seconds of the parts of a step. names: those of its train.py after a run, such as model and optimizer."""
+    model, optimizer, now = names["model"], names["optimizer"], {}
 
     def forward(_):
-        with runtime.autocast(device, "float32" if kind == "cpu" else "bfloat16"):     # on a CPU it has none
-            now["loss"] = step_model(*now["batch"])[1]
+        with names["ctx"]:
+            now["loss"] = model(*now["batch"])[1]
 
     def optimize(_):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return timed_parts(dict(data=lambda _: now.update(batch=names["get_batch"]("train")), forward=forward,
-                            backward=lambda _: now["loss"].backward(), optimizer=optimize), spec["split"], device)
+    parts = dict(data=lambda _: now.update(batch=names["get_batch"]("train")), forward=forward,
+                 backward=lambda _: now["loss"].backward(), optimizer=optimize)
+    return timed_parts(parts, spec["split"], spec["device"])
 
 
 # -- Hugging Face --------------------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ def draw(runs: dict, target: float, title: str, path: Path) -> str:
     left.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    return f"Picture: {path.relative_to(ROOT)}"
+    return f"Picture: bench/out/{path.name}"
 
 
 def main(argv: list) -> int:
