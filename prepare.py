@@ -174,7 +174,6 @@ class Tokenizer:
             self.pieces = [b""] * (1 + max([*ranks.values(), *special.values()]))   # unused ids decode to nothing
             for token, rank in [*ranks.items(), *((text.encode(), value) for text, value in special.items())]:
                 self.pieces[rank] = token
-            ranks[b""] = len(self.pieces)               # or tiktoken panics where a pattern matches no characters
         else:
             raise ValueError(f"unknown tokenizer kind {self.kind!r}")
         self.vocab_size = len(self.pieces)
@@ -215,8 +214,10 @@ class Tokenizer:
             import tiktoken
         except ImportError:
             fail(f"the tokenizer {self.bpe['name']} needs tiktoken to read text: pip install tiktoken")
+        # tiktoken panics where a pattern matches the empty text, unless that is a token; _complete refuses it.
+        ranks = self.bpe["mergeable_ranks"] | {b"": self.vocab_size}
         try:
-            return tiktoken.Encoding(**self.bpe)
+            return tiktoken.Encoding(**self.bpe | dict(mergeable_ranks=ranks))
         except ValueError as error:
             fail(f"pattern={self.bpe['pat_str']} is no regular expression: {error}")
 

@@ -541,6 +541,15 @@ def test_a_compressed_archive_is_refused(healthy, damaged, tmp_path):
     damaged((tmp_path / "small").read_bytes(), "compressed")
 
 
+def test_an_archive_that_lists_its_entries_again_and_again_is_refused(healthy, damaged, tmp_path):
+    """To check them all would take hours."""
+    shutil.copy(healthy / "last.pt", tmp_path / "again")
+    with zipfile.ZipFile(tmp_path / "again", "a") as archive:
+        archive.filelist.extend(1000 * [archive.filelist[0]])
+        archive._didModify = True                       # so that its list is written anew
+    damaged((tmp_path / "again").read_bytes(), "larger than the file")
+
+
 NO_CHECKPOINTS = {
     "nothing": {}, "a tensor": torch.zeros(3), "a list": [1, 2], "a number": 1, "a text": "weights",
     "bare weights": {"wte.weight": torch.zeros(3, 2)},
@@ -659,6 +668,22 @@ def test_what_is_not_finite_stops_the_run_before_the_update(start, spoiled, tmp_
         assert not isinstance(value, float) or math.isfinite(value), place
     for stored in (last["model"], ckpt["model"], *last["optimizers"][0]["state"].values()):
         assert all(torch.isfinite(value).all() for value in stored.values())
+
+
+def test_weights_that_are_not_finite_are_never_written(start, spoiled, tmp_path, monkeypatch):
+    """As an update with finite gradients might make them: the run stops at its next look, the old file stays."""
+    def step(optimizer):
+        real(optimizer)
+        optimizer.param_groups[0]["params"][0].data[0] = math.nan
+
+    real = train.Muon.step
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Muon, "step", step)
+        result = start("run", max_iters=2, eval_interval=1, save_interval=1)
+    assert result.returncode == 3
+    assert "did not write run/last.pt: the weights are not finite" in result.stdout
+    assert (step_of(tmp_path / "run" / "last.pt"), step_of(tmp_path / "run" / "ckpt.pt")) == (0, 0)
+    assert start("run", init_from="resume", max_iters=2).returncode == 0
 
 
 def test_one_bad_micro_batch_is_enough(start, spoiled, tmp_path):

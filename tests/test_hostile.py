@@ -291,3 +291,29 @@ def test_400_checkpoints_that_lie(home, tmp_path):
                 given(trials, (tokens, *what), content, home, tmp_path / str(trials.count), program)
     assert trials.count > 400
     trials.none_wrong()
+
+
+# -- what a file names is not opened ---------------------------------------------------------------------
+
+def test_sampling_opens_no_path_that_a_checkpoint_names(home, tmp_path):
+    """Every text in it names a file that is there; an audit hook in a child tells what is opened."""
+    def named(value, path, place=""):
+        if isinstance(value, dict):
+            return {key: named(inner, path, f"{place}.{key}") for key, inner in value.items()}
+        return path if isinstance(value, str) and place not in needed else value
+
+    target, seen = tmp_path / "target", []
+    target.write_text("the")
+    needed = {f".tokenizer.{key}" for key in ("kind", "ranks", "pattern")} | {f".config.{name}" for name in (
+        "sampling", "positions", "norm", "mlp", "qkv_bias", "init", "optimizer", "schedule", "dtype", "compile",
+        "backend")}
+    for prefix in ("", "FILE:"):
+        good = torch.load(home / "bpe" / "last.pt")
+        torch.save(named(good, f"{prefix}{target}"), tmp_path / "ckpt.pt")
+        for words in (["--start=the"], ["--interactive"], [f"--score={home / 'small.tiktoken'}"], ["--json"]):
+            done = ZYGOTE.run("forks:audited", "sample", f"--ckpt={tmp_path / 'ckpt.pt'}", "--device=cpu",
+                              "--max_new_tokens=4", *words, folder=tmp_path)
+            assert done.returncode == 0, done.stderr
+            seen += [line for line in done.stderr.splitlines() if line.startswith("opened ")]
+    assert any("ckpt.pt" in line for line in seen)
+    assert not [line for line in seen if str(target) in line]

@@ -168,6 +168,14 @@ def test_a_config_file_that_sets_no_texts_is_refused(config, line):
     one_line_error(inside(sample.main, config(line)), "mine.py: stop=", "text")
 
 
+def test_a_stored_value_may_be_as_odd_as_it_likes():
+    value = 5
+    for _ in range(100_000):
+        value = [value]
+    outcome = inside(lambda _: from_dict(Config, {"n_layer": value}, "x.pt") and 0)
+    one_line_error(outcome, "x.pt", "n_layer=[[", "whole number")
+
+
 def test_they_come_back_from_where_they_were_stored():
     for texts in ((), ("a",), ("a", "", "猫\n")):
         stored = asdict(sample.Options(stop=texts))
