@@ -101,9 +101,10 @@ def serve():
     import prepare
     import sample
     import train
-    from support import cli, runtime, sources
+    from support import cli, report, runtime, sources
 
-    programs = {"train.py": train, "prepare.py": prepare, "sample.py": sample, "convert.py": convert}
+    programs = {"train.py": train, "prepare.py": prepare, "sample.py": sample, "convert.py": convert,
+                "support/report.py": report}
     here, text = Path.cwd(), Path("book.txt").resolve()
     prepare.ROOT = runtime.ROOT = here                  # where data/ is
     sys.modules["matplotlib"] = None                    # pictures take most of a toy run's time
@@ -138,6 +139,8 @@ def serve():
             argv += flags(max_iters=3) if "--init_from=resume" in argv else flags(**TOY)
         if program is sample:
             argv += ["--max_new_tokens=3", "--device=cpu", "--compile=False"]
+        if program is report:                           # draws, or does nothing
+            del sys.modules["matplotlib"]
         sys.argv = [words[1], *argv]
         cli.run(program.main)
 
@@ -254,6 +257,7 @@ def test_a_wrong_command_would_be_noticed(bash):
                  "python sample.py --ckpt=none",
                  "python prepare.py nowhere.txt", "pip install -r require.txt", "python train.py config/nothing.py",
                  "torchrun --standalone --nproc_per_nodes=4 train.py", "false | cat", "python sample.py --help=3",
-                 "hf download x", "python prepare.py fables && python train.py --dataset=fable"):
+                 "hf download x", "python prepare.py fables && python train.py --dataset=fable",
+                 "python support/report.py out/none"):
         assert bash(code).returncode, code
     assert bash("import nothing", "python").returncode
