@@ -238,7 +238,7 @@ def test_activation_checkpointing_computes_blocks_again_to_the_same_gradients(to
         torch.manual_seed(0)
         model = GPT(toy(activation_checkpointing=again, dropout=0.3, init="gpt2"), 59)
         for block in model.blocks:
-            block.register_forward_hook(lambda *_, again=again: calls.append(again))
+            block.register_forward_pre_hook(lambda *_, again=again: calls.append(again))
         x = torch.arange(64).view(2, 32) % 59
         model(x, x.flip(1))[1].backward()
         gradients.append([p.grad for p in model.parameters()])
