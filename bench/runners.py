@@ -74,8 +74,8 @@ def settled(watch: Stopwatch, curve: list, end: float, compiled: bool, **more) -
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.device(watch.device).type == "cuda":
         peak = torch.cuda.max_memory_allocated()
-    return dict(curve=[(at, seconds - compiling, loss) for at, seconds, loss in curve], steps=len(watch.ticks),
-                step_seconds=step, mean_seconds=(end - watch.ticks[0]) / max(1, len(steps)),
+    return dict(curve=[(at, max(0.0, seconds - compiling), loss) for at, seconds, loss in curve],
+                steps=len(watch.ticks), step_seconds=step, mean_seconds=(end - watch.ticks[0]) / max(1, len(steps)),
                 startup=watch.startup + compiling, first_step=watch.startup + watch.ticks[0], peak=peak, **more)
 
 

@@ -3,6 +3,7 @@ each works or is refused in one line. test_checkpoints.py and test_prepare.py ha
 
 import base64
 import copy
+import gzip
 import json
 import random
 import shutil
@@ -317,3 +318,14 @@ def test_sampling_opens_no_path_that_a_checkpoint_names(home, tmp_path):
             seen += [line for line in done.stderr.splitlines() if line.startswith("opened ")]
     assert any("ckpt.pt" in line for line in seen)
     assert not [line for line in seen if str(target) in line]
+
+
+def test_a_gzip_bomb_takes_no_memory_for_what_it_holds(tmp_path):
+    """80 MB of one letter in 80 kB, with less room than twice as much, which bytes and text of it would take."""
+    with gzip.open(tmp_path / "bomb.txt.gz", "wb", 1) as file:
+        for _ in range(80):
+            file.write(b"a" * 10**6)
+    words = ["bomb.txt.gz", "--tokenizer=byte", "--data_dir=sets", "--workers=1"]
+    done = ZYGOTE.run("prepare.py", *words, folder=tmp_path, memory=140_000_000)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "80,000,000 characters" in done.stdout

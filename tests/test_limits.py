@@ -229,3 +229,19 @@ def test_a_device_that_differs_from_the_cpu_is_named(toy, monkeypatch, capsys, w
     assert calls
     assert ("computes something wrong" in said) == (wrong != "nothing"), said
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+
+
+def test_activation_checkpointing_computes_blocks_again_to_the_same_gradients(toy):
+    """Dropout included: its random numbers are drawn again as they were."""
+    gradients, calls = [], []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = GPT(toy(activation_checkpointing=again, dropout=0.3, init="gpt2"), 59)
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda *_, again=again: calls.append(again))
+        x = torch.arange(64).view(2, 32) % 59
+        model(x, x.flip(1))[1].backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert calls.count(False) == 2
+    assert calls.count(True) == 4
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -82,11 +82,26 @@ def test_several_processes_train_the_model_of_one(runs, count):
     assert losses[-1] < losses[0] - 0.5                 # so that there was something to get wrong
 
 
-def test_evaluation_shared_by_processes_is_that_of_one(runs):
-    """Of the untrained model, so that nothing but the evaluation differs."""
-    for column in ("train_loss", "val_loss"):
-        first = [numbers(runs / str(count), column)[0] for count in (1, 2, 4)]
-        assert first == pytest.approx([first[0]] * 3, abs=1e-5)
+def test_evaluation_shared_by_processes_is_that_of_one(runs, data_dir, tmp_path):
+    """Of the trained model, all windows of the val split, a number of them that nobody can share evenly."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pt").write_bytes((runs / "1" / "last.pt").read_bytes())
+
+    def before(rank):
+        def noted(*args, evaluate=train.estimate_loss):
+            losses = evaluate(*args)
+            (tmp_path / f"{args[3].world}-{rank}").write_text(f"{losses['train']!r} {losses['val']!r}")
+            return losses
+        train.estimate_loss = noted
+
+    figures = {}
+    for count in (1, 2, 4):
+        settings = SHARED_STEP | dict(eval_only=True, init_from="resume", eval_iters=0)
+        assert together(data_dir, tmp_path / "run", count, before, **settings) == [0] * count
+        figures |= {(count, rank): [float(number) for number in (tmp_path / f"{count}-{rank}").read_text().split()]
+                    for rank in range(count)}
+    for found in figures.values():
+        assert found == pytest.approx(figures[1, 0], abs=1e-5)
 
 
 def test_the_first_process_alone_speaks_and_writes(runs):
