@@ -96,18 +96,24 @@ def test_it_works_with(start, tmp_path, settings):
 
 
 def test_the_time_adds_up(start, monkeypatch):
-    """On a clock on which each training step takes 2 s and an evaluation of 16 windows of both splits 4 s."""
-    now, get_batch = [0.0], train.get_batch
+    """On a clock on which a training step takes 2 s, the first 9, and an evaluation of 16 windows of both splits 4."""
+    now, trained, get_batch = [0.0], [], train.get_batch
     monkeypatch.setattr("support.report.time.perf_counter", lambda: now[0])
 
     def slow(data, starts, *rest):
-        now[0] += 2
+        trained.append(len(starts) == 4)                # of the trace and of the three steps
+        now[0] += 9 if trained[-1] and sum(trained) == 2 else 2
         return get_batch(data, starts, *rest)
 
     monkeypatch.setattr(train, "get_batch", slow)
     done = start("run", "--dry_run", max_iters=100, eval_interval=50, eval_iters=2, sample_tokens=0)
     text, = lines(done.stdout, "time")
     assert text == "100 steps of 2,000 ms 3m20s, 3 evaluations of 8 s 24s: about 3m44s in all"
+
+
+def test_of_eval_only_it_tells_the_one_evaluation(start, tmp_path):
+    text, = lines(start("run", "--dry_run", eval_only=True, sample_tokens=0).stdout, "time")
+    assert text.startswith("1 evaluations of")
 
 
 def test_what_is_wrong_is_refused_as_without_it(start, tmp_path, monkeypatch):
