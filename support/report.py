@@ -490,8 +490,8 @@ class Report:
         activations, saved_logits, widest = self.found["saved"]
         position = 4 * self.model.vocab_size                            # bytes of its logits
         logits = saved_logits + 2 * rows // micro * cfg.block_size * position       # and two of their gradients
-        # Muon stacks the matrices of a shape, and holds up to eight more tensors of that size while it works on them.
-        work = max((8 * sum(p.nbytes for p in group["params"]) for optimizer in optimizers
+        # Muon stacks the matrices of a shape, and holds up to nine tensors of that size while it works on them.
+        work = max((9 * sum(p.nbytes for p in group["params"]) for optimizer in optimizers
                     for group in optimizer.param_groups if "momentum" in group), default=0)
         # An evaluation keeps no activations, but takes up to 16 windows at once, with their logits.
         windows = max(min(16, (self.meta["splits"][name]["tokens"] - 1) // cfg.block_size) for name in ("train", "val"))
