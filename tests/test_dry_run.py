@@ -202,6 +202,27 @@ def test_it_counts_the_optimizers_state_and_what_a_larger_batch_takes(start):
     assert more["activations"] == pytest.approx(2 * muon["activations"], rel=0.1)
 
 
+@pytest.mark.parametrize(("settings", "parts", "where"), [
+    (dict(batch_size=256), ["weights", "optimizer", "activations", "logits"], "as the backward pass begins"),
+    (dict(batch_size=1, block_size=4, n_embd=256), ["weights", "gradients", "optimizer", "work"],
+     "in the optimizer's update"),
+    (dict(batch_size=1, block_size=256, n_layer=1), ["weights", "optimizer"],
+     "in an evaluation, 16 windows together")], ids=["backward", "update", "evaluation"])
+def test_the_peak_is_where_most_is_held_at_once(start, monkeypatch, settings, parts, where):
+    found, memory = {}, report.Report.memory
+    monkeypatch.setattr(report.Report, "memory", lambda self: found.update(
+        memory(self), widest=self.found["saved"][2], vocab_size=self.model.vocab_size) or memory(self))
+    said = start("run", "--dry_run", **settings).stdout
+    text, = re.findall(r"about (.+)", said)[:1]
+    assert text.endswith(f" of tensors at once: {where}")
+    known = sum(found[name] for name in parts)
+    more = {"backward": 3 * found["widest"], "update": 0, "evaluation": 16 * 256 * (4 * 17 * 32 + 16 * found["vocab_size"])}
+    peak = max(found["phases"].values())
+    phase, = [name for name, bytes_held in found["phases"].items() if bytes_held == peak]
+    assert peak == known + more[phase]
+    assert text.startswith(report.size(peak))
+
+
 SOUND = dict(max_iters=100, eval_interval=50)
 TOKENS = dict(train=100_000, val=10_000, read=100_000)
 
