@@ -216,7 +216,8 @@ def test_the_peak_is_where_most_is_held_at_once(start, monkeypatch, settings, pa
     text, = re.findall(r"about (.+)", said)[:1]
     assert text.endswith(f" of tensors at once: {where}")
     known = sum(found[name] for name in parts)
-    more = {"backward": 3 * found["widest"], "update": 0, "evaluation": 16 * 256 * (4 * 17 * 32 + 16 * found["vocab_size"])}
+    evaluation = 16 * 256 * (4 * 17 * 32 + 16 * found["vocab_size"])
+    more = {"backward": 3 * found["widest"], "update": 0, "evaluation": evaluation}
     peak = max(found["phases"].values())
     phase, = [name for name, bytes_held in found["phases"].items() if bytes_held == peak]
     assert peak == known + more[phase]
