@@ -561,15 +561,16 @@ def estimate_loss(model: GPT, data: dict, cfg: Config, ranks, device: str, stop=
     """Mean loss in nats per token of both splits, over fixed windows that the processes share: all of val's
     and as many of train's (eval_iters=0), or 16 eval_iters of each. None if `stop` asks for an end."""
     losses, most = {}, 16 * cfg.eval_iters or (len(data["val"]) - 1) // cfg.block_size
+    size = runtime.windows_at_once(cfg.block_size, model.vocab_size)
     model.eval()
     for split in ("train", "val"):
         starts = eval_windows(len(data[split]), cfg, most)
         total = torch.zeros(2)                          # sum of the windows' losses, number of windows
-        for first in range(0, len(starts), 16 * ranks.world):
+        for first in range(0, len(starts), size * ranks.world):
             if stop and stop.asked:
                 model.train()
                 return None
-            some = starts[first + 16 * ranks.rank:][:16]
+            some = starts[first + size * ranks.rank:][:size]
             # A process with no window left takes part all the same: it may hold a share of the weights.
             x, y = get_batch(data[split], some if len(some) else starts[:1], cfg.block_size, model.vocab_size,
                              split, device)

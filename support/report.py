@@ -15,7 +15,6 @@ import os
 import re
 import shlex
 import shutil
-import statistics
 import sys
 import textwrap
 import time
@@ -202,12 +201,12 @@ def draw(rows: list, path: Path, title: str, tokens_per_step: int, tokens_per_ep
     axes.plot([row["step"] for row in steps], [row["loss"] for row in steps], color="0.75", lw=1,
               label="one step's batch")
     for name, color in (("train", "tab:blue"), ("val", "tab:orange")):
-        axes.plot([row["step"] for row in evaluations], [row[f"{name}_loss"] for row in evaluations], ".-", color=color,
-                  label=f"{name}, evaluated")
+        axes.plot([row["step"] for row in evaluations], [row[f"{name}_loss"] for row in evaluations],
+                  ".-" if len(evaluations) <= 50 else "-", color=color, label=f"{name}, evaluated")
     if evaluations:
         best = min(evaluations, key=lambda row: row["val_loss"])
         axes.plot(best["step"], best["val_loss"], "*", color="tab:red", ms=12, zorder=5,
-                  label=f"best val {best['val_loss']:.4f} at step {best['step']:.0f}")
+                  label=f"best val {best['val_loss']:.4f} at step {best['step']:,.0f}")
     end = max([1, *(row["step"] for row in rows)])
     axes.set(title=title, xlabel="steps", ylabel="loss (nats per token)", xlim=(-0.03 * end, 1.03 * end))
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -226,6 +225,11 @@ def save_figure(figure, path: Path):
     figure.savefig(image, format="png")
     with runtime.written(path) as file:
         file.write(image.getvalue())
+
+
+def held(tensor) -> int:
+    """The bytes of a tensor, or of this process's share of it."""
+    return tensor.to_local().nbytes if hasattr(tensor, "to_local") else tensor.nbytes
 
 
 class Report:
@@ -273,7 +277,7 @@ class Report:
         """Say that compiling begins, if it is `wanted`, since it takes long; returns `wanted`."""
         self.began_compiling = time.perf_counter()
         if wanted:
-            self.label("compile", "takes 20-40 s on a few processor cores, less if it was done before ...")
+            self.label("compile", "takes 20-40 s on two cores and some more at the first step, less if done before ...")
         return wanted
 
     def begin(self, compile_note: str, optimizers: list, run_once):
@@ -495,21 +499,24 @@ class Report:
     # -- a dry run
 
     def memory(self) -> dict:
-        """Bytes by part, and the most that a step holds at once ("step") and an evaluation ("evaluation")."""
+        """Bytes by part; `phases`: what is held at once as the backward pass begins, in the update, in an evaluation
+        of so many `windows`. The parts add up to none of them, since they are not all there at the same time."""
         cfg, (rows, micro), world = self.cfg, self.share, runtime.Ranks().world
         optimizers = self.found["optimizers"]
-        weights = sum(tensor.nbytes for tensor in [*self.model.parameters(), *self.model.buffers()])
-        gradients = sum(p.nbytes for p in self.model.parameters()) * (1 if world == 1 else 2)   # DDP's buckets
-        state = sum(tensor.nbytes for optimizer in optimizers for entry in optimizer.state.values()
+        weights = sum(held(tensor) for tensor in [*self.model.parameters(), *self.model.buffers()])
+        gradients = sum(held(p) for p in self.model.parameters()) * (2 if world > 1 and not cfg.shard else 1)  # DDP's
+        state = sum(held(tensor) for optimizer in optimizers for entry in optimizer.state.values()
                     for tensor in entry.values() if hasattr(tensor, "nbytes"))
         activations, saved_logits, widest = self.found["saved"]
         position = 4 * self.model.vocab_size                            # bytes of its logits
         logits = saved_logits + 2 * rows // micro * cfg.block_size * position       # and two of their gradients
-        # Muon stacks the matrices of a shape, and holds up to eight more tensors of that size while it works on them.
-        work = max((8 * sum(p.nbytes for p in group["params"]) for optimizer in optimizers
+        # Muon stacks the matrices of a shape, and holds up to nine tensors of that size while it works on them.
+        work = max((9 * sum(p.nbytes for p in group["params"]) for optimizer in optimizers
                     for group in optimizer.param_groups if "momentum" in group), default=0)
-        # An evaluation keeps no activations, but takes up to 16 windows at once, with their logits.
-        windows = max(min(16, (self.meta["splits"][name]["tokens"] - 1) // cfg.block_size) for name in ("train", "val"))
+        # An evaluation keeps no activations, but takes some windows at once, with their logits.
+        at_once = runtime.windows_at_once(cfg.block_size, self.model.vocab_size)
+        windows = max(min(at_once, (self.meta["splits"][name]["tokens"] - 1) // cfg.block_size)
+                      for name in ("train", "val"))
         wide = 4 * 17 * cfg.n_embd + (4 if cfg.logit_cap else 2) * position
         # As the backward pass begins, all of it is there, and some three tensors between two layers.
         phases = dict(backward=activations + logits + 3 * widest + gradients * (micro > 1), update=gradients + work,
@@ -521,12 +528,13 @@ class Report:
     def plan(self):
         """Say what the run would be."""
         cfg, found, splits = self.cfg, self.found, self.meta["splits"]
-        each = statistics.median(found.get("steps", [0.0]))
+        trial = found.get("steps", [0.0])
+        each = min(trial)               # the first step compiles the optimizer, and warms up
         if cfg.max_iters == runtime.OPEN:               # about; evaluations take their part
             cfg = replace(cfg, max_iters=max(1, int(60 * cfg.max_minutes / max(each, 1e-9))))
         parameters = sum(p.numel() for p in self.model.parameters())
         tokens = {split: splits[split]["tokens"] for split in ("train", "val")}
-        steps = max(0, cfg.max_iters - self.first_step)
+        steps = 0 if cfg.eval_only else max(0, cfg.max_iters - self.first_step)
         tokens["read"] = cfg.max_iters * self.tokens_per_step
         self.say("")
         for line in model_table(self.model):
@@ -557,17 +565,17 @@ class Report:
         if free and max(peak, held) > 0.9 * free:
             warnings.append(f"it needs about {size(max(peak, held))} of {size(free)} of memory: halve --batch_size "
                             "and double --gradient_accumulation_steps, or lower --block_size")
-        evaluations, ranks = evaluations_left(cfg, self.first_step, self.evaluated), runtime.Ranks().world
+        evaluations = 1 if cfg.eval_only else evaluations_left(cfg, self.first_step, self.evaluated)
         whole = {split: (tokens[split] - 1) // cfg.block_size for split in ("train", "val")}
         most_windows = 16 * cfg.eval_iters or whole["val"]
         # The trial took 16 windows of each split or all there are, on one process.
-        rounds = [max(1, min(count, most_windows) / min(count, 16) / ranks) for count in whole.values()]
+        rounds = [max(1, min(count, most_windows) / min(count, 16) / runtime.Ranks().world) for count in whole.values()]
         evaluation = found.get("evaluation", 0) * sum(rounds) / len(rounds)
         samples = steps // cfg.sample_interval if cfg.sample_interval else evaluations
         parts = {f"{steps:,} steps of {1000 * each:,.{1 if each < 0.1 else 0}f} ms": steps * each,
                  f"{evaluations:,} evaluations of {evaluation:,.2g} s": evaluations * evaluation,
                  f"{samples:,} samples of {found.get('sample', 0):,.2g} s": samples * found.get("sample", 0),
-                 "compiling": found["compile"]}
+                 "compiling": found["compile"] + (trial[0] - each if cfg.compile else 0)}
         total = sum(parts.values())
         self.label("time", ", ".join(f"{what} {duration(seconds)}" for what, seconds in parts.items() if seconds)
                    + f": about {duration(total)} in all" if total else "nothing remains to be done")
@@ -670,9 +678,10 @@ def compare(runs: dict, by: str, path: Path):
         places = [row[column] / unit for row in evaluations]
         color = f"C{number % 10}"
         axes.plot(places, [row["train_loss"] for row in evaluations], "--", color=color, lw=0.8, alpha=0.7)
-        axes.plot(places, [row["val_loss"] for row in evaluations], ".-", color=color, lw=1.6, label=name)
+        axes.plot(places, [row["val_loss"] for row in evaluations], ".-" if len(places) <= 50 else "-", color=color,
+                  lw=1.6, label=name)
     axes.plot([], [], "--", color="0.5", lw=0.8, label="train")
-    axes.set(title="val loss", xlabel=label, ylabel="loss (nats per token)")
+    axes.set(title="val loss of several runs", xlabel=label, ylabel="loss (nats per token)")
     axes.xaxis.set_major_formatter(lambda x, _: short(x) if x >= 1000 else f"{x:g}")
     axes.grid(alpha=0.3)
     axes.legend()

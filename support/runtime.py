@@ -275,6 +275,11 @@ def shuffled(rng, n: int):
     return rng.permutation(n) if n <= 1 << 22 else Shuffle(rng, n)
 
 
+def windows_at_once(block_size: int, vocab_size: int) -> int:
+    """How many windows an evaluation computes together: 16, or fewer where their logits would be over half a GB."""
+    return min(16, max(1, 2**27 // (block_size * vocab_size)))
+
+
 def check_ids(ids: np.ndarray, vocab_size: int, split: str):
     """Refuse ids that the model has no row for."""
     if ids.size and int(ids.max()) >= vocab_size:

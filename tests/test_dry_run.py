@@ -96,18 +96,24 @@ def test_it_works_with(start, tmp_path, settings):
 
 
 def test_the_time_adds_up(start, monkeypatch):
-    """On a clock on which each training step takes 2 s and an evaluation of 16 windows of both splits 4 s."""
-    now, get_batch = [0.0], train.get_batch
+    """On a clock on which a training step takes 2 s, the first 9, and an evaluation of 16 windows of both splits 4."""
+    now, trained, get_batch = [0.0], [], train.get_batch
     monkeypatch.setattr("support.report.time.perf_counter", lambda: now[0])
 
     def slow(data, starts, *rest):
-        now[0] += 2
+        trained.append(len(starts) == 4)                # of the trace and of the three steps
+        now[0] += 9 if trained[-1] and sum(trained) == 2 else 2
         return get_batch(data, starts, *rest)
 
     monkeypatch.setattr(train, "get_batch", slow)
     done = start("run", "--dry_run", max_iters=100, eval_interval=50, eval_iters=2, sample_tokens=0)
     text, = lines(done.stdout, "time")
     assert text == "100 steps of 2,000 ms 3m20s, 3 evaluations of 8 s 24s: about 3m44s in all"
+
+
+def test_of_eval_only_it_tells_the_one_evaluation(start, tmp_path):
+    text, = lines(start("run", "--dry_run", eval_only=True, sample_tokens=0).stdout, "time")
+    assert text.startswith("1 evaluations of")
 
 
 def test_what_is_wrong_is_refused_as_without_it(start, tmp_path, monkeypatch):
@@ -194,6 +200,28 @@ def test_it_counts_the_optimizers_state_and_what_a_larger_batch_takes(start):
     assert muon["optimizer"] == pytest.approx(1.1 * muon["weights"], rel=0.1)       # one, of all but the embeddings
     assert adamw["gradients"] == pytest.approx(adamw["weights"], rel=0.1)
     assert more["activations"] == pytest.approx(2 * muon["activations"], rel=0.1)
+
+
+@pytest.mark.parametrize(("settings", "parts", "where"), [
+    (dict(batch_size=256), ["weights", "optimizer", "activations", "logits"], "as the backward pass begins"),
+    (dict(batch_size=1, block_size=4, n_embd=256), ["weights", "gradients", "optimizer", "work"],
+     "in the optimizer's update"),
+    (dict(batch_size=1, block_size=256, n_layer=1), ["weights", "optimizer"],
+     "in an evaluation, 16 windows together")], ids=["backward", "update", "evaluation"])
+def test_the_peak_is_where_most_is_held_at_once(start, monkeypatch, settings, parts, where):
+    found, memory = {}, report.Report.memory
+    monkeypatch.setattr(report.Report, "memory", lambda self: found.update(
+        memory(self), widest=self.found["saved"][2], vocab_size=self.model.vocab_size) or memory(self))
+    said = start("run", "--dry_run", **settings).stdout
+    text, = re.findall(r"about (.+)", said)[:1]
+    assert text.endswith(f" of tensors at once: {where}")
+    known = sum(found[name] for name in parts)
+    evaluation = 16 * 256 * (4 * 17 * 32 + 16 * found["vocab_size"])
+    more = {"backward": 3 * found["widest"], "update": 0, "evaluation": evaluation}
+    peak = max(found["phases"].values())
+    phase, = [name for name, bytes_held in found["phases"].items() if bytes_held == peak]
+    assert peak == known + more[phase]
+    assert text.startswith(report.size(peak))
 
 
 SOUND = dict(max_iters=100, eval_interval=50)
