@@ -101,7 +101,7 @@ def test_the_slices_of_all_processes_are_the_global_batch(start, toy, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", str(world))
     for rank in range(world):
         monkeypatch.setenv("RANK", str(rank))
-        result = start(f"rank{rank}", max_iters=1, batch_size=size, gradient_accumulation_steps=steps)
+        result = start(f"rank{rank}", max_iters=1, eval_iters=4, batch_size=size, gradient_accumulation_steps=steps)
         assert result.returncode == 0, result.stderr
     cfg = toy(batch_size=size, gradient_accumulation_steps=steps)
     assert (np.concatenate(seen) == window_starts(0, cfg, 18_000)).all()

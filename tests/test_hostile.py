@@ -15,7 +15,9 @@ import torch
 from conftest import ROOT, TOY, ZYGOTE, flags, trained
 
 from prepare import write_set
+from support import runtime
 from support.runtime import KINDS_TO_GO_ON
+from train import GPT
 
 MEMORY, SECONDS = 1 << 30, 30                   # bytes beyond what importing took; until a child is killed
 TUNED = dict(max_iters=1, eval_iters=1, sample_tokens=4, eval_interval=1)
@@ -329,3 +331,21 @@ def test_a_gzip_bomb_takes_no_memory_for_what_it_holds(tmp_path):
     done = ZYGOTE.run("prepare.py", *words, folder=tmp_path, memory=140_000_000)
     assert (done.returncode, done.stderr) == (0, "")
     assert "80,000,000 characters" in done.stdout
+
+
+def test_a_model_is_built_only_for_weights_that_are_there(toy):
+    """Before that its shapes alone are worked out, on PyTorch's device without memory."""
+    devices, cfg = [], toy(n_embd=64)
+
+    def build():
+        devices.append(torch.empty(0).device.type)
+        return GPT(cfg, 59)
+
+    good = GPT(cfg, 59).state_dict()
+    for stored in (good | {"wte.weight": torch.zeros(59, 32)}, good | {"wte.weight": big(58, 64)}, good | dict(x=1)):
+        with pytest.raises(ValueError, match="wte|'x'"):
+            runtime.filled(build, stored, cfg.n_layer)
+    with pytest.raises(ValueError, match="more numbers than it holds"):
+        runtime.filled(build, {name: big(*tensor.shape) for name, tensor in good.items()}, cfg.n_layer)
+    assert devices == ["meta"] * 4
+    assert torch.equal(runtime.filled(build, good, cfg.n_layer).wte.weight, good["wte.weight"])
