@@ -283,6 +283,7 @@ def hostile(good: dict, tokens: str):
             yield (place, what), changed(good, place, change(old))
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize")
 def test_400_checkpoints_that_lie(home, tmp_path):
     trials = Trials((0, 2, 3))
     for tokens in ("char", "bpe"):
