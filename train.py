@@ -656,16 +656,15 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
     torch.manual_seed(cfg.seed)
     model = restore(source, "the checkpoint", cfg)[0] if source else GPT(cfg, meta["vocab_size"])
     model = ranks.shard(model.train(), device) if cfg.shard else model.train().to(device)
-    if kind not in ("cpu", "cuda") and ranks.first:
-        x, y = get_batch(data["train"], window_starts(0, cfg, len(data["train"]))[:4], cfg.block_size,
-                         model.vocab_size, "train", "cpu")
-        runtime.compare_with_cpu(model, x, y, device)
 
     def batches(step):
         """The micro-batches of this process for update number `step`."""
         starts = window_starts(step, cfg, len(data["train"]))[ranks.rank * rows:(ranks.rank + 1) * rows]
         for part in starts.reshape(micro, -1):
             yield get_batch(data["train"], part, cfg.block_size, model.vocab_size, "train", device)
+
+    if kind not in ("cpu", "cuda") and ranks.first:
+        runtime.compare_with_cpu(model, *next(batches(0)), device)
 
     def run_once(candidate):
         """A forward and a backward pass of which nothing remains, for measuring and compiling."""

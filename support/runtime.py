@@ -567,7 +567,7 @@ def compare_with_cpu(model, x, y, device: str):
             p += 0.1 * torch.randn(p.shape, generator=generator)
     figures = []
     for candidate, place in ((copy.deepcopy(reference).to(device), device), (reference, "cpu")):
-        loss = candidate(x.to(place), y.to(place))[1]
+        loss = candidate(x[:4].to(place), y[:4].to(place))[1]           # four windows
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in candidate.parameters() if p.grad is not None])
         figures.append((loss.item(), norm.item()))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import pairwise, perturbed
 
+from support.cpu import in_blocks
 from train import GPT, Config, draw, dropout
 
 VOCAB, T = 50, 16
@@ -505,3 +506,32 @@ def test_attention_weights_are_not_dropped_by_default():
     for block in model.blocks:
         block.attn.train()
     assert torch.equal(model(idx)[0], sure)
+
+
+@pytest.mark.parametrize("length", [1, 64, 100, 256, 700])
+def test_attention_in_blocks_is_attention(length):
+    """What compiled code for a CPU computes in 16 bits, here in float32: values and gradients."""
+    generator = torch.Generator().manual_seed(length)
+    q, k, v, grad = (torch.randn(2, 3, length, 8, generator=generator) for _ in range(4))
+    results = []
+    for function in (in_blocks, lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True)):
+        inputs = [z.clone().requires_grad_() for z in (q, k, v)]
+        y = function(*inputs)
+        y.backward(grad)
+        results.append([y, *(z.grad for z in inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("switches", [dict(), dict(n_kv_head=2), dict(attn_dropout=True, dropout=0.5)],
+                         ids=["heads", "shared keys", "dropout"])
+def test_the_compiled_model_is_the_eager_one(switches):
+    """In bfloat16, whose last digits differ; with dropout, which is drawn anew, near it."""
+    model = perturbed(small(n_layer=2, block_size=80, **switches)).train()
+    x = tokens(2, 80)
+    losses = []
+    for candidate in (model, torch.compile(model, dynamic=False)):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(candidate(x, x.flip(1))[1].item())
+    assert losses[1] == pytest.approx(losses[0], abs=0.3 if switches.get("dropout") else 0.02)
+    assert abs(losses[0] - math.log(VOCAB)) > 0.05      # so that there was something to get wrong
