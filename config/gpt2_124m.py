@@ -18,9 +18,8 @@ max_iters = 5000                    # 2.6 billion tokens
 batch_size = 32
 gradient_accumulation_steps = 16
 block_size = 1024
-eval_interval = 250
+eval_interval = 1000                # a save takes 5 s (bench/checkpoint.py); on one GPU add --save_interval=250
 eval_iters = 40
-save_interval = 100
 
 n_layer = 12
 n_head = 6
