@@ -128,6 +128,9 @@ def claim(out_dir: Path, resuming: bool):
     """Lock `out_dir` for a run. A new run first moves an old one there to NAME.1 (the next free number): nothing is
     lost. Returns the lock, to be kept while the process lives."""
     held = lock(out_dir)
+    for left in out_dir.glob("*.tmp"):  # by a process that was killed while it wrote
+        with contextlib.suppress(OSError):
+            left.unlink()
     if resuming or not any((out_dir / name).exists() for name in ("last.pt", "ckpt.pt", "log.csv")):
         return held
     held.close()                        # Windows renames no folder with an open file

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ class Chain:
         self.counts[fault] += done.returncode != 0 or not ends
         if done.returncode == -9:
             self.counts["  of the kills, in the middle of a save"] += any(self.out.glob("*.tmp"))
-        else:
+        elif "writes " in done.stdout:                  # it came far enough to remove what a killed one left
             assert not list(self.out.glob("*.tmp")), "a temporary file is left"
         saved = self.saved()
         self.counts["checkpoints read"] += 2
@@ -110,9 +111,14 @@ class Chain:
             return
         shutil.copy(path, copy)
         raw = bytearray(path.read_bytes())
-        # Anywhere in the first entries, which are content: the zip's own structure comes at the end.
+        # In the content of entries: between them lies padding, which means nothing.
+        with zipfile.ZipFile(path) as archive:
+            entries = [entry for entry in archive.infolist() if entry.file_size]
         for _ in range(self.chance.choice([1, 8])):
-            raw[self.chance.randrange(len(raw) // 2, len(raw) * 9 // 10)] ^= 1 << self.chance.randrange(8)
+            entry = self.chance.choice(entries)
+            head = entry.header_offset
+            names = sum(int.from_bytes(raw[head + at:head + at + 2], "little") for at in (26, 28))
+            raw[head + 30 + names + self.chance.randrange(entry.file_size)] ^= 1 << self.chance.randrange(8)
         path.write_bytes(raw)
         files = {name: runtime.sha256(self.out / name) for name in ("last.pt", "ckpt.pt", "log.csv")
                  if (self.out / name).exists()}

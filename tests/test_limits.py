@@ -245,3 +245,11 @@ def test_activation_checkpointing_computes_blocks_again_to_the_same_gradients(to
     assert calls.count(False) == 2
     assert calls.count(True) == 4
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_what_a_killed_process_left_half_written_goes_at_the_next_start(start, tmp_path):
+    start("run")
+    for name in ("last.pt.tmp", "ckpt.pt.tmp"):
+        (tmp_path / "run" / name).write_bytes(b"half")
+    assert start("run", "--init_from=resume").returncode == 0
+    assert not list((tmp_path / "run").glob("*.tmp"))
