@@ -22,6 +22,7 @@ import runpy
 import shutil
 import sys
 import textwrap
+import time
 import traceback
 import types
 import typing
@@ -58,7 +59,11 @@ def printable(text: str) -> str:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """Say in one line what is wrong and how to go on, then leave with `code` (2: the user's input)."""
+    """Say in one line what is wrong and how to go on, then leave with `code` (2: the user's input). What is wrong with
+    the input all of several processes find: those but the first wait to be ended by torchrun, which it does to all when
+    one has failed, before they say it too."""
+    if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(3)
     print(f"{program()}: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 

@@ -92,6 +92,16 @@ def test_a_run_stopped_at_every_update_ends_as_an_unbroken_one(dropped_out, inte
     same_runs(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_compiled_run_goes_on_as_an_unbroken_one(dropped_out, tmp_path):
+    """Compiled in earnest, model and Muon, from the checkpoint that was kept half-way."""
+    settings = dict(compile=True, n_layer=1, dtype="bfloat16", keep=9)
+    assert "compile on" in dropped_out("whole", **settings).stdout
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    os.replace(tmp_path / "run" / "last-3.pt", tmp_path / "run" / "last.pt")
+    assert "going on at step 3" in dropped_out("run", init_from="resume", **settings).stdout
+    same_runs(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("at", range(TOY["max_iters"]))
 def test_resuming_from_any_one_step_gives_the_unbroken_run(dropped_out, interrupted, unbroken, tmp_path, at):
     result = interrupted("run", at=at)

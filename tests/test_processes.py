@@ -361,7 +361,7 @@ def test_a_step_that_two_processes_cannot_share_is_refused(data_dir, tmp_path):
     with torchrun(tmp_path / "two", data_dir, batch_size=3, gradient_accumulation_steps=5) as process:
         _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    line, = {line for line in err.splitlines() if line.startswith("train.py: ")}        # of either
+    line, = (line for line in err.splitlines() if line.startswith("train.py: "))        # the first one's
     assert all(part in line for part in ("batch_size * gradient_accumulation_steps = 15", "2 processes"))
     assert str(ROOT / "train.py") + '", line' not in err        # no traceback but torchrun's own
     assert not (tmp_path / "two" / "run").exists()
