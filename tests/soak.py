@@ -98,9 +98,10 @@ class Chain:
         assert saved >= before, (saved, before)
         if fault == "full disk":
             self.counts["  of the full disks, some save failed"] += "could not write" in done.stdout
-        elif (self.out / "log.csv").exists():
+        elif "\nstep " in done.stdout:                  # else the log may still hold what a full disk kept from last.pt
             lost = max((int(row["step"]) for row in read_log(self.out / "log.csv")), default=0) - saved
-            assert lost <= (self.interval if done.returncode == -9 else 0) or done.returncode == -15, lost
+            assert lost <= (self.interval if done.returncode == -9 else 0) or done.returncode == -15, (
+                fault, lost, done.returncode, done.stdout[-500:])
             self.counts["steps lost"] += max(0, lost)
         return done
 
