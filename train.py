@@ -45,7 +45,7 @@ class Config:
     seed: int = 1337                    # of the initial weights, the batches and dropout
     max_iters: int = 250                # optimizer steps
     max_epochs: float = 0.0             # passes over the training tokens; above 0 it sets max_iters
-    max_minutes: float = 0.0            # stop after so many on the clock; max_iters, if not typed, is fitted
+    max_minutes: float = 0.0            # stop after so many on the clock; a new run's max_iters fit them
     dry_run: bool = False               # say what the run would take, from three real steps; write nothing
     # -- evaluation and reports
     eval_interval: int = 50             # steps between evaluations; one comes before the first step
@@ -131,6 +131,7 @@ class Config:
         limits = dict.fromkeys([*counts.split(), "n_embd", "rope_theta", "pad_vocab_to"], (1, 2**31))
         limits |= dict.fromkeys(("momentum", "beta1", "beta2"), (0, 0.99999)) | dict(block_size=(1, 2**20))
         limits |= dict(dropout=(0, 0.99), rope_fraction=(0, 1), cooldown=(0, 1), adam_eps=(1e-30, 1))
+        limits |= dict(max_iters=(0, runtime.OPEN - (not self.max_minutes)))
         found = []
         for name, value in asdict(self).items():
             low, high = limits.get(name, (0, 2**31))
@@ -630,10 +631,11 @@ def sample_text(model: GPT, tokenizer, cfg: Config, step: int, device: str) -> s
     return cfg.sample_start + tokenizer.decode(ids)
 
 
-def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict | None = None) -> int:
+def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict | None = None,
+          seen: tuple | None = None) -> int:
     """Train as cfg says; returns the exit code. resumed: the content of last.pt, to go on from; weights: a
-    checkpoint to start from, with a new schedule."""
-    ranks, deadline = runtime.Ranks(), runtime.Deadline(cfg.max_minutes)
+    checkpoint to start from, with a new schedule; seen: last.pt's stamp, when it matters."""
+    ranks, deadline = runtime.Ranks(), runtime.Deadline(0 if cfg.dry_run else cfg.max_minutes)
     device = ranks.join(cfg.backend, runtime.choose_device(cfg.device))
     kind = torch.device(device).type
     folder = ensure_set(cfg.dataset, cfg.data_dir, ranks)
@@ -676,19 +678,22 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
 
     state = dict(step=0, evaluated=-1, best_step=0, best_val_loss=math.inf, losses={}, seconds=0.0)
     state |= {name: resumed[name] for name in state} if resumed else {}
-    lock = None if cfg.eval_only or cfg.dry_run or not ranks.first else runtime.claim(out_dir, bool(resumed))
+    writes = ranks.first and not (cfg.eval_only or cfg.dry_run)
+    lock = runtime.claim(out_dir, bool(resumed), seen) if writes else None
     report = Report(cfg, out_dir, ranks.first, model, meta, state, device)
     passes = 0 if cfg.eval_only else (cfg.max_iters - state["step"]) * micro
     wanted = runtime.compile_pays(cfg.compile, model, run_once, passes, device, ranks, deadline)
-    step_model, cfg.compile, note = runtime.compile(report.compiling(wanted), model, run_once, device)
+    step_model, compiled, note = runtime.compile(report.compiling(wanted), model, run_once, device)
+    cfg.compile = compiled if passes > 0 else cfg.compile
     step_model = step_model if cfg.shard else ranks.copies(step_model, device)
-    optimizers = make_optimizers(model, cfg, device, cfg.compile, **ranks.spreading())
+    optimizers = make_optimizers(model, cfg, device, compiled, **ranks.spreading())
     scaler = torch.amp.GradScaler(kind, enabled=cfg.dtype == "float16")
     if resumed:
         runtime.restore_optimizers(optimizers, scaler, resumed, ranks.first)
     cfg = report.begin(note, optimizers, partial(run_once, step_model))     # a short one, if it is dry
 
-    unsaved, bad = {}, False                            # what went wrong in the latest save of each file
+    # What went wrong in the latest save of each file; a best one that was lost stays so over a resume.
+    unsaved, bad = {"ckpt.pt": resumed.get("lost", "") if resumed else ""}, False
 
     def save(name: str, number: bool = False):
         """Write a checkpoint, and note in `unsaved` what went wrong. number: keep it under its step, too."""
@@ -698,7 +703,7 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
                                text=text, model=dict(model.state_dict()), seconds=report.seconds())
         if name == "last.pt":
             content |= dict(optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
-                            threads=torch.get_num_threads())
+                            threads=torch.get_num_threads(), lost=unsaved["ckpt.pt"])
         content = ranks.whole(content) if cfg.shard else content        # with a part from each process
         if not ranks.first:
             return
@@ -707,7 +712,7 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
             report.say(f"{unsaved[name]}; the next save tries again")
 
     with runtime.Stop(deadline) as stop:
-        watch = runtime.Watch(ranks, stop, optimizers, device, cfg.dtype)
+        watch = runtime.Watch(ranks, stop, optimizers, scaler, device, cfg.dtype)
         while True:
             step = state["step"]
             if cfg.max_iters == runtime.OPEN:           # max_minutes: until its own pace is known
@@ -793,8 +798,9 @@ def main(argv: list) -> int:
     parsed = parse(Config, argv, __doc__)
     cfg = Config(**parsed.values)
     out_dir = Path(cfg.out_dir or Path("out") / (parsed.files[-1].stem if parsed.files else cfg.dataset))
+    seen = runtime.stamp(out_dir / "last.pt") if cfg.init_from in ("auto", "resume") else None
     if cfg.init_from == "auto":
-        cfg.init_from = "resume" if os.path.isfile(out_dir / "last.pt") else "scratch"
+        cfg.init_from = "resume" if seen else "scratch"
     resumed = weights = None
     if cfg.init_from == "resume":
         resumed = runtime.load_checkpoint(out_dir / "last.pt", resumable=True)
@@ -813,7 +819,7 @@ def main(argv: list) -> int:
         fail("; ".join(problems))
     cfg.out_dir = str(out_dir)
     with runtime.explained(out_dir):
-        return train(cfg, out_dir, resumed, weights)
+        return train(cfg, out_dir, resumed, weights, seen)
 
 
 if __name__ == "__main__":

@@ -108,11 +108,14 @@ def saved_tensors(run_once, model, logits: int) -> tuple:
     pass: each storage once, without the weights. `logits`: how many numbers make the logits of a micro-batch."""
     import torch
 
-    weights, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    sharded = any(hasattr(p, "to_local") for p in model.parameters())
+    weights = set() if sharded else {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes, found = {tuple(sorted(p.shape)) for p in model.parameters()} if sharded else set(), {}
 
     def note(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        # Of a sharded model the weights are put together for each block, and let go.
+        if storage.data_ptr() not in weights and tuple(sorted(tensor.shape)) not in shapes:
             is_logits = tensor.numel() == logits and tensor.shape[-1] == model.vocab_size
             found[storage.data_ptr()] = (is_logits, storage.nbytes())
         return tensor
@@ -373,10 +376,11 @@ class Report:
                    f"tokens, vocabulary {vocab_size:,}")
         self.label("model", f"{short(parameters)} parameters ({parameters:,}): {cfg.n_layer} layers, {cfg.n_head} "
                    f"heads, {cfg.n_embd} wide, context {cfg.block_size}")
+        known = cfg.init_from in ("scratch", "auto") and not self.first_step and cfg.init in ("zero", "gpt2")
         first = f"; the first loss should be near ln {vocab_size} = {math.log(vocab_size):.3f}"
         count = f"{cfg.max_iters:,}" if cfg.max_iters < runtime.OPEN else f"as many as {cfg.max_minutes:g} min allow,"
         self.label("steps", f"{count} of {self.tokens_per_step:,} tokens, {per_epoch:.1f} to an epoch"
-                   f"{first if cfg.init_from == 'scratch' and not self.first_step else ''}")
+                   f"{first if known else ''}")
         if changed:
             self.label("settings", f"{', '.join(changed)} (the rest as --help says)")
         if self.writes:
@@ -631,15 +635,19 @@ class Report:
             self.plan()
         if not self.writes:
             return code
-        if stop.signal and state["evaluated"] < step:
+        if stop.asked and state["evaluated"] < step:
             rest = "makes up for its last evaluation" if step == cfg.max_iters else "goes on"
             last = shlex.quote(str(self.out_dir / "last.pt"))
-            self.label("stopped", f"at step {step} of {cfg.max_iters}: the same command with --init_from=resume "
-                       f"{rest}; python sample.py --ckpt={last} samples from the weights of now")
+            why = "" if stop.signal else f" (max_minutes={cfg.max_minutes:g} are over)"
+            place = self.place(step).strip().replace("/", " of ")
+            self.label("stopped", f"at step {place}{why}: the same command with --init_from=resume {rest}; "
+                       f"python sample.py --ckpt={last} samples from the weights of now")
             return code
         why = f"max_minutes={cfg.max_minutes:g} are over; --init_from=resume goes on" if stop.asked else \
             f"patience={cfg.patience}"
         early = f" of {cfg.max_iters:,} ({why})" if step < cfg.max_iters else ""
+        if step == self.first_step == cfg.max_iters:
+            self.label("note", "there was nothing left to do: a larger --max_iters goes on")
         self.label("done", f"{step:,} steps{early} in {duration(self.seconds())} of training; best val loss "
                    f"{state['best_val_loss']:.4f} at step {state['best_step']}")
         tokens, peak = step * self.tokens_per_step, peak_memory(self.device)

@@ -124,10 +124,23 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def claim(out_dir: Path, resuming: bool):
+def stamp(path: Path) -> tuple:
+    """What changes when a file is written anew; () of no file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def claim(out_dir: Path, resuming: bool, expected: tuple | None = None):
     """Lock `out_dir` for a run. A new run first moves an old one there to NAME.1 (the next free number): nothing is
-    lost. Returns the lock, to be kept while the process lives."""
+    lost. expected: the stamp of last.pt when it was looked at; another process may have gone on with the run since.
+    Returns the lock, to be kept while the process lives."""
     held = lock(out_dir)
+    if expected is not None and stamp(out_dir / "last.pt") != expected:
+        fail(f"{out_dir}/last.pt has changed since this process looked at it: another one has gone on with the run; "
+             "the same command again goes on from there")
     for left in out_dir.glob("*.tmp"):  # by a process that was killed while it wrote
         with contextlib.suppress(OSError):
             left.unlink()
@@ -320,10 +333,10 @@ def number(path: Path, step: int, keep: int):
     except OSError:                                 # as on FAT; a copy is whole or absent, too
         with open(path, "rb") as source, written(numbered) as copy:
             shutil.copyfileobj(source, copy)
-    steps = sorted(int(old.stem.rpartition("-")[2]) for old in path.parent.glob(f"{path.stem}-*.pt")
-                   if old.stem.rpartition("-")[2].isdigit())
-    for old in steps[:-keep]:
-        path.with_name(f"{path.stem}-{old}.pt").unlink()
+    numbered = [old for old in path.parent.glob(f"{path.stem}-*.pt") if old.stem.rpartition("-")[2].isdigit()]
+    # By time and not by step: a run may have been taken back, and gone on from there in another way.
+    for old in sorted(numbered, key=lambda old: old.stat().st_mtime_ns)[:-keep]:
+        old.unlink()
 
 
 def load_checkpoint(path: Path, resumable: bool = False) -> dict:
@@ -458,6 +471,8 @@ def choose_dtype(device: str, dtype: str) -> str:
 def autocast(device: str, dtype: str):
     """A context in which matrix products run in `dtype`, while weights and sums stay in float32."""
     import torch
+
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")     # a norm with a gain does that
 
     if dtype == "float32":
         return contextlib.nullcontext()
@@ -802,7 +817,7 @@ class Stop:
     the time that was given."""
 
     def __init__(self, deadline: Deadline):
-        self.deadline, self.signal = deadline, 0
+        self.deadline, self.signal, self.over = deadline, 0, False
         self.before = {}
 
     def __enter__(self):
@@ -820,9 +835,19 @@ class Stop:
             os._exit(130)               # what is on the disk is whole at every moment
         self.signal = number
 
+    def reasons(self) -> list:
+        """Whether this process has run out of time, got SIGINT, got SIGTERM."""
+        return [self.over or self.deadline.left() < 0, self.signal == signal.SIGINT, self.signal == signal.SIGTERM]
+
+    def agree(self, counts: list):
+        """Take over what any of the processes has, so that all leave in the same way; counts: of their `reasons`."""
+        over, interrupted, terminated = counts
+        self.over = over > 0
+        self.signal = self.signal or (signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0)
+
     @property
     def asked(self) -> bool:
-        return self.signal > 0 or self.deadline.left() < 0
+        return any(self.reasons())
 
     @property
     def exit_code(self) -> int:
@@ -835,10 +860,10 @@ class Watch:
     the same at the same step. On a GPU the verdict stays there, as `found_inf`, which turns this update and all later
     ones into no-ops, and the host reads it only when asked to: reading it would hold up the next step."""
 
-    def __init__(self, ranks: Ranks, stop: Stop, optimizers: list, device: str, dtype: str):
+    def __init__(self, ranks: Ranks, stop: Stop, optimizers: list, scaler, device: str, dtype: str):
         import torch
 
-        self.ranks, self.stop, self.optimizers = ranks, stop, optimizers
+        self.ranks, self.stop, self.optimizers, self.scaler = ranks, stop, optimizers, scaler
         self.scaled = dtype == "float16"        # its gradients may overflow; the GradScaler skips those steps
         self.immediate = self.scaled or torch.device(device).type != "cuda"     # only fused AdamW knows found_inf
         self.bad = torch.zeros((), device=device)
@@ -847,13 +872,17 @@ class Watch:
         """(not finite, asked to stop), as far as the host knows. look: read the device's verdict now."""
         import torch
 
-        finite = torch.isfinite(loss) & (torch.isfinite(norm) | self.scaled)
-        asked = torch.full_like(self.bad, self.stop.asked)
-        flags = self.ranks.total(torch.stack((1 - finite.to(self.bad.dtype), asked)))
+        # A scale below 1 means that halving it did not help: no overflow, then.
+        overflow = self.scaled and self.scaler.get_scale() >= 1
+        finite = torch.isfinite(loss) & (torch.isfinite(norm) | overflow)
+        asked = [torch.full_like(self.bad, reason) for reason in self.stop.reasons()]
+        flags = self.ranks.total(torch.stack((1 - finite.to(self.bad.dtype), *asked)))
         self.bad = torch.maximum(self.bad, flags[0].clamp(max=1))
         if not self.immediate:
             for optimizer in self.optimizers:
                 optimizer.found_inf = self.bad
         if not (look or self.immediate):
             return False, False
-        return self.bad.item() > 0, flags[1].item() > 0
+        bad, *counts = flags.tolist()
+        self.stop.agree(counts)
+        return self.bad.item() > 0, any(counts)

@@ -89,7 +89,7 @@ class Chain:
         assert done.returncode in (0, *ends), (fault, done.returncode, done.stderr)
         assert done.stderr == "", done.stderr
         self.counts[fault] += done.returncode != 0 or not ends
-        if done.returncode == -9:
+        if done.returncode in (-9, -15):                # SIGTERM kills before the run has begun
             self.counts["  of the kills, in the middle of a save"] += any(self.out.glob("*.tmp"))
         elif "writes " in done.stdout:                  # it came far enough to remove what a killed one left
             assert not list(self.out.glob("*.tmp")), "a temporary file is left"

@@ -720,6 +720,16 @@ def test_an_overflow_in_float16_is_skipped(start, spoiled, tmp_path):
     assert all(torch.isfinite(value).all() for value in last["model"].values())
 
 
+def test_gradients_that_are_never_finite_are_no_overflow(start, monkeypatch, tmp_path):
+    """Halving the scale does not help: the run must not go on for ever without learning."""
+    change, real = bad_gradient(math.nan), F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy",
+                        lambda *args: change(real(*args)) if torch.is_grad_enabled() else real(*args))
+    done = start("run", dtype="float16", max_iters=40, eval_interval=40)
+    assert done.returncode == 3
+    assert 15 <= len([row for row in log_rows(tmp_path / "run") if row["loss"]]) <= 18     # from 2^16 to below 1
+
+
 def test_a_loss_of_nan_stops_in_float16_too(start, spoiled):
     spoiled(5, lambda loss: loss * math.nan)
     assert start("run", dtype="float16").returncode == 3

@@ -253,3 +253,48 @@ def test_what_a_killed_process_left_half_written_goes_at_the_next_start(start, t
         (tmp_path / "run" / name).write_bytes(b"half")
     assert start("run", "--init_from=resume").returncode == 0
     assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_going_back_keeps_the_newer_checkpoints_whatever_their_steps(start, tmp_path):
+    run = tmp_path / "run"
+    start("run", max_iters=8, eval_interval=2, keep=4)
+    (run / "last.pt").write_bytes((run / "last-2.pt").read_bytes())
+    start("run", "--init_from=resume", "--keep=2", max_iters=6, eval_interval=2, learning_rate=0.001)
+    assert sorted(path.name for path in run.glob("last-*.pt")) == ["last-4.pt", "last-6.pt"]
+
+
+def test_a_run_that_another_process_has_gone_on_with_is_left_alone(start, monkeypatch, tmp_path):
+    start("run", max_iters=3)
+    ensure = train.ensure_set
+
+    def meanwhile(*args):                               # after this process has read last.pt
+        monkeypatch.setattr(train, "ensure_set", ensure)
+        assert start("run", "--init_from=resume", max_iters=6).returncode == 0
+        return ensure(*args)
+    monkeypatch.setattr(train, "ensure_set", meanwhile)
+    one_line_error(start("run", "--init_from=auto", max_iters=4), "has changed since")
+    assert torch.load(tmp_path / "run" / "last.pt")["step"] == 6
+
+
+def test_a_best_checkpoint_that_was_lost_is_said_again_after_a_resume(start, monkeypatch, tmp_path):
+    save = runtime.save_checkpoint
+
+    def failing(content, path, *rest):
+        return "could not write ckpt.pt: No space left on device" if path.name == "ckpt.pt" and content["step"] else \
+            save(content, path, *rest)
+    monkeypatch.setattr(runtime, "save_checkpoint", failing)
+    assert start("run").returncode == 4
+    monkeypatch.setattr(runtime, "save_checkpoint", save)
+    done = start("run", "--init_from=resume")
+    assert done.returncode == 4
+    assert "ckpt.pt: No space left" in done.stdout
+
+
+def test_max_iters_of_no_end_is_refused(start):
+    one_line_error(start("run", max_iters=runtime.OPEN), "max_iters")
+
+
+def test_time_that_ends_between_evaluations_names_the_weights_of_now(start, clock, paced):
+    done = start("run", max_minutes=2, max_iters=1000, eval_interval=1000)
+    assert "max_minutes=2 are over" in done.stdout
+    assert "last.pt" in done.stdout[done.stdout.index("stopped "):]

@@ -510,7 +510,7 @@ def test_attention_weights_are_not_dropped_by_default():
 
 @pytest.mark.parametrize("length", [1, 64, 100, 256, 700])
 def test_attention_in_blocks_is_attention(length):
-    """What compiled code for a CPU computes in 16 bits, here in float32: values and gradients."""
+    """What a CPU computes in 16 bits, here in float32: values and gradients."""
     generator = torch.Generator().manual_seed(length)
     q, k, v, grad = (torch.randn(2, 3, length, 8, generator=generator) for _ in range(4))
     results = []
@@ -535,3 +535,14 @@ def test_the_compiled_model_is_the_eager_one(switches):
             losses.append(candidate(x, x.flip(1))[1].item())
     assert losses[1] == pytest.approx(losses[0], abs=0.3 if switches.get("dropout") else 0.02)
     assert abs(losses[0] - math.log(VOCAB)) > 0.05      # so that there was something to get wrong
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.02), (torch.float16, 0.002)], ids=str)
+def test_attention_in_blocks_is_as_exact_as_16_bits_are(dtype, error):
+    """Beside attention in float32; and products that float16 cannot hold are scaled before."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 100, 64, generator=generator) for _ in range(3))
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.allclose(in_blocks(*(z.to(dtype) for z in (q, k, v))).float(), exact, atol=error)
+    large = torch.full((1, 1, 4, 64), 33.0, dtype=dtype)
+    assert in_blocks(large, large, large).isfinite().all()

@@ -365,3 +365,25 @@ def test_a_step_that_two_processes_cannot_share_is_refused(data_dir, tmp_path):
     assert all(part in line for part in ("batch_size * gradient_accumulation_steps = 15", "2 processes"))
     assert str(ROOT / "train.py") + '", line' not in err        # no traceback but torchrun's own
     assert not (tmp_path / "two" / "run").exists()
+
+
+def test_a_signal_to_one_process_stops_all_with_its_code(tmp_path, data_dir):
+    """As when one of several machines is taken away: not one of them may think that the run is done."""
+    def before(rank):
+        starts = train.window_starts
+
+        def signalled(step, *rest):
+            if rank == 1 and step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return starts(step, *rest)
+        train.window_starts = signalled
+
+    assert together(data_dir, tmp_path / "run", 2, before, **SHORT) == [143, 143]
+    assert "stopped  at step 3 of 4" in (tmp_path / "run-0.txt").read_text()
+    assert torch.load(tmp_path / "run" / "last.pt")["step"] == 3
+
+
+def test_a_sharded_dry_run_says_what_a_process_holds(tmp_path, data_dir):
+    assert together(data_dir, tmp_path / "run", 2, shard=True, dry_run=True, **SHARDED) == [0, 0]
+    assert "nothing was written" in (tmp_path / "run-0.txt").read_text()
+    assert not (tmp_path / "run").exists()
