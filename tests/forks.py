@@ -38,6 +38,8 @@ def begin(program: str, words: list, folder: str, seconds: int, memory: int | No
         run(getattr(importlib.import_module(module), name or "main"))
     except SystemExit as stop:
         code = stop.code or 0
+    except KeyboardInterrupt:           # before the program has begun
+        code = 130
     except BaseException:
         traceback.print_exc()
     finally:
