@@ -34,6 +34,12 @@ try:
 except ImportError:                     # everything else
     msvcrt = None
 
+# A norm's gain stays in float32 in autocast; and a block returns its values, a view, which nothing changes in place.
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+# The newer name of that argument of DistributedDataParallel is unknown to PyTorch 2.11.
+warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+
 ROOT = Path(__file__).resolve().parent.parent
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 CHECKPOINT_FORMAT = 1
@@ -331,11 +337,11 @@ def number(path: Path, step: int, keep: int):
     try:
         os.link(path, numbered)
     except OSError:                                 # as on FAT; a copy is whole or absent, too
-        with open(path, "rb") as source, written(numbered) as copy:
-            shutil.copyfileobj(source, copy)
-    numbered = [old for old in path.parent.glob(f"{path.stem}-*.pt") if old.stem.rpartition("-")[2].isdigit()]
+        with open(path, "rb") as source, written(numbered) as target:
+            shutil.copyfileobj(source, target)
+    every = [old for old in path.parent.glob(f"{path.stem}-*.pt") if old.stem.rpartition("-")[2].isdigit()]
     # By time and not by step: a run may have been taken back, and gone on from there in another way.
-    for old in sorted(numbered, key=lambda old: old.stat().st_mtime_ns)[:-keep]:
+    for old in sorted(every, key=lambda old: old.stat().st_mtime_ns)[:-keep]:
         old.unlink()
 
 
@@ -373,7 +379,7 @@ def load_checkpoint(path: Path, resumable: bool = False) -> dict:
              "python train.py writes them")
     if resumable and (lacking := [key for key in KINDS_TO_GO_ON if key not in content]):
         fail(f"{path} cannot be resumed, it lacks {', '.join(lacking)}: start from its weights with --init_from={path}")
-    kinds = KINDS_TO_GO_ON | {"threads": int, "text": str}
+    kinds = KINDS_TO_GO_ON | {"threads": int, "text": str, "lost": str}
     wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key, kind()), kind)]
     if wrong or content["step"] < 0 or not math.isfinite(content.get("seconds", 0)) or not all(
             isinstance(loss, float) for loss in content.get("losses", {}).values()):
@@ -471,8 +477,6 @@ def choose_dtype(device: str, dtype: str) -> str:
 def autocast(device: str, dtype: str):
     """A context in which matrix products run in `dtype`, while weights and sums stay in float32."""
     import torch
-
-    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")     # a norm with a gain does that
 
     if dtype == "float32":
         return contextlib.nullcontext()
@@ -698,9 +702,7 @@ class Ranks:
             return step_model
         import torch
 
-        # Buffers are constants. The newer name of that argument is unknown to PyTorch 2.11.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        return torch.nn.parallel.DistributedDataParallel(
+        return torch.nn.parallel.DistributedDataParallel(           # whose buffers are constants
             step_model, [device] if device.startswith("cuda") else None, broadcast_buffers=False)
 
     def shard(self, model, device: str):
@@ -711,8 +713,6 @@ class Ranks:
         import torch
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        # A block returns its values, a view, beside the stream; nothing is done to them in place.
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         mesh = torch.distributed.init_device_mesh(torch.device(device).type, (self.world,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
@@ -883,6 +883,6 @@ class Watch:
                 optimizer.found_inf = self.bad
         if not (look or self.immediate):
             return False, False
-        bad, *counts = flags.tolist()
+        _, *counts = flags.tolist()
         self.stop.agree(counts)
         return self.bad.item() > 0, any(counts)
