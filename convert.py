@@ -44,7 +44,7 @@ class Options:
 # -- architectures: fields of config.json, switches of ours ----------------------------------------------------------
 # Switches of a model that both architectures share, and then each one's own. What has no fixed value can be converted.
 
-PLAIN = dict(embed_norm=False, head_bias=False, qk_norm=False, logit_cap=0.0, shortcuts=False)
+PLAIN = dict(embed_norm=False, head_bias=False, qk_norm=False, logit_cap=0.0, shortcuts=False, ngrams=0)
 SWITCHES = {"gpt2": PLAIN | dict(positions="learned", norm="layernorm"),
             "llama": PLAIN | dict(positions="rope", rope_fraction=1.0, norm="rmsnorm", mlp="swiglu")}
 TITLES = {"gpt2": "GPT-2", "llama": "Llama"}

@@ -43,12 +43,12 @@ class Config:
     out_dir: str = ""                   # folder of the run; empty: out/<config file's name>, or out/<dataset>
     init_from: str = "scratch"          # scratch | resume | auto: either | PATH.pt | gpt2[-medium|-large|-xl]
     seed: int = 1337                    # of the initial weights, the batches and dropout
-    max_iters: int = 250                # optimizer steps
+    max_iters: int = 150                # optimizer steps
     max_epochs: float = 0.0             # passes over the training tokens; above 0 it sets max_iters
     max_minutes: float = 0.0            # stop after so many on the clock; a new run's max_iters fit them
     dry_run: bool = False               # say what the run would take, from three real steps; write nothing
     # -- evaluation and reports
-    eval_interval: int = 50             # steps between evaluations; one comes before the first step
+    eval_interval: int = 25             # steps between evaluations; one comes before the first step
     eval_iters: int = 0                 # N: N batches of 16 windows spread evenly; 0: all of the val split
     eval_only: bool = False             # evaluate once, write nothing, leave
     log_interval: int = 10              # steps between lines of progress
@@ -65,18 +65,18 @@ class Config:
     wandb_project: str = "inkling"      # its project
     wandb_run_name: str = ""            # its run; empty: the name of out_dir
     # -- batches
-    batch_size: int = 32                # sequences per micro-batch
+    batch_size: int = 24                # sequences per micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches per step, shared by all processes
     block_size: int = 256               # tokens of context
     sampling: Literal["epoch", "fixed", "random"] = "epoch"  # windows: each once an epoch, at other places in
                                         # every epoch or at the same ones, or random ones
     # -- model
-    n_layer: int = 4                    # blocks
+    n_layer: int = 3                    # blocks
     n_head: int = 2                     # attention heads (queries)
     n_kv_head: int = 0                  # heads of keys and values, shared by groups of queries; 0: n_head
-    n_embd: int = 256                   # width: numbers per token
+    n_embd: int = 192                   # width: numbers per token
     ffn_dim: int = 0                    # width inside the MLP; 0: 4 n_embd (swiglu: 8/3, rounded up to 128)
-    dropout: float = 0.1                # share dropped of the embedding and of what each half-block adds
+    dropout: float = 0.0                # share dropped of the embedding and of what each half-block adds
     attn_dropout: bool = False          # drop as large a share of the attention weights, too
     positions: Literal["rope", "learned"] = "rope"  # rotary (arXiv 2104.09864) or vectors
     rope_theta: float = 1024.0          # base of the rotary wavelengths
@@ -94,15 +94,18 @@ class Config:
     logit_cap: float = 15.0             # bound on the logits: cap z / sqrt(z^2 + cap^2); 0: none
     shortcuts: bool = True              # learned mixing of the embedding into each block, and of the first
                                         # block's values into later ones (value residual, arXiv 2410.17897)
+    ngrams: int = 5                     # N: the last 2 to N tokens add vectors of their own to the embedding
+    ngram_rows: int = 65536             # rows of the table of these vectors, which runs of tokens share
     pad_vocab_to: int = 1               # the embedding's rows are a multiple of this; 64 is faster on a GPU
     init: Literal["zero", "gpt2", "torch", "kaiming"] = "zero"  # initial weights; zero: outputs start at 0
     # -- optimizer
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the blocks' matrices, with AdamW for all else
-    learning_rate: float = 0.012        # of the blocks' matrices under muon, of everything under adamw
+    learning_rate: float = 0.02         # of the blocks' matrices under muon, of everything under adamw
     embed_lr: float = 0.1               # AdamW's for the embeddings, under muon
-    head_lr: float = 0.004              # AdamW's for the output layer, under muon
+    ngram_decay: float = 2.0            # weight decay of the n-gram vectors, under muon; more for small texts
+    head_lr: float = 0.008              # AdamW's for the output layer, under muon
     scalar_lr: float = 0.02             # AdamW's for gains, biases and mixing weights, under muon
-    weight_decay: float = 0.8           # times the rate; of the blocks' matrices (muon) or of all (adamw)
+    weight_decay: float = 0.4           # times the rate; of the blocks' matrices (muon) or of all (adamw)
     cautious: bool = True               # muon decays only where decay and update agree (arXiv 2411.16085)
     decay_all: bool = False             # weight decay on every parameter
     momentum: float = 0.95              # muon's; reached from 0.85 in 100 steps
@@ -128,7 +131,8 @@ class Config:
     def problems(self) -> list:
         """Every broken rule, with its values, so that all can be mended at once."""
         counts = "eval_interval log_interval batch_size gradient_accumulation_steps block_size n_layer n_head"
-        limits = dict.fromkeys([*counts.split(), "n_embd", "rope_theta", "pad_vocab_to"], (1, 2**31))
+        above_0 = [*counts.split(), "n_embd", "rope_theta", "ngram_rows", "pad_vocab_to"]
+        limits = dict.fromkeys(above_0, (1, 2**31)) | dict(ngrams=(0, 16))
         limits |= dict.fromkeys(("momentum", "beta1", "beta2"), (0, 0.99999)) | dict(block_size=(1, 2**20))
         limits |= dict(dropout=(0, 0.99), rope_fraction=(0, 1), cooldown=(0, 1), adam_eps=(1e-30, 1))
         limits |= dict(max_iters=(0, runtime.OPEN - (not self.max_minutes)))
@@ -192,7 +196,7 @@ class Cache:
     """Keys and values of the tokens seen so far: two tensors (B, n_kv_head, size, head_dim) a block."""
 
     def __init__(self, cfg: Config, size: int):
-        self.length, self.size, self.tensors, self.at = 0, size, [None] * cfg.n_layer, slice(0)
+        self.length, self.size, self.tensors, self.at = 0, size, [None] * (cfg.n_layer + 1), slice(0)
 
     def extend(self, layer: int, *new):
         """Put the keys and values (B, n_kv_head, T, head_dim) of new tokens at their places. Returns those of
@@ -202,6 +206,20 @@ class Cache:
         for stored, z in zip(self.tensors[layer], new, strict=True):
             stored[:, :, self.at] = z
         return [stored[:, :, :getattr(self.at, "stop", None)] for stored in self.tensors[layer]]
+
+
+class NGrams(nn.Embedding):
+    """Vectors of the last 2, 3, ... tokens, in one table at the rows to which their hashes point: such short
+    runs say much about the next token, and attention needs long to learn them. Bigrams: record 62 of
+    modded-nanogpt; longer runs: arXiv 2501.16975."""
+
+    def forward(self, ids, at, longest: int):
+        """The sum (B, T, C) of the vectors for 2 to `longest` tokens up to places `at` (T,) of ids (B, S)."""
+        keys = [ids[:, at]]
+        for back in range(1, longest):
+            before = (ids[:, (at - back).clamp(min=0)] + 1) * (at >= back)      # 0 before the first one
+            keys.append((keys[-1] * 1_540_483_477 + before) % (2**31 - 1))      # Rabin and Karp's hash
+        return super().forward(torch.stack(keys[1:], 2) % self.num_embeddings).sum(2)
 
 
 class Attention(nn.Module):
@@ -288,6 +306,7 @@ class GPT(nn.Module):
         self.cfg, self.vocab_size = cfg, vocab_size
         rows = cfg.pad_vocab_to * math.ceil(vocab_size / cfg.pad_vocab_to)
         self.wte = nn.Embedding(rows, cfg.n_embd)
+        self.ngrams = NGrams(cfg.ngram_rows, cfg.n_embd) if cfg.ngrams > 1 else None
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.positions == "learned" else None
         self.embed_norm = make_norm(cfg) if cfg.embed_norm else None
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
@@ -303,7 +322,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def initialize(self, init: str):
         """gpt2: normal, std 0.02, less for the matrices that add to the stream. torch: PyTorch's defaults.
-        kaiming: uniform (arXiv 1502.01852). zero: those matrices and the head at 0, the others normal."""
+        kaiming: uniform (arXiv 1502.01852). zero: those matrices and head 0, others normal; n-grams 0."""
         adding = {linear for block in self.blocks for linear in (block.attn.out, block.mlp.down)}
         for module in self.modules():
             if not isinstance(module, (nn.Linear, nn.Embedding)) or init == "torch":
@@ -319,6 +338,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.weight)
             elif isinstance(module, nn.Linear):         # an embedding keeps PyTorch's std of 1
                 nn.init.normal_(module.weight, std=math.sqrt(0.33 / module.in_features))
+        if self.ngrams is not None:
+            nn.init.zeros_(self.ngrams.weight)
 
     def trunk(self, idx, cache: Cache | None = None, at=None):
         """Token ids (B, T) to features (B, T, C). With a cache, idx holds the tokens after those in it; `at`
@@ -334,6 +355,10 @@ class GPT(nn.Module):
         elif past and T > 1:
             mask = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(past)
         x = self.wte(idx)
+        if self.ngrams is not None:
+            ids = cache.extend(-1, idx[:, None, :, None])[0][:, 0, :, 0] if cache else idx
+            x = x + self.ngrams(ids, at if fixed else torch.arange(past, past + T, device=idx.device),
+                                self.cfg.ngrams)
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))    # a stream in 16 bits halves the element-wise traffic
         if self.wpe is not None:
@@ -479,9 +504,11 @@ def make_optimizers(model: GPT, cfg: Config, device: str, compiled: bool, **opti
     muon = cfg.optimizer == "muon"
     small = [p for p in model.parameters() if p.dim() < 2]          # gains, biases, mixing weights
     if muon:
-        embeddings = [module.weight for module in (model.wte, model.wpe) if module is not None]
+        embeddings, ngrams = ([module.weight for module in some if module is not None]
+                              for some in ((model.wte, model.wpe), [model.ngrams]))
         head = [] if cfg.tie_weights else [model.head.weight]
-        groups = [(embeddings, cfg.embed_lr, 0.0), (head, cfg.head_lr, 0.0), (small, cfg.scalar_lr, 0.0)]
+        groups = [(embeddings, cfg.embed_lr, 0.0), (ngrams, cfg.embed_lr, cfg.ngram_decay),
+                  (head, cfg.head_lr, 0.0), (small, cfg.scalar_lr, 0.0)]
     else:
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         groups = [(matrices, cfg.learning_rate, cfg.weight_decay), (small, cfg.learning_rate, 0.0)]
@@ -655,6 +682,8 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
 
     cfg.dtype = ranks.tell(runtime.choose_dtype(device, cfg.dtype))
     torch.set_float32_matmul_precision("high")          # TF32, for what stays in float32 on a GPU
+    torch.use_deterministic_algorithms(kind == "cpu")   # else threads race to add up embeddings' gradients
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(cfg.seed)
     model = restore(source, "the checkpoint", cfg)[0] if source else GPT(cfg, meta["vocab_size"])
     model = ranks.shard(model.train(), device) if cfg.shard else model.train().to(device)

@@ -22,18 +22,18 @@ from typing import Literal
 
 import torch
 from common import ROOT, machine, publish, table
-from time_to_loss import GPT2
 
 sys.path.insert(0, str(ROOT))
 import train
 from support import runtime
 from support.cli import fail, parse, run
 
-# size: (config file, flags while there is none, more flags, vocabulary)
-SIZES = {"toy": ("", ["--n_layer=1", "--n_embd=32", "--n_head=1", "--block_size=16", "--batch_size=2"], [], 65),
-         "5M": ("shakespeare_char", [], [], 65),
-         "124M": ("gpt2_124m", GPT2, [], 50257),
-         "350M": ("gpt2_124m", GPT2, ["--n_layer=24", "--n_head=8", "--n_embd=1024"], 50257)}
+# size: (config file, flags, vocabulary)
+SIZES = {"toy": ("", ["--n_layer=1", "--n_embd=32", "--n_head=1", "--block_size=16", "--batch_size=2",
+                "--ngrams=0"], 65),
+         "5M": ("shakespeare_char", [], 65),
+         "124M": ("gpt2_124m", [], 50257),
+         "350M": ("gpt2_124m", ["--n_layer=24", "--n_head=8", "--n_embd=1024"], 50257)}
 
 
 @dataclass
@@ -51,10 +51,9 @@ class Options:
 
 
 def config_of(size: str, optimizer: str, device: str) -> train.Config:
-    name, flags, more, _ = SIZES[size]
-    path = ROOT / "config" / f"{name}.py"
-    words = [str(path)] if name and path.is_file() else flags
-    values = parse(train.Config, [*words, *more, f"--optimizer={optimizer}", f"--device={device}"], "").values
+    name, words, _ = SIZES[size]
+    config = [str(ROOT / "config" / f"{name}.py")] if name else []
+    values = parse(train.Config, [*config, *words, f"--optimizer={optimizer}", f"--device={device}"], "").values
     cfg = train.Config(**values)
     cfg.dtype = runtime.choose_dtype(device, cfg.dtype)
     return cfg
@@ -85,10 +84,10 @@ def measure(size: str, optimizer: str, options: Options, folder: Path) -> list:
     """A row of the table."""
     cfg, device = config_of(size, optimizer, options.device), options.device
     torch.manual_seed(0)
-    model = train.GPT(cfg, SIZES[size][3]).to(device).train()
+    model = train.GPT(cfg, SIZES[size][2]).to(device).train()
     optimizers = train.make_optimizers(model, cfg, device, False)
     rows = options.rows or max(1, min(cfg.batch_size, 2048 // cfg.block_size))
-    x = torch.randint(SIZES[size][3], (rows, cfg.block_size), device=device)
+    x = torch.randint(SIZES[size][2], (rows, cfg.block_size), device=device)
 
     def forward_backward():
         with runtime.autocast(device, cfg.dtype):
@@ -107,7 +106,7 @@ def measure(size: str, optimizer: str, options: Options, folder: Path) -> list:
         step = timed(forward_backward, 3, device) * sequences / rows + timed(update, 2, device)
     model.zero_grad(set_to_none=True)
     content = dict(step=1, evaluated=1, best_step=1, best_val_loss=1.0, losses=dict(train=1.0, val=1.0), seconds=1.0,
-                   config=asdict(cfg), tokenizer=dict(kind="byte"), vocab_size=SIZES[size][3], text="",
+                   config=asdict(cfg), tokenizer=dict(kind="byte"), vocab_size=SIZES[size][2], text="",
                    model=dict(model.state_dict()))
     contents = {"ckpt.pt": content,
                 "last.pt": content | dict(optimizers=[one.state_dict() for one in optimizers], scaler={}, threads=1)}

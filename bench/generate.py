@@ -27,7 +27,8 @@ from support.cli import fail, parse, run
 from train import GPT, Config
 
 GPT2 = dict(positions="learned", norm="layernorm", norm_gain=True, norm_eps=1e-5, embed_norm=False, mlp="gelu_tanh",
-            bias=True, tie_weights=True, qk_norm=False, logit_cap=0.0, shortcuts=False, init="gpt2", block_size=1024)
+            bias=True, tie_weights=True, qk_norm=False, logit_cap=0.0, shortcuts=False, ngrams=0, init="gpt2",
+            block_size=1024)
 SIZES = {"small": dict(n_layer=6, n_head=6, n_embd=384), "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
          "xl": dict(n_layer=48, n_head=25, n_embd=1600)}
 
@@ -192,7 +193,8 @@ def main(argv: list) -> int:
         if more:
             ways |= more(model, prompt)
         # The embedding's rows are looked up, one a token; a tied head is read whole.
-        size = sum(p.numel() for p in model.parameters()) - (0 if model.cfg.tie_weights else model.wte.weight.numel())
+        looked_up = [model.wte if not model.cfg.tie_weights else None, model.ngrams]
+        size = sum(p.numel() for p in model.parameters()) - sum(z.weight.numel() for z in looked_up if z is not None)
         size -= model.wpe.weight.numel() if model.wpe is not None else 0
         size *= kind.itemsize
         ways[BOUND] = lambda: bandwidth(device) / size
@@ -206,7 +208,7 @@ def main(argv: list) -> int:
     if "small" in only:
         measure("GPT-2 of 10.65M, block 1024, 900 new tokens, batch 1", small, 900, peers=True)
     if "recipe" in only:
-        measure("The model of config/shakespeare_char.py, 1,000 new tokens", build(65, n_layer=6), 1000,
+        measure("The model of config/shakespeare_char.py, 1,000 new tokens", build(65), 1000,
                 more=lambda model, prompt: {"ours, without a cache": lambda: uncached(model, prompt, 300)})
     if "gpt2" in only:
         measure("GPT-2 of 124M, 256 new tokens, batch 1", build(50257, **GPT2 | SIZES["gpt2"]), 256, peers=True)

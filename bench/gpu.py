@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import OUT, ROOT, child, machine, nanogpt_checkout, publish, random_set, table
-from time_to_loss import GPT2, reached
+from time_to_loss import reached
 
 from support.cli import fail, parse, run
 
@@ -144,8 +144,10 @@ def loop(options: Options) -> list:
     with tempfile.TemporaryDirectory(prefix="inkling-bench-") as folder:
         random_set(Path(folder) / "set", 65 if options.toy else 50257, 1_000_000)
         words = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2", "--device=cpu",
-                 "--compile=False"] if options.toy else [*GPT2, "--device=cuda", "--compile=True", "--dtype=bfloat16",
-                                                         "--batch_size=16", "--gradient_accumulation_steps=1"]
+                 "--ngrams=0", "--compile=False"]
+        if not options.toy:
+            words = [str(ROOT / "config" / "gpt2_124m.py"), "--device=cuda", "--compile=True", "--dtype=bfloat16",
+                     "--batch_size=16", "--gradient_accumulation_steps=1"]
         found = child("loop", data=str(Path(folder) / "set"), block_size=16, points=1, evaluate=False, first=5, last=25,
                       words=[*words, "--max_iters=30", f"--log_interval={10**6}"])
     count, places = sum(found["places"].values()), ", ".join(f"{at} x{n}" for at, n in found["places"].items())

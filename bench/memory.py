@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from support.cli import fail, parse, run  # noqa: E402
 
 GPT2 = ("--dataset=gpt2_fables --positions=learned --norm=layernorm --norm_gain --embed_norm=False --mlp=gelu --bias "
-        "--tie_weights --qk_norm=False --logit_cap=0 --shortcuts=False --init=gpt2 --optimizer=adamw "
+        "--tie_weights --qk_norm=False --logit_cap=0 --shortcuts=False --ngrams=0 --init=gpt2 --optimizer=adamw "
         "--learning_rate=1e-4 --dropout=0 --adam_eps=1e-8 --weight_decay=0.1")
 SIZES = {
     "default": "--dataset=char_fables",

@@ -46,31 +46,25 @@ README = NANOGPT | dict(block_size=64, batch_size=12, n_layer=4, n_head=4, n_emb
 # The defaults of its train.py.
 WEB = NANOGPT | dict(gradient_accumulation_steps=40, batch_size=12, block_size=1024, n_layer=12, n_head=12, n_embd=768,
                      dropout=0.0, learning_rate=6e-4, beta2=0.95, min_lr=6e-5)
-SMALL = ["--n_layer=2", "--n_embd=128", "--block_size=64", "--batch_size=48", "--max_iters=160", "--learning_rate=0.03",
-         "--weight_decay=0", "--dropout=0", "--compile=False"]
-GPT2 = ["--n_layer=12", "--n_head=6", "--n_embd=768", "--block_size=1024", "--batch_size=32", "--dropout=0",
-        "--gradient_accumulation_steps=15", "--learning_rate=0.025", "--weight_decay=0.05", "--embed_lr=0.7",
-        "--scalar_lr=0.015", "--cooldown=0.7", "--pad_vocab_to=64"]
 TOY = NANOGPT | dict(block_size=16, batch_size=2, n_layer=1, n_head=1, n_embd=8, max_iters=6, lr_decay_iters=6)
 
 
 @dataclass
 class Preset:
     dataset: str
-    config: str                 # ours: a file in config/, or these flags while there is none
-    flags: list
+    ours: list                  # for train.py
     peer: dict                  # nanoGPT's settings
     target: float = 0.0         # nats
     published: int = 0          # steps after which nanoGPT publishes the target
     equal_time: bool = False    # the peers train for as long as ours
 
 
-PRESETS = {"small": Preset("shakespeare_char", "shakespeare_char_small", SMALL, README, 1.88),
-           "full": Preset("shakespeare_char", "shakespeare_char", [], NANOGPT, 1.4697, 1750),
-           "fables": Preset("fables", "shakespeare_char_small", SMALL, README, equal_time=True),
-           "web": Preset("", "gpt2_124m", GPT2, WEB),
-           "toy": Preset("fables", "", ["--n_layer=1", "--n_embd=16", "--n_head=1", "--block_size=16", "--batch_size=2",
-                                        "--max_iters=6", "--compile=False", "--dropout=0"], TOY, 3.0, 4)}
+PRESETS = {"small": Preset("shakespeare_char", ["config/shakespeare_char_small.py"], README, 1.88),
+           "full": Preset("shakespeare_char", ["config/shakespeare_char.py"], NANOGPT, 1.4697, 1750),
+           "fables": Preset("fables", ["config/shakespeare_char_small.py"], README, equal_time=True),
+           "web": Preset("", ["config/gpt2_124m.py"], WEB),
+           "toy": Preset("fables", ["--n_layer=1", "--n_embd=16", "--n_head=1", "--block_size=16", "--batch_size=2",
+                                    "--max_iters=6", "--compile=False", "--ngrams=0"], TOY, 3.0, 4)}
 
 
 @dataclass
@@ -218,8 +212,7 @@ def main(argv: list) -> int:
     if estimate and not preset.published:
         fail(f"preset={options.preset} has no published number of steps to estimate from: leave --estimate out")
 
-    config = ROOT / "config" / f"{preset.config}.py"
-    words = [str(config)] if preset.config and config.is_file() else preset.flags
+    words = [str(ROOT / word) if word.endswith(".py") else word for word in preset.ours]
     words = [*words, f"--device={options.device}", *(["--dtype=float32"] if options.fp32 else [])]
     if options.preset == "web":
         step = math.prod(peer[name] for name in ("gradient_accumulation_steps", "batch_size", "block_size"))

@@ -29,6 +29,7 @@ n_head = 4
 n_embd = 128
 dropout = 0.2
 tie_weights = True
+ngrams = 0
 init = "gpt2"
 
 optimizer = "adamw"

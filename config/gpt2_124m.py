@@ -26,6 +26,7 @@ n_head = 6
 n_embd = 768
 dropout = 0.0
 pad_vocab_to = 64
+ngrams = 0
 
 learning_rate = 0.025
 weight_decay = 0.05

@@ -36,6 +36,7 @@ head_bias = True
 qk_norm = False
 logit_cap = 0.0
 shortcuts = False
+ngrams = 0
 init = "torch"
 
 optimizer = "adamw"

@@ -40,6 +40,7 @@ tie_weights = True
 qk_norm = False
 logit_cap = 0.0
 shortcuts = False
+ngrams = 0
 init = "gpt2"
 
 optimizer = "adamw"

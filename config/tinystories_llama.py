@@ -43,6 +43,7 @@ mlp = "swiglu"
 qk_norm = False
 logit_cap = 0.0
 shortcuts = False
+ngrams = 0
 init = "kaiming"
 
 optimizer = "adamw"

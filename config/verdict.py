@@ -44,6 +44,7 @@ qkv_bias = False
 qk_norm = False
 logit_cap = 0.0
 shortcuts = False
+ngrams = 0
 init = "torch"
 
 optimizer = "adamw"

@@ -367,15 +367,16 @@ class Report:
 
     def banner(self):
         cfg, splits, vocab_size = self.cfg, self.meta["splits"], self.meta["vocab_size"]
-        parameters = sum(p.numel() for p in self.model.parameters())
+        parameters, ngrams = self.parameters()
         per_epoch = self.tokens_per_epoch / self.tokens_per_step
         changed = [f"{f.name}={getattr(cfg, f.name)}" for f in fields(cfg)
                    if getattr(cfg, f.name) not in (f.default, runtime.OPEN)
                    and f.name not in ("out_dir", "dtype", "compile", "dry_run")]
         self.label("data", f"{cfg.dataset}: {splits['train']['tokens']:,} train and {splits['val']['tokens']:,} val "
                    f"tokens, vocabulary {vocab_size:,}")
+        table = f"; {short(ngrams)} of them are n-gram vectors" if ngrams else ""
         self.label("model", f"{short(parameters)} parameters ({parameters:,}): {cfg.n_layer} layers, {cfg.n_head} "
-                   f"heads, {cfg.n_embd} wide, context {cfg.block_size}")
+                   f"heads, {cfg.n_embd} wide, context {cfg.block_size}{table}")
         known = cfg.init_from in ("scratch", "auto") and not self.first_step and cfg.init in ("zero", "gpt2")
         first = f"; the first loss should be near ln {vocab_size} = {math.log(vocab_size):.3f}"
         count = f"{cfg.max_iters:,}" if cfg.max_iters < runtime.OPEN else f"as many as {cfg.max_minutes:g} min allow,"
@@ -386,6 +387,11 @@ class Report:
         if self.writes:
             going_on = f", going on at step {self.first_step:,}" if self.first_step else ""
             self.label("writes", f"{self.out_dir}/{going_on}")
+
+    def parameters(self) -> tuple:
+        """How many numbers the model learns, and how many of them are n-gram vectors, of which a token reads few."""
+        table = self.model.ngrams
+        return sum(p.numel() for p in self.model.parameters()), 0 if table is None else table.weight.numel()
 
     def flops(self, model) -> float:
         """Floating-point operations of training on one token: 6 for each weight of a matrix product, and attention's
@@ -537,7 +543,8 @@ class Report:
         each = min(trial)               # the first step compiles the optimizer, and warms up
         if cfg.max_iters == runtime.OPEN:               # about; evaluations take their part
             cfg = replace(cfg, max_iters=max(1, int(60 * cfg.max_minutes / max(each, 1e-9))))
-        parameters = sum(p.numel() for p in self.model.parameters())
+        parameters, ngrams = self.parameters()
+        parameters -= ngrams            # most of which fade, since few runs of tokens come often
         tokens = {split: splits[split]["tokens"] for split in ("train", "val")}
         steps = 0 if cfg.eval_only else max(0, cfg.max_iters - self.first_step)
         tokens["read"] = cfg.max_iters * self.tokens_per_step
@@ -545,7 +552,8 @@ class Report:
         for line in model_table(self.model):
             self.say(line)
         self.say("")
-        self.label("data", f"{tokens['train'] / parameters:.3g} train tokens to a parameter; the run reads "
+        table = " but for the n-grams" if ngrams else ""
+        self.label("data", f"{tokens['train'] / parameters:.3g} train tokens to a parameter{table}; the run reads "
                    f"{short(tokens['read'])} tokens, {tokens['read'] / self.tokens_per_epoch:.3g} epochs")
         if self.first_step:
             self.label("resumes", f"at step {self.first_step:,}: {steps:,} of {cfg.max_iters:,} steps remain, "

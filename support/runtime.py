@@ -377,6 +377,7 @@ def load_checkpoint(path: Path, resumable: bool = False) -> dict:
             not isinstance(content.get(key), kind) for key, kind in KINDS.items()):
         fail(f"{path} holds no Inkling checkpoint (format {CHECKPOINT_FORMAT}); "
              "python train.py writes them")
+    content["config"].setdefault("ngrams", 0)       # as before there were any
     if resumable and (lacking := [key for key in KINDS_TO_GO_ON if key not in content]):
         fail(f"{path} cannot be resumed, it lacks {', '.join(lacking)}: start from its weights with --init_from={path}")
     kinds = KINDS_TO_GO_ON | {"threads": int, "text": str, "lost": str}

@@ -36,8 +36,9 @@ if hasattr(os, "fork"):
 
     ZYGOTE = Zygote()                           # now, while nothing has been computed
 
-TOY = dict(dataset="toy", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, max_iters=6, eval_interval=3,
-           eval_iters=1, log_interval=1, sample_tokens=8, device="cpu", dtype="float32", compile=False)
+TOY = dict(dataset="toy", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, ngrams=3, ngram_rows=97,
+           max_iters=6, eval_interval=3, eval_iters=1, log_interval=1, sample_tokens=8, device="cpu", dtype="float32",
+           compile=False)
 
 
 def flags(**settings) -> list:

@@ -102,6 +102,27 @@ def test_a_compiled_run_goes_on_as_an_unbroken_one(dropped_out, tmp_path):
     same_runs(tmp_path / "run", tmp_path / "whole")
 
 
+def test_compiled_code_on_two_threads_computes_the_same_twice(data_dir, tmp_path):
+    """Its threads would add up the gradient of an embedding's rows in the order in which they come."""
+    settings = TOY | dict(n_layer=1, n_embd=64, block_size=128, batch_size=32, compile=True, data_dir=data_dir)
+    for name in ("one", "other"):
+        process = subprocess.run([sys.executable, ROOT / "train.py", *flags(**settings, out_dir=tmp_path / name)],
+                                 env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=300)
+        assert "2 threads; float32; compile on" in process.stdout, process.stdout + process.stderr
+    same_runs(tmp_path / "one", tmp_path / "other")
+
+
+def test_a_run_from_before_there_were_ngrams_goes_on_without_them(start, tmp_path):
+    assert start("run", ngrams=0).returncode == 0
+    for name in ("ckpt.pt", "last.pt"):
+        content = torch.load(tmp_path / "run" / name, weights_only=True)
+        content["config"] = {key: value for key, value in content["config"].items() if not key.startswith("ngram")}
+        torch.save(content, tmp_path / "run" / name)
+    result = start("run", init_from="resume", max_iters=8, ngrams=None, ngram_rows=None)
+    assert result.returncode == 0, result.stderr
+    assert train.load(tmp_path / "run")[0].ngrams is None
+
+
 @pytest.mark.parametrize("at", range(TOY["max_iters"]))
 def test_resuming_from_any_one_step_gives_the_unbroken_run(dropped_out, interrupted, unbroken, tmp_path, at):
     result = interrupted("run", at=at)

@@ -64,7 +64,7 @@ THEIRS = {
                                           num_hidden_layers=3)),
 }
 SMALL = dict(block_size=24, n_layer=2, n_head=4, n_embd=32, embed_norm=False, qk_norm=False, logit_cap=0.0,
-             shortcuts=False, init="torch")
+             shortcuts=False, ngrams=0, init="torch")
 OUR_GPT2 = SMALL | dict(positions="learned", norm="layernorm", norm_gain=True, norm_eps=1e-5, mlp="gelu_tanh",
                         bias=True)
 OUR_LLAMA = SMALL | dict(norm_gain=True, mlp="swiglu", rope_fraction=1.0, ffn_dim=40)
@@ -371,9 +371,9 @@ def test_every_switch_of_the_model_is_accounted_for():
     """A new switch must be given a counterpart, or a value that it must have."""
     sizes = {name for known in convert.SIZES.values() for name in known}
     by_name = {"mlp", "norm_eps", "tie_weights", "rope_theta", "pad_vocab_to", *convert.OPTIONAL}
-    free = {"learned": {"rope_fraction", "rope_theta"}, "rope": set()}      # what nothing depends on there
+    unread = {"learned": {"rope_fraction", "rope_theta", "ngram_rows"}, "rope": {"ngram_rows"}}
     for fixed in convert.SWITCHES.values():
-        assert sizes | by_name | set(fixed) | free[fixed["positions"]] == train.MODEL_FIELDS
+        assert sizes | by_name | set(fixed) | unread[fixed["positions"]] == train.MODEL_FIELDS
 
 
 def test_weights_that_are_not_those_of_the_settings_are_not_exported(run_of):

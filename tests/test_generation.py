@@ -11,11 +11,12 @@ from support import runtime
 from train import GPT, Cache, Config, Linear, draw, load
 
 VOCAB, SIZE = 50, 16
-SMALL = dict(n_layer=3, n_head=4, n_embd=32, block_size=SIZE, dropout=0.1, init="gpt2")
+SMALL = dict(n_layer=3, n_head=4, n_embd=32, block_size=SIZE, dropout=0.1, ngrams=3, ngram_rows=97, init="gpt2")
 SWITCHES = pairwise(
     positions=["rope", "learned"], rope_fraction=[0.0, 0.5, 1.0], n_kv_head=[0, 1, 2], qk_norm=[False, True],
     norm=["rmsnorm", "layernorm"], embed_norm=[False, True], shortcuts=[False, True], qkv_bias=[False, True],
-    mlp=["relu2", "swiglu"], logit_cap=[0.0, 15.0], pad_vocab_to=[1, 64], tie_weights=[False, True])
+    mlp=["relu2", "swiglu"], logit_cap=[0.0, 15.0], pad_vocab_to=[1, 64], tie_weights=[False, True],
+    ngrams=[0, 2, 5])
 TOY_LOGITS = torch.tensor([[4.51, .89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])     # of SEEDS.md
 
 
@@ -109,7 +110,7 @@ def test_a_step_of_fixed_shapes_never_sees_what_lies_beyond_its_position():
     cache = Cache(model.cfg, SIZE)
     with torch.no_grad():
         model.trunk(idx, cache)                     # what a window that has been left leaves in the cache
-        for keys, values in cache.tensors:
+        for keys, values in cache.tensors[:model.cfg.n_layer]:
             keys[:, :, 6:], values[:, :, 6:] = 1e3, 1e3
         near(model.next_logits(idx[:, 5:6], cache, torch.tensor([5])), last_logits(model, idx[:, :6]))
 
@@ -147,7 +148,9 @@ def test_a_long_generation_needs_no_more_memory_than_a_short_one(monkeypatch):
         generated = GPT.generate.__wrapped__(model, tokens(2, 5), 200, lambda logits: draw(logits, 1.0))
         for _ in generated:
             assert generated.gi_frame.f_locals["window"].size(1) <= SIZE
-            assert all(z.shape == (2, 4, SIZE, 8) for pair in caches[0].tensors for z in pair)
+            *pairs, (ids,) = caches[0].tensors
+            assert all(z.shape == (2, 4, SIZE, 8) for pair in pairs for z in pair)
+            assert ids.shape == (2, 1, SIZE, 1)         # for the n-grams
             places.add(tuple(z.data_ptr() for pair in caches[0].tensors for z in pair))
     assert len(caches) == len(places) == 1              # one cache, whose tensors are written in place
     assert len(read) == 200

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from conftest import pairwise, perturbed
 
 from support.cpu import in_blocks
-from train import GPT, Config, draw, dropout
+from train import GPT, Config, NGrams, draw, dropout
 
 VOCAB, T = 50, 16
-SMALL = dict(n_layer=3, n_head=4, n_embd=32, block_size=T, dropout=0.0, init="gpt2")
-PLAIN = dict(norm_gain=True, embed_norm=False, qk_norm=False, logit_cap=0.0, shortcuts=False)
+SMALL = dict(n_layer=3, n_head=4, n_embd=32, block_size=T, dropout=0.0, ngrams=0, ngram_rows=97, init="gpt2")
+PLAIN = dict(norm_gain=True, embed_norm=False, qk_norm=False, logit_cap=0.0, shortcuts=False, ngrams=0)
 GPT2 = PLAIN | dict(positions="learned", norm="layernorm", norm_eps=1e-5, mlp="gelu_tanh", bias=True,
                     tie_weights=True, init="gpt2")
 LLAMA = PLAIN | dict(positions="rope", rope_fraction=1.0, norm="rmsnorm", norm_eps=1e-6, mlp="swiglu",
@@ -22,7 +22,7 @@ SWITCHES = pairwise(
     norm_gain=[False, True], embed_norm=[False, True], mlp=["relu2", "relu", "gelu", "gelu_tanh", "swiglu"],
     bias=[False, True], qkv_bias=["auto", False, True], head_bias=[False, True], tie_weights=[False, True],
     qk_norm=[False, True], logit_cap=[0.0, 15.0], shortcuts=[False, True], n_kv_head=[0, 1, 2],
-    pad_vocab_to=[1, 64])
+    pad_vocab_to=[1, 64], ngrams=[0, 2, 5])
 
 
 def small(**changes) -> GPT:
@@ -89,11 +89,25 @@ def plain_mlp(cfg, x, w, name):
     return plain_linear(hidden, w, f"{name}.down")
 
 
+def plain_ngrams(cfg, ids: list, table):
+    """The vectors (T, C) that runs of 2 to cfg.ngrams tokens add, by Rabin and Karp's hash of each run."""
+    total = torch.zeros(len(ids), cfg.n_embd, dtype=table.dtype)
+    for t in range(len(ids)):
+        for length in range(2, cfg.ngrams + 1):
+            key = ids[t]
+            for place in range(t - 1, t - length, -1):          # backwards; before the text there is a 0
+                key = (key * 1_540_483_477 + (ids[place] + 1 if place >= 0 else 0)) % (2 ** 31 - 1)
+            total[t] += table[key % len(table)]
+    return total
+
+
 def plain_logits(model, idx):
     """Logits (T, VOCAB) of one sequence idx (T)."""
     cfg, w = model.cfg, {name: tensor.double() for name, tensor in model.state_dict().items()}
     width, group = cfg.n_embd // cfg.n_head, cfg.n_head // (cfg.n_kv_head or cfg.n_head)
     x = w["wte.weight"][idx]
+    if cfg.ngrams:
+        x = x + plain_ngrams(cfg, idx.tolist(), w["ngrams.weight"])
     if cfg.positions == "learned":
         x = x + w["wpe.weight"][:len(idx)]
     if cfg.embed_norm:
@@ -127,6 +141,31 @@ def plain_logits(model, idx):
 def test_logits_equal_plain_formulas(switches):
     model, idx = perturbed(small(**switches)), tokens(T)
     near(model(idx[None])[0][0], plain_logits(model, idx), atol=1e-3)
+
+
+def test_ngrams_are_the_same_wherever_they_stand_and_differ_by_what_stands_in_them():
+    """Three tokens are told apart by what they are and by their order, not by what comes before them."""
+    table = NGrams(2 ** 20, 8)
+    ids = torch.tensor([[1, 2, 3, 1, 2, 3, 2, 1, 3, 2]])
+    with torch.no_grad():
+        x = table(ids, torch.arange(10), 3)[0]
+    same = [(a, b) for a in range(10) for b in range(a) if torch.equal(x[a], x[b])]
+    assert same == [(5, 2)]                             # only 1 2 3 is there twice
+    with torch.no_grad():
+        assert torch.equal(table(ids, torch.tensor([4, 9]), 3)[0], x[[4, 9]])
+
+
+def test_ngrams_spread_over_their_table_evenly():
+    """All pairs of 256 tokens in a table of 1,024 rows: no row has many more than its share of 64."""
+    ids = torch.cartesian_prod(torch.arange(256), torch.arange(256))
+    table = NGrams(1024, 1)
+    with torch.no_grad():
+        table.weight.copy_(torch.arange(1024.0)[:, None])
+        seen = table(ids, torch.tensor([1]), 2).flatten().long()
+    counts = torch.bincount(seen, minlength=1024)
+    assert counts.sum() == 256 * 256
+    assert counts.max() < 128
+    assert counts.min() > 16
 
 
 # ---- GPT-2 and Llama as transformers computes them
@@ -362,6 +401,11 @@ def test_init_zero_starts_outputs_at_zero():
         assert not module.bias.any()
     assert has_std(model.wte, 1.0)
     assert has_std(model.wpe, 1.0)
+
+
+@pytest.mark.parametrize("init", ["zero", "gpt2", "torch", "kaiming"])
+def test_ngram_vectors_begin_at_0(init):
+    assert not small(init=init, ngrams=3).ngrams.weight.any()
 
 
 def test_init_torch_is_pytorchs_own():

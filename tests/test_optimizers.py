@@ -12,13 +12,15 @@ import train
 from train import GPT, Config, Muon, lr_factor, make_optimizers, orthogonalize
 
 VOCAB, T = 50, 16
-SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=T, dropout=0.0, init="gpt2", dtype="float32")
-RATES = dict(learning_rate=0.01, embed_lr=0.02, head_lr=0.03, scalar_lr=0.04, weight_decay=0.5)
+SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=T, dropout=0.0, ngrams=0, ngram_rows=97, init="gpt2",
+             dtype="float32")
+RATES = dict(learning_rate=0.01, embed_lr=0.02, head_lr=0.03, scalar_lr=0.04, weight_decay=0.5,
+             ngram_decay=0.7)
 SWITCHES = pairwise(
     optimizer=["muon", "adamw"], decay_all=[False, True], tie_weights=[False, True],
     positions=["rope", "learned"], norm=["rmsnorm", "layernorm"], norm_gain=[False, True], bias=[False, True],
     head_bias=[False, True], mlp=["relu2", "swiglu"], n_kv_head=[0, 1], shortcuts=[False, True],
-    pad_vocab_to=[1, 64])
+    pad_vocab_to=[1, 64], ngrams=[0, 3])
 
 
 def small(**changes) -> tuple:
@@ -74,7 +76,8 @@ def test_each_parameter_has_its_rate_and_its_decay(switches):
         else:
             rate = 0.03 if name == "head.weight" else 0.02      # tied, it has the embedding's name
         decays = switches["decay_all"] or (is_block_matrix(name, p) if muon else p.dim() == 2)
-        assert found[id(p)] == (rate, 0.5 if decays else 0.0), name
+        own = 0.7 if name == "ngrams.weight" and muon and not switches["decay_all"] else 0.0
+        assert found[id(p)] == (rate, 0.5 if decays else own), name
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else():
@@ -361,7 +364,7 @@ def test_the_learning_rate_reaches_every_group(watched, optimizer):
     if optimizer == "adamw":
         assert seen == [pytest.approx([0.01 * f] * 2) for f in factor]
     else:
-        assert seen[::2] == [pytest.approx([0.02 * f, 0.03 * f, 0.04 * f]) for f in factor]
+        assert seen[::2] == [pytest.approx([0.02 * f, 0.02 * f, 0.03 * f, 0.04 * f]) for f in factor]
         assert seen[1::2] == [pytest.approx([0.01 * f] * len(seen[1])) for f in factor]
 
 

@@ -229,7 +229,7 @@ def in_folder(folder: Path):
 
         gpt2 = [f"--{name}={value}" for name, value in dict(
             positions="learned", norm="layernorm", norm_gain=True, embed_norm=False, mlp="gelu_tanh", bias=True,
-            qk_norm=False, logit_cap=0.0, shortcuts=False, tie_weights=True, init="gpt2").items()]
+            qk_norm=False, logit_cap=0.0, shortcuts=False, ngrams=0, tie_weights=True, init="gpt2").items()]
         made = bash(f"""python prepare.py book.txt --name=bytes --tokenizer=gpt2
                         python train.py --dataset=bytes --out_dir=small {' '.join(gpt2)}
                         python convert.py export small/ckpt.pt --out=hf/hub/models--gpt2/snapshots/one
