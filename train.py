@@ -94,7 +94,7 @@ class Config:
     logit_cap: float = 15.0             # bound on the logits: cap z / sqrt(z^2 + cap^2); 0: none
     shortcuts: bool = True              # learned mixing of the embedding into each block, and of the first
                                         # block's values into later ones (value residual, arXiv 2410.17897)
-    ngrams: int = 5                     # N: the last 2 to N tokens add vectors of their own to the embedding
+    ngrams: int = 5                     # N: runs of 2 to N tokens add vectors to the embedding; 0: none
     ngram_rows: int = 65536             # rows of the table of these vectors, which runs of tokens share
     pad_vocab_to: int = 1               # the embedding's rows are a multiple of this; 64 is faster on a GPU
     init: Literal["zero", "gpt2", "torch", "kaiming"] = "zero"  # initial weights; zero: outputs start at 0
@@ -102,7 +102,7 @@ class Config:
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the blocks' matrices, with AdamW for all else
     learning_rate: float = 0.02         # of the blocks' matrices under muon, of everything under adamw
     embed_lr: float = 0.1               # AdamW's for the embeddings, under muon
-    ngram_decay: float = 2.0            # weight decay of the n-gram vectors, under muon; more for small texts
+    ngram_decay: float = 2.0            # of n-gram vectors, under muon, times their rate; small texts: more
     head_lr: float = 0.008              # AdamW's for the output layer, under muon
     scalar_lr: float = 0.02             # AdamW's for gains, biases and mixing weights, under muon
     weight_decay: float = 0.4           # times the rate; of the blocks' matrices (muon) or of all (adamw)
@@ -193,10 +193,12 @@ def rotate(x, cos, sin):
 
 
 class Cache:
-    """Keys and values of the tokens seen so far: two tensors (B, n_kv_head, size, head_dim) a block."""
+    """Keys and values of the tokens so far, two tensors (B, n_kv_head, size, head_dim) a block; last, for
+    n-grams, the tokens themselves, (B, 1, size, 1)."""
 
     def __init__(self, cfg: Config, size: int):
-        self.length, self.size, self.tensors, self.at = 0, size, [None] * (cfg.n_layer + 1), slice(0)
+        self.length, self.size, self.tensors, self.at = 0, size, [None] * cfg.n_layer, slice(0)
+        self.tensors += [None] * (cfg.ngrams > 1)
 
     def extend(self, layer: int, *new):
         """Put the keys and values (B, n_kv_head, T, head_dim) of new tokens at their places. Returns those of
@@ -215,7 +217,7 @@ class NGrams(nn.Embedding):
 
     def forward(self, ids, at, longest: int):
         """The sum (B, T, C) of the vectors for 2 to `longest` tokens up to places `at` (T,) of ids (B, S)."""
-        keys = [ids[:, at]]
+        keys = [ids[:, at].long()]
         for back in range(1, longest):
             before = (ids[:, (at - back).clamp(min=0)] + 1) * (at >= back)      # 0 before the first one
             keys.append((keys[-1] * 1_540_483_477 + before) % (2**31 - 1))      # Rabin and Karp's hash
@@ -322,7 +324,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def initialize(self, init: str):
         """gpt2: normal, std 0.02, less for the matrices that add to the stream. torch: PyTorch's defaults.
-        kaiming: uniform (arXiv 1502.01852). zero: those matrices and head 0, others normal; n-grams 0."""
+        kaiming: uniform (arXiv 1502.01852). zero: those matrices and the head at 0, the others normal.
+        N-gram vectors begin at 0 in each."""
         adding = {linear for block in self.blocks for linear in (block.attn.out, block.mlp.down)}
         for module in self.modules():
             if not isinstance(module, (nn.Linear, nn.Embedding)) or init == "torch":

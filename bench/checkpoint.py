@@ -1,7 +1,7 @@
 """How long training stands still for a checkpoint: runtime.save_checkpoint with what train.py saves.
 
-    python bench/checkpoint.py                              # 5M, 124M, 350M; up to 4.3 GB on disk, 8 GB of memory
-    python bench/checkpoint.py --sizes=5M --saves=20
+    python bench/checkpoint.py                              # 14M, 124M, 350M; up to 4.3 GB on disk, 8 GB of memory
+    python bench/checkpoint.py --sizes=14M --saves=20
 
 For each size a model and its optimizers, with a state as after one step, are saved `saves` times over the same file, as
 in a run: last.pt (weights, optimizer state) and ckpt.pt (weights). The medians are printed, beside writing and flushing
@@ -31,7 +31,7 @@ from support.cli import fail, parse, run
 # size: (config file, flags, vocabulary)
 SIZES = {"toy": ("", ["--n_layer=1", "--n_embd=32", "--n_head=1", "--block_size=16", "--batch_size=2",
                 "--ngrams=0"], 65),
-         "5M": ("shakespeare_char", [], 65),
+         "14M": ("shakespeare_char", [], 65),
          "124M": ("gpt2_124m", [], 50257),
          "350M": ("gpt2_124m", ["--n_layer=24", "--n_head=8", "--n_embd=1024"], 50257)}
 
@@ -39,7 +39,7 @@ SIZES = {"toy": ("", ["--n_layer=1", "--n_embd=32", "--n_head=1", "--block_size=
 @dataclass
 class Options:
     # -- what to measure
-    sizes: str = "5M,124M,350M"         # of 5M, 124M, 350M, toy, separated by commas
+    sizes: str = "14M,124M,350M"        # of 14M, 124M, 350M, toy, separated by commas
     optimizers: str = "muon,adamw"      # separated by commas
     saves: int = 5                      # of each file; the median counts
     step_seconds: float = 0.0           # time of a step, for the share; 0: measured

@@ -403,11 +403,11 @@ def test_a_changed_model_or_data_field_is_refused(start, stopped, name, value, o
 def test_a_changed_learning_rate_is_accepted_printed_and_used(start, stopped):
     result = start("run", init_from="resume", learning_rate=0.003)
     assert result.returncode == 0
-    changed, = [line for line in result.stdout.splitlines() if "0.012 -> 0.003" in line]
+    changed, = [line for line in result.stdout.splitlines() if "0.02 -> 0.003" in line]
     assert "learning_rate" in changed
     rates = {row["step"]: float(row["lr"]) for row in log_rows(stopped) if row["lr"]}
     cfg = train.Config(max_iters=6)
-    assert rates["4"] == pytest.approx(0.012 * train.lr_factor(3, cfg))
+    assert rates["4"] == pytest.approx(0.02 * train.lr_factor(3, cfg))
     assert rates["5"] == pytest.approx(0.003 * train.lr_factor(4, cfg))
 
 

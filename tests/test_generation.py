@@ -73,6 +73,7 @@ def test_a_cache_filled_in_pieces_equals_one_pass(switches):
         cache = Cache(model.cfg, SIZE)
         pieces = [model.logits(model.trunk(piece, cache)) for piece in idx.split(sizes, 1)]
         near(torch.cat(pieces, 1), model(idx)[0])
+        assert all(kept is not None for kept in cache.tensors)          # a compiled step goes through all of them
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 8])
