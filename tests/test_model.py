@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import pairwise, perturbed
 
-from support.cpu import in_blocks
+from support.cpu import attention, in_blocks
 from train import GPT, Config, NGrams, draw, dropout
 
 VOCAB, T = 50, 16
@@ -532,11 +532,11 @@ def test_dropout_is_off_in_evaluation(attn_dropout):
 def test_attn_dropout_drops_attention_weights_at_its_rate():
     # One head and one token: its only weight is 1, so dropping it leaves a row of zeros.
     seen, model = [], perturbed(small(n_head=1, dropout=0.25, attn_dropout=True))
-    attention = model.blocks[0].attn
-    attention.register_forward_hook(lambda _, args, out: seen.append(out[0][:, 0]))
+    first = model.blocks[0].attn
+    first.register_forward_hook(lambda _, args, out: seen.append(out[0][:, 0]))
     idx = tokens(1, 1).expand(4000, 1)
     model(idx)
-    attention.train()                                   # all else stays in evaluation mode
+    first.train()                                       # all else stays in evaluation mode
     model(idx)
     sure, y = seen
     dropped = (y == 0).all(-1)
@@ -565,6 +565,19 @@ def test_attention_in_blocks_is_attention(length):
         results.append([y, *(z.grad for z in inputs)])
     for ours, theirs in zip(*results, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_attention_in_blocks_drops_weights_at_their_rate():
+    q, k = (torch.randn(8, 3, 200, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    v = torch.eye(200).expand(8, 3, 200, 200)           # so that the output is the weights
+    torch.manual_seed(0)
+    sure, some = (attention(q, k, v, None, True, p) for p in (0.0, 0.25))
+    seen = torch.ones(200, 200, dtype=torch.bool).tril()
+    assert not some[..., ~seen].any()
+    kept = some != 0
+    assert kept[..., seen].double().mean().item() == pytest.approx(0.75, abs=0.01)
+    assert torch.allclose(some[kept], sure[kept] / 0.75, atol=1e-6)
+    assert not torch.equal(kept[0], kept[1])
 
 
 @pytest.mark.parametrize("switches", [dict(), dict(n_kv_head=2), dict(attn_dropout=True, dropout=0.5)],
