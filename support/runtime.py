@@ -496,7 +496,8 @@ def wait(device: str):
 
 # -- compiling -----------------------------------------------------------------------------------------------------
 
-COMPILE_PAYS_AFTER = 100        # seconds of eager training left; compiling takes 20-40 s and saves about half of them
+COMPILE_PAYS_AFTER = 100        # seconds of eager training left; compiling takes 20-75 s the first time, later about
+                                # 4, and saves a third to a half of them
 
 
 def compiler_missing(device: str) -> str:

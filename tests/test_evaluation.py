@@ -11,6 +11,7 @@ from conftest import log_rows, trained
 
 import train
 from prepare import write_set
+from support import runtime
 from train import get_batch, load
 
 
@@ -164,3 +165,35 @@ def test_pictures_do_not_change_the_weights_either(run, usual, tmp_path):
     assert process.returncode == 0, process.stderr
     weights = torch.load(tmp_path / "run" / "last.pt")["model"]
     assert all(torch.equal(usual[name], weights[name]) for name in usual)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_bfloat16_learns_as_float32_does(start, tmp_path, optimizer):
+    """The loss curves end within 0.02 of one another."""
+    rates = dict(learning_rate=0.01) if optimizer == "adamw" else {}
+    curves = []
+    for dtype in ("float32", "bfloat16"):
+        settings = rates | dict(optimizer=optimizer, dtype=dtype, max_iters=60, eval_interval=20, sample_tokens=0)
+        assert start(dtype, **settings).returncode == 0
+        curves.append([float(row["val_loss"]) for row in log_rows(tmp_path / dtype) if row["val_loss"]])
+    assert curves[0] != curves[1]
+    assert curves[0][-1] < curves[0][0] - 0.5           # it has learned something
+    assert curves[1][2:] == pytest.approx(curves[0][2:], abs=0.02)
+
+
+@pytest.mark.skipif(bool(runtime.compiler_missing("cpu")), reason="there is nothing to compile with")
+def test_a_compiled_run_compiles_in_its_first_step_alone(start, monkeypatch):
+    """Whatever changes later: rate, momentum, micro-batch, evaluations and samples between."""
+    graphs = []
+
+    def factor(step, cfg, real=train.lr_factor):
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return real(step, cfg)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()                # other tests compile, too
+    monkeypatch.setattr(train, "lr_factor", factor)
+    result = start("run", compile=True, n_layer=1, max_iters=6, eval_interval=2, gradient_accumulation_steps=2)
+    assert "compile on" in result.stdout, result.stdout
+    assert len(graphs) == 6
+    assert 0 < graphs[0] <= graphs[1] == graphs[-1]
