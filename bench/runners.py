@@ -67,7 +67,7 @@ class Stopwatch:
 def settled(watch: Stopwatch, curve: list, end: float, compiled: bool, **more) -> dict:
     """The figures of a run. curve: (step, seconds, loss or None) at each evaluation; end: its seconds, with nothing
     left to do on a card. What the first step of compiled code takes beyond a median step is compilation, and counts as
-    start-up."""
+    start-up. startup: from launch to the first step, without evaluations; first_step: to that step's end."""
     steps = np.diff(watch.ticks).tolist()
     step = median(steps) if steps else watch.ticks[0]
     compiling = max(0.0, watch.ticks[0] - step) if compiled else 0.0
@@ -140,7 +140,7 @@ def ours(spec: dict) -> dict:
             state["step"] = step
             if step:
                 found["watch"].tick()
-            else:
+            elif found["watch"].startup is None:
                 found["watch"].startup = time.time() - spec["launched"] - state["evaluating"]
             for hook in spec.get("hooks", []):
                 hook(step)

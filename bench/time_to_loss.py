@@ -11,7 +11,7 @@ How it is measured (bench/runners.py holds the code):
   hyper-parameters. Each run is a process of its own; within a seed they take turns.
 - The loss is that of the full val split in whole windows of the preset's context, in float32, by the same code for all.
   Evaluations are not on the clock. Nor is what comes before the first step, and the compilation in it: these are in
-  `s from launch` alone.
+  `s from launch` alone (not what nanoGPT compiles for its own first evaluation).
 - Ours must have the target with its final weights. A peer has it where the line between its evaluations first crosses
   it, whatever follows.
 - A peer that would take hours (`--estimate`; auto: preset full on a CPU) runs a few steps, and counts as the steps

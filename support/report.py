@@ -280,7 +280,7 @@ class Report:
         """Say that compiling begins, if it is `wanted`, since it takes long; returns `wanted`."""
         self.began_compiling = time.perf_counter()
         if wanted:
-            self.label("compile", "takes 20-40 s on two cores and some more at the first step, less if done before ...")
+            self.label("compile", "takes up to a minute on two cores, more at the first step, less if done before ...")
         return wanted
 
     def begin(self, compile_note: str, optimizers: list, run_once):
@@ -445,7 +445,8 @@ class Report:
                      best="best so far" if best else best_of_all)
         self.say(fitted(parts, columns()))
         self.log(step, train_loss=losses["train"], val_loss=losses["val"], val_bits_per_byte=bits)
-        if self.writes and step:        # at step 0 the first update need not wait for a picture of one point
+        # At step 0 the first update need not wait for a picture of one point, unless its time is to be known.
+        if self.writes and (step or self.cfg.max_minutes):
             try:
                 draw(read_log(self.out_dir / "log.csv"), self.out_dir / "loss.png",
                      f"{self.out_dir}", self.tokens_per_step, self.tokens_per_epoch)

@@ -497,7 +497,7 @@ def wait(device: str):
 # -- compiling -----------------------------------------------------------------------------------------------------
 
 COMPILE_PAYS_AFTER = 100        # seconds of eager training left; compiling takes 20-75 s the first time, later about
-                                # 4, and saves a third to a half of them
+                                # 4, and saves a fifth to a half of a step of the recipe's models
 
 
 def compiler_missing(device: str) -> str:

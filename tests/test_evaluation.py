@@ -169,7 +169,7 @@ def test_pictures_do_not_change_the_weights_either(run, usual, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_bfloat16_learns_as_float32_does(start, tmp_path, optimizer):
-    """The loss curves end within 0.02 of one another."""
+    """The loss curves are within 0.02 of one another at steps 40 and 60."""
     rates = dict(learning_rate=0.01) if optimizer == "adamw" else {}
     curves = []
     for dtype in ("float32", "bfloat16"):
@@ -183,17 +183,18 @@ def test_bfloat16_learns_as_float32_does(start, tmp_path, optimizer):
 
 @pytest.mark.skipif(bool(runtime.compiler_missing("cpu")), reason="there is nothing to compile with")
 def test_a_compiled_run_compiles_in_its_first_step_alone(start, monkeypatch):
-    """Whatever changes later: rate, momentum, micro-batch, evaluations and samples between."""
-    graphs = []
+    """It compiles before and in that step, and not again, whatever changes later: rate, momentum, micro-batch,
+    evaluations and samples between."""
+    graphs, counters = [], torch._dynamo.utils.counters
 
     def factor(step, cfg, real=train.lr_factor):
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        graphs.append(counters["stats"]["unique_graphs"])
         return real(step, cfg)
 
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()                # other tests compile, too
+    counters.clear()                                    # other tests compile, too
     monkeypatch.setattr(train, "lr_factor", factor)
     result = start("run", compile=True, n_layer=1, max_iters=6, eval_interval=2, gradient_accumulation_steps=2)
     assert "compile on" in result.stdout, result.stdout
     assert len(graphs) == 6
-    assert 0 < graphs[0] <= graphs[1] == graphs[-1]
+    assert 0 < graphs[0] <= graphs[1] == counters["stats"]["unique_graphs"]

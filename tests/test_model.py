@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import pairwise, perturbed
 
-from support.cpu import attention, in_blocks
+from support import cpu
+from support.cpu import in_blocks
 from train import GPT, Config, NGrams, draw, dropout
 
 VOCAB, T = 50, 16
@@ -571,13 +572,24 @@ def test_attention_in_blocks_drops_weights_at_their_rate():
     q, k = (torch.randn(8, 3, 200, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     v = torch.eye(200).expand(8, 3, 200, 200)           # so that the output is the weights
     torch.manual_seed(0)
-    sure, some = (attention(q, k, v, None, True, p) for p in (0.0, 0.25))
+    sure, some = (in_blocks(q, k, v, p) for p in (0.0, 0.25))
     seen = torch.ones(200, 200, dtype=torch.bool).tril()
     assert not some[..., ~seen].any()
     kept = some != 0
     assert kept[..., seen].double().mean().item() == pytest.approx(0.75, abs=0.01)
     assert torch.allclose(some[kept], sure[kept] / 0.75, atol=1e-6)
     assert not torch.equal(kept[0], kept[1])
+
+
+@pytest.mark.parametrize(("dtype", "p", "taken"), [
+    (torch.float32, 0.0, False), (torch.float32, 0.25, True), (torch.bfloat16, 0.0, True),
+    (torch.bfloat16, 0.25, True)])
+def test_attention_goes_in_blocks_where_that_is_faster(dtype, p, taken, monkeypatch):
+    seen, (q, k, v) = [], torch.randn(3, 1, 2, 8, 4)
+    monkeypatch.setattr(cpu, "in_blocks", lambda *args: seen.append(args[3]) or in_blocks(*args))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        cpu.attention(q, k, v, None, True, p)
+    assert seen == [p] * taken
 
 
 @pytest.mark.parametrize("switches", [dict(), dict(n_kv_head=2), dict(attn_dropout=True, dropout=0.5)],
