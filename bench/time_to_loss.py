@@ -163,8 +163,9 @@ def summary(name: str, results: list, target: float, base: float, published: int
     return row, seconds
 
 
-def draw(runs: dict, target: float, title: str, path: Path) -> str:
-    """Loss against seconds and against tokens as a PNG; returns a line that says where."""
+def draw(runs: dict, target: float, published: int, title: str, path: Path) -> str:
+    """Loss against seconds and against tokens as a PNG; returns a line that says where. A run without losses is an
+    estimate, a star where `published` steps bring it to the target."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -173,14 +174,16 @@ def draw(runs: dict, target: float, title: str, path: Path) -> str:
     left, right = figure.subplots(1, 2, sharey=True)
     for number, (name, results) in enumerate(runs.items()):
         for seed, one in enumerate(results):
-            curve = [point for point in one["curve"] if point[2] is not None]
+            curve = [point for point in one["curve"] if point[0] and point[2] is not None]  # a log scale has no step 0
+            curve, mark, label = (curve, ".-", name) if curve else (
+                [(published, published * one["step_seconds"], target)], "*", f"{name} (estimate)")
             for axes, xs in ((left, [seconds for _, seconds, _ in curve]),
                              (right, [step * one["tokens_per_step"] for step, _, _ in curve])):
-                axes.plot(xs, [loss for _, _, loss in curve], ".-", color=f"C{number}", lw=1,
-                          label=None if seed else name)
+                axes.plot(xs, [loss for _, _, loss in curve], mark, color=f"C{number}", lw=1,
+                          label=None if seed else label)
     for axes, label in ((left, "seconds of training"), (right, "tokens")):
         axes.axhline(target, color="0.5", ls="--", lw=1)
-        axes.set(xlabel=label, xscale="symlog", title=title)
+        axes.set(xlabel=label, xscale="log", title=title)
         axes.grid(alpha=0.3)
     left.set_ylabel("full val loss (nats per token)")
     left.legend()
@@ -254,7 +257,7 @@ def main(argv: list) -> int:
     if equal_time and not estimate:
         notes.append("Peers: a schedule of as many steps as fit into the seconds of ours.")
     figures = dict(target=target, estimate=bool(estimate), runs=runs, rows=rows, head=head)
-    picture = draw(runs, target, options.preset, OUT / f"time_to_loss_{options.preset}.png")
+    picture = draw(runs, target, preset.published, options.preset, OUT / f"time_to_loss_{options.preset}.png")
     publish(f"Time to loss: {options.preset}", "\n\n".join([table(head, rows), *notes, picture]),
             machine(options.device, ("transformers",) if "trainer" in peers else ()), options.append, figures,
             f"time_to_loss_{options.preset}")
