@@ -24,9 +24,11 @@ from pathlib import Path
 
 import torch
 
-from prepare import END_OF_TEXT, Tokenizer
-from support import runtime, sources
-from support.cli import fail, parse, run
+from inkling.checkpoint import claim_folder, load_checkpoint, save_checkpoint
+from inkling.cli import UserError, parse, run
+from inkling.download import download
+from inkling.files import atomic_write, lock_folder
+from inkling.tokenizer import END_OF_TEXT, Tokenizer
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")        # huggingface.co/openai-community/NAME
 FILES = ("config.json", "model.safetensors", "tokenizer.json")  # of each, what is needed; the weights are one file
@@ -443,7 +445,7 @@ def safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        fail("reading and writing model.safetensors needs the package safetensors: pip install safetensors")
+        raise UserError("reading and writing model.safetensors needs the package safetensors: pip install safetensors")
     return safetensors
 
 
@@ -455,9 +457,9 @@ def read_json(path: Path) -> dict:
             raise ValueError("it holds no object")
         return content
     except OSError as error:
-        fail(f"cannot read {path}: {error.strerror or error}; a Hugging Face directory has {', '.join(FILES)}")
+        raise UserError(f"cannot read {path}: {error.strerror or error}; a Hugging Face directory has {', '.join(FILES)}")
     except (ValueError, RecursionError) as error:
-        fail(f"{path} is no JSON: {str(error)[:100]}")
+        raise UserError(f"{path} is no JSON: {str(error)[:100]}")
 
 
 def shards(folder: Path) -> list:
@@ -465,7 +467,7 @@ def shards(folder: Path) -> list:
     if (folder / "model.safetensors.index.json").is_file():
         names = set(dict(read_json(folder / "model.safetensors.index.json").get("weight_map") or {}).values())
         if any(not isinstance(name, str) or Path(name).name != name for name in names):
-            fail(f"{folder / 'model.safetensors.index.json'} names files outside its folder")
+            raise UserError(f"{folder / 'model.safetensors.index.json'} names files outside its folder")
         paths = [folder / name for name in sorted(names)]
         return paths if all(path.is_file() for path in paths) else []
     return [path for name in ("model.safetensors", "pytorch_model.bin") if (path := folder / name).is_file()][:1]
@@ -476,7 +478,7 @@ def read_weights(folder: Path) -> dict:
     weights_only=True, so that nothing in them can run."""
     paths, tensors = shards(folder), {}
     if not paths:
-        fail(f"{folder} holds no complete model.safetensors (nor pytorch_model.bin): is the download finished?")
+        raise UserError(f"{folder} holds no complete model.safetensors (nor pytorch_model.bin): is the download finished?")
     for path in paths:
         try:
             if path.suffix == ".bin":
@@ -489,9 +491,9 @@ def read_weights(folder: Path) -> dict:
                 part = safetensors().torch.load_file(path)
         except Exception as error:      # a damaged file can fail anywhere in these libraries
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-            fail(f"{path} is damaged or holds no weights ({reason}); nothing was loaded from it")
+            raise UserError(f"{path} is damaged or holds no weights ({reason}); nothing was loaded from it")
         if twice := tensors.keys() & part.keys():
-            fail(f"{path} holds {min(twice)} again, which an earlier part of the weights has")
+            raise UserError(f"{path} holds {min(twice)} again, which an earlier part of the weights has")
         tensors |= part
     return tensors
 
@@ -523,14 +525,14 @@ def folder_tokenizer(folder: Path, hf: dict) -> Tokenizer:
         return tokenizer
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = str(error) if isinstance(error, ValueError) else f"damaged ({type(error).__name__}: {error})"
-        fail(f"the tokenizer in {folder} cannot be used: {reason[:300]}; name another with --tokenizer=NAME, one that "
+        raise UserError(f"the tokenizer in {folder} cannot be used: {reason[:300]}; name another with --tokenizer=NAME, one that "
              "tiktoken knows, or the path of a meta.json or ckpt.pt that has it")
 
 
 def named_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that --tokenizer asks for."""
     if name == "char":
-        fail("--tokenizer=char: a char tokenizer comes from a text; name the meta.json of its data set")
+        raise UserError("--tokenizer=char: a char tokenizer comes from a text; name the meta.json of its data set")
     return Tokenizer.build(name, "")
 
 
@@ -541,16 +543,16 @@ def imported(source: str, tokenizer: str = "") -> dict:
     if source in NAMES and not (folder / "config.json").is_file():
         folder = cached(source) or downloaded(source)
     elif not folder.is_dir():
-        fail(f"{source} is neither a folder nor one of {', '.join(NAMES)}")
+        raise UserError(f"{source} is neither a folder nor one of {', '.join(NAMES)}")
     hf = read_json(folder / "config.json")
     try:
         read_settings(hf)                               # says in a moment what gigabytes are not needed for
         config, tensors, rows = from_hf(hf, read_weights(folder))
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        fail(f"{folder}: {error}")
+        raise UserError(f"{folder}: {error}")
     found = named_tokenizer(tokenizer) if tokenizer else folder_tokenizer(folder, hf)
     if found.vocab_size > rows:
-        fail(f"{folder}: the tokenizer has {found.vocab_size:,} tokens, the model only {rows:,}: name its own with "
+        raise UserError(f"{folder}: the tokenizer has {found.vocab_size:,} tokens, the model only {rows:,}: name its own with "
              "--tokenizer")
     if found.vocab_size < rows:                         # rows that stand for no token
         config["pad_vocab_to"] = rows
@@ -580,9 +582,9 @@ def cached(name: str) -> Path | None:
 
 def bring(url: str, path: Path) -> str:
     """Bring `url` to `path`, whole and checked. Returns the server's commit, or ""."""
-    reason, commit = sources.download(url, path)
+    reason, commit = download(url, path)
     if reason:
-        fail(f"could not download {url} ({reason}); try again, which goes on from what has arrived, or bring a folder "
+        raise UserError(f"could not download {url} ({reason}); try again, which goes on from what has arrived, or bring a folder "
              f"with {', '.join(FILES)} here by other means and name it: python convert.py import FOLDER --out=out/NAME")
     return commit
 
@@ -591,10 +593,10 @@ def downloaded(name: str) -> Path:
     """Download a named model to the cache, laid out as huggingface_hub does, so that it is found there next time."""
     folder, server = hub() / f"models--openai-community--{name}", os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
-        fail(f"{name} is not in {hub()}, and HF_HUB_OFFLINE forbids a download")
+        raise UserError(f"{name} is not in {hub()}, and HF_HUB_OFFLINE forbids a download")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with runtime.lock(folder, wait=True):           # of the processes of torchrun, one downloads
+        with lock_folder(folder, wait=True):           # of the processes of torchrun, one downloads
             if found := cached(name):
                 return found
             url = f"{server.rstrip('/')}/openai-community/{name}/resolve"
@@ -610,7 +612,7 @@ def downloaded(name: str) -> Path:
             (folder / "refs" / "main").write_text(revision, encoding="utf-8")
             return snapshot
     except OSError as error:
-        fail(f"cannot use the cache {folder}: {error.strerror or error}: set HF_HOME to a folder that can be written")
+        raise UserError(f"cannot use the cache {folder}: {error.strerror or error}: set HF_HOME to a folder that can be written")
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
@@ -619,9 +621,9 @@ def import_folder(source: str, options: Options):
     out = Path(options.out or Path("out") / (Path(source).resolve().name or "model"))
     content = imported(source, options.tokenizer)
     config, tensors = content["config"], content["model"]
-    lock = runtime.claim(out, resuming=False)
-    if problem := runtime.save_checkpoint(content, out / "ckpt.pt"):
-        fail(problem)
+    lock = claim_folder(out, resuming=False)
+    if problem := save_checkpoint(content, out / "ckpt.pt"):
+        raise UserError(problem)
     lock.close()
     parameters = sum(tensor.numel() for name, tensor in tensors.items()
                      if name != "head.weight" or not config["tie_weights"])
@@ -632,19 +634,19 @@ def import_folder(source: str, options: Options):
 
 def export_folder(source: str, options: Options):
     if not options.out:
-        fail(f"say where to: python convert.py export {source} --out=DIR")
+        raise UserError(f"say where to: python convert.py export {source} --out=DIR")
     out = Path(options.out)
     if out.exists() and not replaceable(out):
-        fail(f"{out} is there and holds something other than an export: name a new folder with --out")
-    content = runtime.load_checkpoint(source)
+        raise UserError(f"{out} is there and holds something other than an export: name a new folder with --out")
+    content = load_checkpoint(source)
     config = content["config"]
     try:
         tokenizer = Tokenizer(content["tokenizer"])
         hf, tensors = to_hf(config, content["model"], content["vocab_size"], tokenizer.eot)
     except ValueError as error:
-        fail(f"{source}: {error}")
+        raise UserError(f"{source}: {error}")
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        fail(f"{source}: its parts do not fit together ({type(error).__name__}: {str(error)[:200]})")
+        raise UserError(f"{source}: its parts do not fit together ({type(error).__name__}: {str(error)[:200]})")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config["block_size"],
                 "clean_up_tokenization_spaces": False}
     if tokenizer.eot is not None:
@@ -658,7 +660,7 @@ def export_folder(source: str, options: Options):
         for name, part in (("config.json", hf), ("tokenizer.json", write_tokenizer(tokenizer)),
                            ("tokenizer_config.json", settings), ("generation_config.json", {
                                "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot})):
-            with runtime.written(beside / name) as file:
+            with atomic_write(beside / name) as file:
                 file.write(json.dumps(part, ensure_ascii=False, indent=1).encode("utf-8"))
         safetensors().torch.save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
         (beside / "model.safetensors").chmod((beside / "config.json").stat().st_mode)     # it is its owner's alone
@@ -667,7 +669,7 @@ def export_folder(source: str, options: Options):
         os.rename(beside, out)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError) as error:
-        fail(f"could not write {out}: {getattr(error, 'strerror', None) or error}")
+        raise UserError(f"could not write {out}: {getattr(error, 'strerror', None) or error}")
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     print(f"{out}: {TITLES[hf['model_type']]}, {sum(map(torch.numel, tensors.values())):,} parameters, and its "
@@ -683,7 +685,7 @@ def replaceable(folder: Path) -> bool:
 def main(argv: list):
     parsed = parse(Options, argv, __doc__, takes="words")
     if len(parsed.words) != 2 or parsed.words[0] not in ("import", "export"):
-        fail("say what to convert: python convert.py import DIR_OR_NAME, or export CKPT.pt --out=DIR; see --help")
+        raise UserError("say what to convert: python convert.py import DIR_OR_NAME, or export CKPT.pt --out=DIR; see --help")
     (import_folder if parsed.words[0] == "import" else export_folder)(parsed.words[1], Options(**parsed.values))
 
 

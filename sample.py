@@ -23,9 +23,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from prepare import prompt_ids
-from support import runtime
-from support.cli import fail, parse, printable, run
+from inkling.checkpoint import newest_checkpoint
+from inkling.cli import UserError, parse, printable, run
+from inkling.device import choose_device, choose_dtype, compile_step, compiler_missing
+from inkling.tokenizer import prompt_ids
 from train import draw, load
 
 
@@ -237,7 +238,7 @@ def write(model, batch: list, options: Options, step, printer: Printer):
     for number, ids in enumerate(model.generate(idx, max(pick.waits) + options.max_new_tokens, pick, step)):
         ids = ids.tolist()
         if max(ids) >= model.vocab_size:                # what a draw from NaN gives
-            fail("the model's logits are not finite numbers" + (
+            raise UserError("the model's logits are not finite numbers" + (
                 "" if model.wte.weight.dtype == torch.float32 else "; try --dtype=float32"))
         for row, token in enumerate(ids):
             if number >= pick.waits[row] and not batch[row].finish:
@@ -308,9 +309,9 @@ def report_score(model, tokenizer, options: Options) -> int:
     try:
         ids = tokenizer.encode(text)
     except ValueError as error:
-        fail(f"--score={options.score}: {error}")
+        raise UserError(f"--score={options.score}: {error}")
     if len(ids) < 2:
-        fail(f"--score={options.score} has {len(ids)} tokens; a loss needs at least 2")
+        raise UserError(f"--score={options.score} has {len(ids)} tokens; a loss needs at least 2")
     losses = token_losses(model, ids, stride)
     total, size = losses.double().sum().item(), sum(len(tokenizer.pieces[value]) for value in ids[1:])
     loss = total / len(losses)
@@ -342,21 +343,21 @@ def read_start(start: str, flag: str) -> str:
     try:
         return (sys.stdin.buffer.read() if start == "-" else Path(name).read_bytes()).decode("utf-8-sig")
     except IsADirectoryError:
-        fail(f"{flag}: {name} is a folder; name a text file")
+        raise UserError(f"{flag}: {name} is a folder; name a text file")
     except OSError as error:
-        fail(f"{flag}: cannot read {name}: {error.strerror or error}")
+        raise UserError(f"{flag}: cannot read {name}: {error.strerror or error}")
     except UnicodeDecodeError as error:
-        fail(f"{flag}: {name} is not UTF-8 text: byte {error.object[error.start]:#04x} at offset "
+        raise UserError(f"{flag}: {name} is not UTF-8 text: byte {error.object[error.start]:#04x} at offset "
              f"{error.start:,}")
 
 
 def find_checkpoint(options: Options) -> Path:
     if options.ckpt:
         return Path(options.ckpt)
-    path = Path(options.out_dir) / "ckpt.pt" if options.out_dir else runtime.newest_checkpoint()
+    path = Path(options.out_dir) / "ckpt.pt" if options.out_dir else newest_checkpoint()
     if not os.path.isfile(path):
         other = path.with_name("last.pt")
-        fail(f"no {path}" + (f", but {other} is there: --ckpt={other}" if os.path.isfile(other)
+        raise UserError(f"no {path}" + (f", but {other} is there: --ckpt={other}" if os.path.isfile(other)
                              else ": train one first with python train.py"))
     print(f"{'scoring with' if options.score else 'sampling from'} {path}", file=sys.stderr, flush=True)
     return path
@@ -372,38 +373,38 @@ def main(argv: list) -> int:
              "from 0.01 to 100": (("repetition_penalty",), lambda x: 0.01 <= x <= 100)}
     if broken := [f"{name}={getattr(options, name)} must be {rule}" for rule, (names, holds) in rules.items()
                   for name in names if not holds(getattr(options, name))]:
-        fail("; ".join(broken))
+        raise UserError("; ".join(broken))
     modes = [name for name in ("prompts", "interactive", "score") if getattr(options, name)]
     if len(modes) > 1:
-        fail(f"--{' and --'.join(modes)} exclude each other: choose one")
+        raise UserError(f"--{' and --'.join(modes)} exclude each other: choose one")
     idle = {("start",): options.prompts or options.score, ("num_samples",): options.interactive or options.score,
             ("stride", "score_tokens"): not options.score, ("ckpt", "out_dir"): options.init_from != "resume"}
     if unused := [f"--{name}" for names, nothing in idle.items() if nothing for name in names if name in parsed.typed]:
-        fail(f"{', '.join(unused)} would change nothing here (see --help): leave it out")
+        raise UserError(f"{', '.join(unused)} would change nothing here (see --help): leave it out")
     starts = [read_start(options.start, "--start").replace("\r\n", "\n")]     # as editors on Windows write it
     if options.prompts:
         text = read_start(f"FILE:{options.prompts}" if options.prompts != "-" else "-", "--prompts")
         starts = text.replace("\r\n", "\n").removesuffix("\n").split("\n")        # no other ends: U+2028 is text
         if not any(starts):
-            fail(f"--prompts={options.prompts} holds no prompt: one a line")
+            raise UserError(f"--prompts={options.prompts} holds no prompt: one a line")
     options.start = starts[0]
 
     path = find_checkpoint(options) if options.init_from == "resume" else options.init_from
-    device = runtime.choose_device(options.device)
+    device = choose_device(options.device)
     dtype = options.dtype
     if dtype == "auto":                 # on a CPU float32 is as fast for one text, and the same in any batch
-        dtype = runtime.choose_dtype(device, "auto") if torch.device(device).type == "cuda" else "float32"
+        dtype = choose_dtype(device, "auto") if torch.device(device).type == "cuda" else "float32"
     model, tokenizer = load(path, device)
     model.to(getattr(torch, dtype))
     if options.stride > model.cfg.block_size:
-        fail(f"stride={options.stride} must be at most the model's block_size={model.cfg.block_size}")
+        raise UserError(f"stride={options.stride} must be at most the model's block_size={model.cfg.block_size}")
     if options.score:
         return report_score(model, tokenizer, options)
     step = None
-    if options.compile and (why := runtime.compiler_missing(device)):
+    if options.compile and (why := compiler_missing(device)):
         print(f"not compiled: {why}", file=sys.stderr, flush=True)
     elif options.compile:
-        step = runtime.compile_step(model.next_logits, device)
+        step = compile_step(model.next_logits, device)
     if options.interactive:
         return converse(model, tokenizer, options, step)
 

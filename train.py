@@ -25,11 +25,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from prepare import Tokenizer, ensure_set, prompt_ids, stored_tokenizer
-from support import runtime
-from support.cli import fail, from_dict, merge, parse, run
-from support.cpu import Linear, attention, dropout
-from support.report import Report
+from inkling.checkpoint import (
+    OPEN,
+    build_model,
+    claim_folder,
+    file_stamp,
+    load_checkpoint,
+    restore_optimizers,
+    save_checkpoint,
+)
+from inkling.cli import UserError, from_dict, merge, parse, run
+from inkling.cpu import Linear, attention, dropout
+from inkling.dataset import check_ids, open_data, random_order, windows_at_once
+from inkling.device import autocast, choose_device, choose_dtype, compare_with_cpu, compile_model, compile_pays
+from inkling.distributed import Ranks
+from inkling.report import Report
+from inkling.stopping import Deadline, Guard, Stop, explain_failures
+from inkling.tokenizer import Tokenizer, prompt_ids, stored_tokenizer
+from prepare import ensure_set
 
 # -----------------------------------------------------------------------------------------------------------
 # Settings. `python train.py --help` prints these lines; config files and --key=value flags set them.
@@ -135,7 +148,7 @@ class Config:
         limits = dict.fromkeys(above_0, (1, 2**31)) | dict(ngrams=(0, 16))
         limits |= dict.fromkeys(("momentum", "beta1", "beta2"), (0, 0.99999)) | dict(block_size=(1, 2**20))
         limits |= dict(dropout=(0, 0.99), rope_fraction=(0, 1), cooldown=(0, 1), adam_eps=(1e-30, 1))
-        limits |= dict(max_iters=(0, runtime.OPEN - (not self.max_minutes)))
+        limits |= dict(max_iters=(0, OPEN - (not self.max_minutes)))
         found = []
         for name, value in asdict(self).items():
             low, high = limits.get(name, (0, 2**31))
@@ -551,7 +564,7 @@ def lr_factor(step: int, cfg: Config) -> float:
 def permutation(seed: int, epoch: int, windows: int, tokens: int):
     """The order of an epoch's windows, and the token at which the first one starts."""
     rng = np.random.default_rng([seed, 1, epoch])
-    return runtime.shuffled(rng, windows), int(rng.integers(tokens))
+    return random_order(rng, windows), int(rng.integers(tokens))
 
 
 def window_starts(step: int, cfg: Config, tokens: int):
@@ -572,7 +585,7 @@ def window_starts(step: int, cfg: Config, tokens: int):
 def get_batch(data, starts, block_size: int, vocab_size: int, split: str, device: str):
     """Inputs and targets (len(starts), block_size): windows of the mapped ids `data`, one token apart."""
     ids = data[(starts[:, None] + np.arange(block_size + 1)) % len(data)]
-    runtime.check_ids(ids, vocab_size, split)
+    check_ids(ids, vocab_size, split)
     ids = torch.from_numpy(ids.astype(np.int64))
     if device.startswith("cuda"):
         ids = ids.pin_memory()                          # so that the copy runs while the GPU computes
@@ -592,7 +605,7 @@ def estimate_loss(model: GPT, data: dict, cfg: Config, ranks, device: str, stop=
     """Mean loss in nats per token of both splits, over fixed windows that the processes share: all of val's
     and as many of train's (eval_iters=0), or 16 eval_iters of each. None if `stop` asks for an end."""
     losses, most = {}, 16 * cfg.eval_iters or (len(data["val"]) - 1) // cfg.block_size
-    size = runtime.windows_at_once(cfg.block_size, model.vocab_size)
+    size = windows_at_once(cfg.block_size, model.vocab_size)
     model.eval()
     for split in ("train", "val"):
         starts = eval_windows(len(data[split]), cfg, most)
@@ -605,7 +618,7 @@ def estimate_loss(model: GPT, data: dict, cfg: Config, ranks, device: str, stop=
             # A process with no window left takes part all the same: it may hold a share of the weights.
             x, y = get_batch(data[split], some if len(some) else starts[:1], cfg.block_size, model.vocab_size,
                              split, device)
-            with runtime.autocast(device, cfg.dtype):
+            with autocast(device, cfg.dtype):
                 total += torch.tensor([model(x, y)[1].item(), 1.0]) * len(some)
         total = ranks.total(total.to(device))
         losses[split] = (total[0] / total[1]).item()
@@ -628,9 +641,9 @@ def restore(checkpoint: dict, source, cfg: Config | None = None) -> tuple:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {size}")
         if cfg.positions == "learned":                  # block_size may have been lowered
             checkpoint["model"]["wpe.weight"] = checkpoint["model"]["wpe.weight"][:cfg.block_size]
-        model = runtime.filled(lambda: GPT(cfg, size), checkpoint["model"], cfg.n_layer)
+        model = build_model(lambda: GPT(cfg, size), checkpoint["model"], cfg.n_layer)
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        fail(f"{source}: its parts do not fit together: {str(error)[:400]}")
+        raise UserError(f"{source}: its parts do not fit together: {str(error)[:400]}")
     return model, tokenizer
 
 
@@ -639,7 +652,7 @@ def read_weights(source) -> dict:
     if str(source).startswith("gpt2") and not os.path.isfile(source):
         import convert  # for these alone
         return convert.imported(source)
-    return runtime.load_checkpoint(Path(source))
+    return load_checkpoint(Path(source))
 
 
 def load(path, device: str = "cpu") -> tuple:
@@ -665,25 +678,25 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
           seen: tuple | None = None) -> int:
     """Train as cfg says; returns the exit code. resumed: the content of last.pt, to go on from; weights: a
     checkpoint to start from, with a new schedule; seen: last.pt's stamp, when it matters."""
-    ranks, deadline = runtime.Ranks(), runtime.Deadline(0 if cfg.dry_run else cfg.max_minutes)
-    device = ranks.join(cfg.backend, runtime.choose_device(cfg.device))
+    ranks, deadline = Ranks(), Deadline(0 if cfg.dry_run else cfg.max_minutes)
+    device = ranks.join(cfg.backend, choose_device(cfg.device))
     kind = torch.device(device).type
     folder = ensure_set(cfg.dataset, cfg.data_dir, ranks)
-    data, meta = runtime.open_data(folder, cfg.block_size)
+    data, meta = open_data(folder, cfg.block_size)
     tokenizer, source = stored_tokenizer(folder, meta), resumed or weights
     if source and source["tokenizer"] != tokenizer.stored:
-        fail(f"data set {cfg.dataset} has another tokenizer than the checkpoint: prepare it with its "
+        raise UserError(f"data set {cfg.dataset} has another tokenizer than the checkpoint: prepare it with its "
              "own (prepare.py --tokenizer=PATH/ckpt.pt; gpt2 and byte fit every text)")
     text = meta["splits"]["train"]["sha256"]
     if resumed and resumed.get("text", text) != text:
-        fail(f"data set {cfg.dataset} has changed since the run began: restore it, or start from scratch")
+        raise UserError(f"data set {cfg.dataset} has changed since the run began: restore it, or start from scratch")
     prompt_ids(tokenizer, cfg.sample_start, "--sample_start")   # a wrong one should fail now, not later
     count = cfg.batch_size * cfg.gradient_accumulation_steps    # sequences a step
     rows, micro = ranks.share(count, cfg.batch_size)            # of them for this process, in so many batches
     if cfg.max_epochs:
         cfg.max_iters = max(1, int(cfg.max_epochs * (len(data["train"]) // cfg.block_size) / count))
 
-    cfg.dtype = ranks.tell(runtime.choose_dtype(device, cfg.dtype))
+    cfg.dtype = ranks.tell(choose_dtype(device, cfg.dtype))
     torch.set_float32_matmul_precision("high")          # TF32, for what stays in float32 on a GPU
     torch.use_deterministic_algorithms(kind == "cpu")   # else threads race to add up embeddings' gradients
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -698,12 +711,12 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
             yield get_batch(data["train"], part, cfg.block_size, model.vocab_size, "train", device)
 
     if kind not in ("cpu", "cuda") and ranks.first:
-        runtime.compare_with_cpu(model, *next(batches(0)), device)
+        compare_with_cpu(model, *next(batches(0)), device)
 
     def run_once(candidate):
         """A forward and a backward pass of which nothing remains, for measuring and compiling."""
         x, y = next(batches(0))
-        with runtime.autocast(device, cfg.dtype):
+        with autocast(device, cfg.dtype):
             loss = candidate(x, y)[1]
         loss.backward()
         model.zero_grad(set_to_none=True)
@@ -711,17 +724,17 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
     state = dict(step=0, evaluated=-1, best_step=0, best_val_loss=math.inf, losses={}, seconds=0.0)
     state |= {name: resumed[name] for name in state} if resumed else {}
     writes = ranks.first and not (cfg.eval_only or cfg.dry_run)
-    lock = runtime.claim(out_dir, bool(resumed), seen) if writes else None
+    lock = claim_folder(out_dir, bool(resumed), seen) if writes else None
     report = Report(cfg, out_dir, ranks.first, model, meta, state, device)
     passes = 0 if cfg.eval_only else (cfg.max_iters - state["step"]) * micro
-    wanted = runtime.compile_pays(cfg.compile, model, run_once, passes, device, ranks, deadline)
-    step_model, compiled, note = runtime.compile(report.compiling(wanted), model, run_once, device)
+    wanted = compile_pays(cfg.compile, model, run_once, passes, device, ranks, deadline)
+    step_model, compiled, note = compile_model(report.compiling(wanted), model, run_once, device)
     cfg.compile = compiled if passes > 0 else cfg.compile
     step_model = step_model if cfg.shard else ranks.copies(step_model, device)
     optimizers = make_optimizers(model, cfg, device, compiled, **ranks.spreading())
     scaler = torch.amp.GradScaler(kind, enabled=cfg.dtype == "float16")
     if resumed:
-        runtime.restore_optimizers(optimizers, scaler, resumed, ranks.first)
+        restore_optimizers(optimizers, scaler, resumed, ranks.first)
     cfg = report.begin(note, optimizers, partial(run_once, step_model))     # a short one, if it is dry
 
     # What went wrong in the latest save of each file; a best one that was lost stays so over a resume.
@@ -739,15 +752,15 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
         content = ranks.whole(content) if cfg.shard else content        # with a part from each process
         if not ranks.first:
             return
-        unsaved[name] = runtime.save_checkpoint(content, out_dir / name, state["step"], cfg.keep * number)
+        unsaved[name] = save_checkpoint(content, out_dir / name, state["step"], cfg.keep * number)
         if unsaved[name]:
             report.say(f"{unsaved[name]}; the next save tries again")
 
-    with runtime.Stop(deadline) as stop:
-        watch = runtime.Watch(ranks, stop, optimizers, scaler, device, cfg.dtype)
+    with Stop(deadline) as stop:
+        watch = Guard(ranks, stop, optimizers, scaler, device, cfg.dtype)
         while True:
             step = state["step"]
-            if cfg.max_iters == runtime.OPEN:           # max_minutes: until its own pace is known
+            if cfg.max_iters == OPEN:           # max_minutes: until its own pace is known
                 cfg.max_iters = ranks.tell(deadline.steps(step, report, cfg.eval_interval))
             last = step >= cfg.max_iters
             due = cfg.eval_only or (step > state["evaluated"] and (last or step % cfg.eval_interval == 0))
@@ -786,7 +799,7 @@ def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict
             for number, (x, y) in enumerate(batches(step), 1):
                 # Processes add up their gradients once a step, after the last micro-batch.
                 with ranks.adding_up(step_model, number == micro):
-                    with runtime.autocast(device, cfg.dtype):
+                    with autocast(device, cfg.dtype):
                         part = step_model(x, y)[1] / micro
                     scaler.scale(part).backward()
                 loss += part.detach()
@@ -830,27 +843,27 @@ def main(argv: list) -> int:
     parsed = parse(Config, argv, __doc__)
     cfg = Config(**parsed.values)
     out_dir = Path(cfg.out_dir or Path("out") / (parsed.files[-1].stem if parsed.files else cfg.dataset))
-    seen = runtime.stamp(out_dir / "last.pt") if cfg.init_from in ("auto", "resume") else None
+    seen = file_stamp(out_dir / "last.pt") if cfg.init_from in ("auto", "resume") else None
     if cfg.init_from == "auto":
         cfg.init_from = "resume" if seen else "scratch"
     resumed = weights = None
     if cfg.init_from == "resume":
-        resumed = runtime.load_checkpoint(out_dir / "last.pt", resumable=True)
-        cfg = Config(**merge(Config, resumed["config"], parsed, FIXED_FIELDS, out_dir / "last.pt"))
+        resumed = load_checkpoint(out_dir / "last.pt", resumable=True)
+        cfg = Config(**merge(Config, resumed["config"], parsed, FIXED_FIELDS, out_dir / "last.pt")[0])
     elif cfg.init_from != "scratch":
         weights = read_weights(cfg.init_from)
         # The model comes from the checkpoint, everything else from the files and flags given now.
         typed = replace(parsed, typed=parsed.typed & MODEL_FIELDS)
-        stored = merge(Config, weights["config"], typed, MODEL_FIELDS, cfg.init_from, lower={"block_size"})
+        stored = merge(Config, weights["config"], typed, MODEL_FIELDS, cfg.init_from, lower={"block_size"})[0]
         cfg = Config(**asdict(cfg) | {name: stored[name] for name in MODEL_FIELDS | {"init"}})
     if "max_iters" in parsed.typed and "max_epochs" not in parsed.typed:
         cfg.max_epochs = 0.0                            # what is typed wins over what a file or the run says
     if cfg.max_minutes and not resumed and "max_iters" not in parsed.typed:
-        cfg.max_iters = runtime.OPEN
+        cfg.max_iters = OPEN
     if problems := cfg.problems():
-        fail("; ".join(problems))
+        raise UserError("; ".join(problems))
     cfg.out_dir = str(out_dir)
-    with runtime.explained(out_dir):
+    with explain_failures(out_dir):
         return train(cfg, out_dir, resumed, weights, seen)
 
 

@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint: runtime.save_checkpoint with what train.py saves.
+"""How long training stands still for a checkpoint: checkpoint_module.save_checkpoint with what train.py saves.
 
     python bench/checkpoint.py                              # 14M, 124M, 350M; up to 4.3 GB on disk, 8 GB of memory
     python bench/checkpoint.py --sizes=14M --saves=20
@@ -25,8 +25,10 @@ from common import ROOT, machine, publish, table
 
 sys.path.insert(0, str(ROOT))
 import train
-from support import runtime
-from support.cli import fail, parse, run
+from inkling import checkpoint as checkpoint_module
+from inkling import device as device_module
+from inkling import files as files_module
+from inkling.cli import fail, parse, run
 
 # size: (config file, flags, vocabulary)
 SIZES = {"toy": ("", ["--n_layer=1", "--n_embd=32", "--n_head=1", "--block_size=16", "--batch_size=2",
@@ -55,7 +57,7 @@ def config_of(size: str, optimizer: str, device: str) -> train.Config:
     config = [str(ROOT / "config" / f"{name}.py")] if name else []
     values = parse(train.Config, [*config, *words, f"--optimizer={optimizer}", f"--device={device}"], "").values
     cfg = train.Config(**values)
-    cfg.dtype = runtime.choose_dtype(device, cfg.dtype)
+    cfg.dtype = device_module.choose_dtype(device, cfg.dtype)
     return cfg
 
 
@@ -63,10 +65,10 @@ def timed(work, times: int, device: str) -> float:
     """Median seconds of `times` calls."""
     seconds = []
     for _ in range(times):
-        runtime.wait(device)
+        device_module.synchronize(device)
         start = time.perf_counter()
         work()
-        runtime.wait(device)
+        device_module.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return median(seconds)
 
@@ -74,7 +76,7 @@ def timed(work, times: int, device: str) -> float:
 def written_bytes(path: Path, size: int):
     """Write and flush `size` bytes as a checkpoint is, without torch."""
     block = os.urandom(1 << 20)
-    with runtime.written(path) as file:
+    with files_module.atomic_write(path) as file:
         for _ in range(size >> 20):
             file.write(block)
         file.write(block[:size & (1 << 20) - 1])
@@ -90,7 +92,7 @@ def measure(size: str, optimizer: str, options: Options, folder: Path) -> list:
     x = torch.randint(SIZES[size][2], (rows, cfg.block_size), device=device)
 
     def forward_backward():
-        with runtime.autocast(device, cfg.dtype):
+        with device_module.autocast(device, cfg.dtype):
             loss = model(x, x)[1]
         loss.backward()
 
@@ -113,7 +115,7 @@ def measure(size: str, optimizer: str, options: Options, folder: Path) -> list:
     seconds, sizes = {}, {}
     for name, what in contents.items():
         def save(name=name, what=what):
-            if problem := runtime.save_checkpoint(what, folder / name):
+            if problem := checkpoint_module.save_checkpoint(what, folder / name):
                 fail(problem)
         seconds[name] = timed(save, options.saves, device)
         sizes[name] = (folder / name).stat().st_size

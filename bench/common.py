@@ -21,9 +21,9 @@ from statistics import median
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support import runtime
-from support.cli import fail
-from support.runtime import ROOT
+from inkling import dataset as dataset_module
+from inkling.cli import fail
+from inkling.files import ROOT
 
 OUT = ROOT / "bench" / "out"            # pictures and figures; ignored by git
 RESULTS = ROOT / "bench" / "RESULTS.md"
@@ -71,7 +71,7 @@ def random_set(folder: Path, vocab_size: int, tokens: int):
     """A data set of random ids, `tokens` for training and a tenth as many for validation: speed does not depend on
     them. Its tokenizer is one of made-up characters."""
     folder.mkdir(parents=True, exist_ok=True)
-    dtype, rng, splits = runtime.token_dtype(vocab_size), np.random.default_rng(0), {}
+    dtype, rng, splits = dataset_module.token_dtype(vocab_size), np.random.default_rng(0), {}
     for split, count in (("train", tokens), ("val", tokens // 10)):
         rng.integers(0, vocab_size, count).astype(dtype).tofile(folder / f"{split}.bin")
         splits[split] = dict(tokens=count, characters=count, bytes=4 * count, sha256="")

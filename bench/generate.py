@@ -20,10 +20,10 @@ from typing import Literal
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from inkling import device as device_module
+from inkling.cli import fail, parse, run
 from sample import Options as Sampling
 from sample import Picker
-from support import runtime
-from support.cli import fail, parse, run
 from train import GPT, Config
 
 GPT2 = dict(positions="learned", norm="layernorm", norm_gain=True, norm_eps=1e-5, embed_norm=False, mlp="gelu_tanh",
@@ -124,7 +124,7 @@ def timed(generate, prompt, count: int) -> float:
     start = time.perf_counter()
     with torch.no_grad():
         out = generate(prompt)
-    runtime.wait(str(prompt.device))
+    device_module.synchronize(str(prompt.device))
     assert out.size(1) == prompt.size(1) + count
     return len(prompt) * count / (time.perf_counter() - start)
 
@@ -169,15 +169,15 @@ def main(argv: list) -> int:
         """A table of our ways and the peers' on a model of the same weights."""
         prompt = torch.randint(model.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
         ways, warm = {"ours": lambda: ours(model, prompt, count)}, {"ours": lambda: ours(model, prompt, 8)}
-        if compiled and not runtime.compiler_missing(device):
-            step = runtime.compile_step(model.next_logits, device)
+        if compiled and not device_module.compiler_missing(device):
+            step = device_module.compile_step(model.next_logits, device)
             start = time.perf_counter()
             ours(model, prompt, count, step)        # the size of the cache, which is compiled in, follows from count
             print(f"\n({title}: compiling and the first run took {time.perf_counter() - start:.0f} s)")
             ways["ours, compiled"] = lambda: ours(model, prompt, count, step)
             if device == "cpu" and kind == torch.float32:
                 half = copy.deepcopy(model).bfloat16()
-                half_step = runtime.compile_step(half.next_logits, device)
+                half_step = device_module.compile_step(half.next_logits, device)
                 ours(half, prompt, count, half_step)
                 ways["ours, compiled, bfloat16"] = lambda: ours(half, prompt, count, half_step)
         if peers and options.nanogpt:

@@ -39,7 +39,7 @@ from pathlib import Path
 from common import OUT, ROOT, child, machine, nanogpt_checkout, publish, random_set, table
 from time_to_loss import reached
 
-from support.cli import fail, parse, run
+from inkling.cli import fail, parse, run
 
 PARTS = ("time_to_loss", "throughput", "large", "tokens_to_loss", "loop", "generate")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from support.cli import fail, parse, run  # noqa: E402
+from inkling.cli import fail, parse, run  # noqa: E402
 
 GPT2 = ("--dataset=gpt2_fables --positions=learned --norm=layernorm --norm_gain --embed_norm=False --mlp=gelu --bias "
         "--tie_weights --qk_norm=False --logit_cap=0 --shortcuts=False --ngrams=0 --init=gpt2 --optimizer=adamw "

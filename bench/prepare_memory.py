@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from support.cli import parse, run  # noqa: E402
+from inkling.cli import parse, run  # noqa: E402
 
 
 @dataclass

@@ -21,10 +21,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from prepare import Options as Preparing  # noqa: E402
-from prepare import Tokenizer, cores, encoded, write_set  # noqa: E402
-from support import sources  # noqa: E402
-from support.cli import fail, parse, run  # noqa: E402
+from inkling import readers as readers_module  # noqa: E402
+from inkling.cli import fail, parse, run  # noqa: E402
+from inkling.tokenizer import Tokenizer  # noqa: E402
+from prepare import Options as Preparing
+from prepare import cores, encoded, write_set
 
 DOCUMENT = 5000                         # characters, about those of a web page
 
@@ -104,7 +105,7 @@ def main(argv: list):
     except OSError as error:
         fail(f"text={options.text}: {error.strerror}")
     text = text * (options.megabytes * 1_000_000 // len(text.encode()) + 1)
-    documents = list(sources.pieces(text, DOCUMENT))
+    documents = list(readers_module.pieces(text, DOCUMENT))
     size = len(text.encode())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -31,8 +31,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support import runtime
-from support.cli import parse
+from inkling import dataset as dataset_module
+from inkling import device as device_module
+from inkling.cli import parse
 
 
 class Stopwatch:
@@ -47,7 +48,7 @@ class Stopwatch:
         return self.before + (time.perf_counter() - self.since if self.since else 0)
 
     def pause(self):
-        runtime.wait(self.device)
+        device_module.synchronize(self.device)
         if self.startup is None:
             self.startup = time.time() - self.launched
         elif self.since:
@@ -60,7 +61,7 @@ class Stopwatch:
 
     def tick(self):
         if not self.ticks:
-            runtime.wait(self.device)       # the first step's end, for the start-up time
+            device_module.synchronize(self.device)       # the first step's end, for the start-up time
         self.ticks.append(self.seconds())
 
 
@@ -98,7 +99,7 @@ def parameters(model) -> int:
 
 def opened(spec: dict) -> tuple:
     """({"train": ids, "val": ids}, meta) of the set in spec["data"]."""
-    return runtime.open_data(Path(spec["data"]), spec["block_size"])
+    return dataset_module.open_data(Path(spec["data"]), spec["block_size"])
 
 
 # -- ours ----------------------------------------------------------------------------------------------------------
@@ -166,10 +167,10 @@ def timed_parts(parts: dict, steps: int, device: str) -> dict:
     seconds = {name: [] for name in parts}
     for number in range(steps + 2):
         for name, part in parts.items():
-            runtime.wait(device)
+            device_module.synchronize(device)
             start = time.perf_counter()
             part(number)
-            runtime.wait(device)
+            device_module.synchronize(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: median(times[2:]) for name, times in seconds.items()}
 
@@ -177,7 +178,7 @@ def timed_parts(parts: dict, steps: int, device: str) -> dict:
 def split_ours(train, cfg, spec: dict) -> dict:
     """Seconds of the parts of a step of one micro-batch, with the calls of train.train's loop."""
     data, meta = opened(spec)
-    device = runtime.choose_device(cfg.device)
+    device = device_module.choose_device(cfg.device)
     torch.manual_seed(cfg.seed)
     model = train.GPT(cfg, meta["vocab_size"]).to(device).train()
     now = {}
@@ -187,7 +188,7 @@ def split_ours(train, cfg, spec: dict) -> dict:
         now["batch"] = train.get_batch(data["train"], starts, cfg.block_size, meta["vocab_size"], "train", device)
 
     def forward(_, candidate=None):
-        with runtime.autocast(device, cfg.dtype):
+        with device_module.autocast(device, cfg.dtype):
             now["loss"] = (candidate or step_model)(*now["batch"])[1]
 
     def optimize(_):
@@ -202,7 +203,7 @@ def split_ours(train, cfg, spec: dict) -> dict:
         now["loss"].backward()
         model.zero_grad(set_to_none=True)
 
-    step_model = runtime.compile(bool(cfg.compile), model, run_once, device)[0]
+    step_model = device_module.compile_model(bool(cfg.compile), model, run_once, device)[0]
     optimizers = train.make_optimizers(model, cfg, device, bool(cfg.compile))
     return timed_parts(dict(data=fetch, forward=forward, backward=lambda _: now["loss"].backward(), optimizer=optimize),
                        spec["split"], device)
@@ -392,10 +393,10 @@ def matmul(spec: dict) -> dict:
     a = torch.randn(size, size, device=device).to(getattr(torch, spec["dtype"]))
     seconds = []
     for _ in range(11):
-        runtime.wait(device)
+        device_module.synchronize(device)
         start = time.perf_counter()
         a @ a
-        runtime.wait(device)
+        device_module.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return dict(rate=2 * size ** 3 / median(seconds[2:]))
 

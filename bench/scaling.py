@@ -25,8 +25,9 @@ from statistics import median
 
 from common import ROOT, flops_per_token, machine, publish, random_set, table
 
-from support.cli import fail, parse, run
-from support.report import read_log, short
+from inkling.cli import fail, parse, run
+from inkling.format import short
+from inkling.plots import read_log
 
 # name: n_layer, n_embd, parameters
 MODELS = {"124M": (12, 768, 124_439_808), "350M": (24, 1024, 354_823_168), "1.5B": (48, 1600, 1_557_611_200)}

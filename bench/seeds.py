@@ -18,9 +18,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from convert import read_settings
+from inkling import dataset as dataset_module
+from inkling.cli import fail, parse, run
 from sample import filtered
-from support import runtime
-from support.cli import fail, parse, run
 from train import GPT, Config, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,7 +84,7 @@ def heading(name: str, more: str = ""):
 
 def verdict(check: Verdict, options: Options):
     model, _, rows, seconds = trained("verdict", options)
-    meta = runtime.read_meta(runtime.data_folder("verdict", options.data_dir))
+    meta = dataset_module.read_meta(dataset_module.data_folder("verdict", options.data_dir))
     tokens = tuple(meta["splits"][split]["tokens"] for split in ("train", "val"))
     best = min(rows, key=lambda row: row[2])
     heading("verdict", f" ({seconds:.0f} s of training)")
@@ -132,8 +132,8 @@ def gpt2(check: Verdict, _options: Options):
 
 def cl100k(check: Verdict, options: Options):
     model, tokenizer, rows, seconds = trained("fables_zh_cl100k", options)
-    meta = runtime.read_meta(runtime.data_folder("fables_zh", options.data_dir))
-    ids = runtime.open_split(runtime.data_folder("fables_zh", options.data_dir), meta, "train")
+    meta = dataset_module.read_meta(dataset_module.data_folder("fables_zh", options.data_dir))
+    ids = dataset_module.open_split(dataset_module.data_folder("fables_zh", options.data_dir), meta, "train")
     text = program("sample.py", f"--out_dir={OUT / 'fables_zh_cl100k'}", "--start=从前", "--max_new_tokens=200")
     heading("cl100k", f" ({seconds:.0f} s of training)")
     check("type of the ids", "uint32", meta["dtype"], meta["dtype"] == "uint32")
@@ -148,7 +148,7 @@ def tinystories(check: Verdict, options: Options):
     words = [f"--max_iters={options.max_iters}", f"--eval_interval={max(1, options.max_iters // 3)}",
              "--batch_size=1"]          # a quarter of the config's, for CPUs
     name = "tinystories"
-    if options.stories or not (runtime.data_folder(name, options.data_dir) / "meta.json").is_file():
+    if options.stories or not (dataset_module.data_folder(name, options.data_dir) / "meta.json").is_file():
         text = Path(options.stories).resolve() if options.stories else ROOT / "data/fables/input.txt"
         name = "bench_stories"              # not the user's own set
         program("prepare.py", text, f"--name={name}", "--tokenizer=bpe:32000",
@@ -157,7 +157,7 @@ def tinystories(check: Verdict, options: Options):
     model, tokenizer, rows, seconds = trained("tinystories_llama", options, *words)
     with torch.device("meta"):
         count = parameters(GPT(Config(**parse(Config, [str(ROOT / "config/tinystories_llama.py")], "").values), 32_000))
-    val = runtime.read_meta(runtime.data_folder(name, options.data_dir))["splits"]["val"]
+    val = dataset_module.read_meta(dataset_module.data_folder(name, options.data_dir))["splits"]["val"]
     heading("tinystories", f" ({options.max_iters} steps on {options.stories or name}, {seconds:.0f} s of training)")
     check("parameters at a vocabulary of 32,000", "19,532,032", count, count == 19_532_032)
     check("vocabulary", "at most 32,000", tokenizer.vocab_size, tokenizer.vocab_size <= 32_000)

@@ -27,8 +27,8 @@ from typing import Literal
 from common import ROOT, child, flops_per_token, machine, middle, nanogpt_checkout, publish, random_set, table
 from time_to_loss import NANOGPT
 
-from support.cli import fail, parse, run
-from support.report import short
+from inkling.cli import fail, parse, run
+from inkling.format import short
 
 # n_layer, n_head, n_embd, block_size, vocabulary, sequences a step on a CPU and on a card.
 SIZES = {"toy": (1, 2, 16, 16, 65, 2, 2), "0.8M": (4, 4, 128, 64, 65, 12, 12), "3M": (4, 4, 256, 256, 65, 32, 64),

@@ -31,10 +31,10 @@ from typing import Literal
 
 from common import OUT, ROOT, child, machine, middle, nanogpt_checkout, need, publish, table
 
+from inkling import distributed as distributed_module
+from inkling.cli import fail, parse, run
+from inkling.format import short
 from prepare import ensure_set
-from support import runtime
-from support.cli import fail, parse, run
-from support.report import short
 
 # nanoGPT's config/train_shakespeare_char.py, with the defaults of its train.py for what that leaves open.
 NANOGPT = dict(gradient_accumulation_steps=1, batch_size=64, block_size=256, n_layer=6, n_head=6, n_embd=384,
@@ -96,7 +96,7 @@ def set_folder(options: Options, preset: Preset) -> Path:
     name = options.dataset or preset.dataset
     if not name:
         fail("preset=web needs --dataset=NAME: a set in GPT-2's tokens (python prepare.py FILE --tokenizer=gpt2)")
-    return ensure_set(name, options.data_dir, runtime.Ranks()).resolve()
+    return ensure_set(name, options.data_dir, distributed_module.Ranks()).resolve()
 
 
 def overridden(settings: dict, flags: str) -> dict:

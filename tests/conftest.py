@@ -26,9 +26,11 @@ torch.set_num_threads(1)                        # toy sizes run faster so, and r
 
 import prepare  # noqa: E402
 import sample  # noqa: E402, F401, for the children
-from prepare import Tokenizer, write_set  # noqa: E402
-from support.report import TIMINGS  # noqa: E402
-from support.runtime import read_meta  # noqa: E402
+from inkling.cli import exit_code  # noqa: E402
+from inkling.dataset import read_meta  # noqa: E402
+from inkling.report import TIMINGS  # noqa: E402
+from inkling.tokenizer import Tokenizer  # noqa: E402
+from prepare import write_set  # noqa: E402
 from train import GPT, Config, main  # noqa: E402
 
 if hasattr(os, "fork"):
@@ -79,7 +81,7 @@ def inside(main, *words):
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="") for _ in range(2))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = main(list(map(str, words))) or 0
+            code = exit_code(main, list(map(str, words)))
         except SystemExit as stop:
             code = stop.code
     said = [(stream.flush(), stream.buffer.getvalue().decode())[1] for stream in (out, err)]

@@ -16,7 +16,7 @@ try:
 except ImportError:                     # Windows, where nothing here is called
     resource = None
 
-from support.cli import run
+from inkling.cli import run
 
 
 def begin(program: str, words: list, folder: str, seconds: int, memory: int | None, room: int | None):
@@ -93,7 +93,7 @@ class Zygote:
 
     def start(self, program: str, *words, folder, seconds: int = 60, memory: int | None = None,
               room: int | None = None):
-        """`program` (train.py, or module:function) with these words in a child, as support.cli.run runs it. seconds:
+        """`program` (train.py, or module:function) with these words in a child, as inkling.cli.run runs it. seconds:
         until it is killed by SIGALRM; memory: bytes of address space beyond what importing took; room: no file grows
         beyond so many bytes, as on a full disk."""
         return Child(self, program, list(map(str, words)), str(folder), seconds, memory, room)

@@ -22,10 +22,11 @@ from pathlib import Path
 
 from conftest import ROOT, TOY, ZYGOTE, flags, log_rows, one_line_error, pairwise, same_runs
 
+from inkling import checkpoint as checkpoint_module
+from inkling import files as files_module
+from inkling.cli import parse
+from inkling.plots import read_log
 from prepare import write_set
-from support import runtime
-from support.cli import parse
-from support.report import read_log
 
 RUN = TOY | dict(dataset="text", data_dir="sets", sample_tokens=0, max_iters=60)
 KINDS = pairwise(optimizer=["muon", "adamw"], dtype=["float32", "bfloat16"], dropout=[0.2, 0.0],
@@ -62,7 +63,7 @@ class Chain:
 
     def saved(self) -> int:
         """The step in last.pt; what there is of checkpoints must be whole."""
-        steps = [runtime.load_checkpoint(self.out / name)["step"] for name in ("ckpt.pt", "last.pt")
+        steps = [checkpoint_module.load_checkpoint(self.out / name)["step"] for name in ("ckpt.pt", "last.pt")
                  if (self.out / name).exists()]
         return steps[-1] if (self.out / "last.pt").exists() else 0
 
@@ -121,11 +122,11 @@ class Chain:
             names = sum(int.from_bytes(raw[head + at:head + at + 2], "little") for at in (26, 28))
             raw[head + 30 + names + self.chance.randrange(entry.file_size)] ^= 1 << self.chance.randrange(8)
         path.write_bytes(raw)
-        files = {name: runtime.sha256(self.out / name) for name in ("last.pt", "ckpt.pt", "log.csv")
+        files = {name: files_module.sha256(self.out / name) for name in ("last.pt", "ckpt.pt", "log.csv")
                  if (self.out / name).exists()}
         if raw != copy.read_bytes():
             one_line_error(self.start(self.out).wait(), "last.pt is damaged")
-        assert files == {name: runtime.sha256(self.out / name) for name in files}
+        assert files == {name: files_module.sha256(self.out / name) for name in files}
         shutil.copy(copy, path)
         self.counts["flipped bytes"] += 1
 

@@ -8,7 +8,7 @@ import torch
 from conftest import log_rows
 
 import train
-from support import runtime
+from inkling import distributed as distributed_module
 from train import get_batch, window_starts
 
 
@@ -70,7 +70,7 @@ def test_the_slices_of_all_processes_are_the_global_batch(start, toy, monkeypatc
     """Each process in turn, alone: what it would send to the others stays with it."""
     seen = []
 
-    class Alone(runtime.Ranks):
+    class Alone(distributed_module.Ranks):
         def join(self, backend, device):
             return device
 

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
-from prepare import END_OF_TEXT, PATTERN, Options, Tokenizer, sampled, trained_bpe, write_set
-from support import sources
+from inkling import readers as readers_module
+from inkling.tokenizer import BOUNDED, END_OF_TEXT, PATTERN, Tokenizer
+from inkling.tokenizer import train_bpe as trained_bpe
+from prepare import Options, sampled, write_set
 
 FABLES = (ROOT / "data" / "fables" / "input.txt").read_text(encoding="utf-8")
 GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -137,7 +139,7 @@ if (SHARED / "tiktoken_cache").is_dir():                # OpenAI's own ranks
 @pytest.mark.parametrize("pattern", [PATTERN, GPT2], ids=["GPT-4", "GPT-2"])
 @pytest.mark.parametrize("kind", LONG)
 def test_pieces_give_the_ids_of_the_whole_text(kind, pattern, bpe, monkeypatch):
-    assert len(LONG[kind]) > 2 * prepare.BOUNDED
+    assert len(LONG[kind]) > 2 * BOUNDED
     bpe = Tokenizer(bpe.stored | {"pattern": pattern})
     for bounded in (97, 1000, 1 << 16):
         monkeypatch.setattr(prepare, "BOUNDED", bounded)
@@ -147,8 +149,8 @@ def test_pieces_give_the_ids_of_the_whole_text(kind, pattern, bpe, monkeypatch):
 @same_every_time
 @given(text=st.text(alphabet="ab é漢'’s.,\n \t\r9½(\"", min_size=20, max_size=200))
 def test_pieces_of_any_text_that_end_where_words_do_keep_its_ids(bpe, text):
-    end = sources.border(text, 0, 20)
-    if sources.WORD_END.match(text, end - 1):
+    end = readers_module.border(text, 0, 20)
+    if readers_module.WORD_END.match(text, end - 1):
         parts = [*bpe.encoding.encode_ordinary(text[:end]), *bpe.encoding.encode_ordinary(text[end:])]
         assert parts == bpe.encoding.encode_ordinary(text)
 

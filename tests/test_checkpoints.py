@@ -23,9 +23,10 @@ from conftest import ROOT, TOY, contents, flags, log_rows, one_line_error, same_
 
 import sample
 import train
+from inkling import checkpoint as checkpoint_module
+from inkling import files as files_module
+from inkling.report import COLUMNS, Report
 from prepare import write_set
-from support import runtime
-from support.report import COLUMNS, Report
 
 SETTINGS = {
     "muon": dict(),
@@ -229,7 +230,7 @@ def test_a_second_interrupt_stops_in_the_middle_of_a_step(tmp_path, data_dir):
 @pytest.mark.parametrize("moment", ["writing", "flushing", "renaming", "flushing the folder"])
 def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_file(monkeypatch, tmp_path, moment):
     path, content = tmp_path / "last.pt", dict(config={}, tokenizer={}, vocab_size=1, model={})
-    assert runtime.save_checkpoint(content | dict(step=1), path) == ""
+    assert checkpoint_module.save_checkpoint(content | dict(step=1), path) == ""
     child = os.fork()
     if child == 0:                                      # dies by its own hand, without a word to pytest
         def die(*args):
@@ -244,12 +245,12 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_file(monkeypatch, tmp_pat
                               "renaming": (os, "replace", die),
                               "flushing the folder": (runtime, "sync_folder", die)}[moment]
         monkeypatch.setattr(owner, name, fatal)
-        runtime.save_checkpoint(content | dict(step=2), path)
+        checkpoint_module.save_checkpoint(content | dict(step=2), path)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert runtime.load_checkpoint(path)["step"] == (2 if moment == "flushing the folder" else 1)
-    assert runtime.save_checkpoint(content | dict(step=3), path) == ""  # what the kill left is no hindrance
-    assert runtime.load_checkpoint(path)["step"] == 3
+    assert checkpoint_module.load_checkpoint(path)["step"] == (2 if moment == "flushing the folder" else 1)
+    assert checkpoint_module.save_checkpoint(content | dict(step=3), path) == ""  # what the kill left is no hindrance
+    assert checkpoint_module.load_checkpoint(path)["step"] == 3
     assert unfinished(tmp_path) == []
 
 
@@ -288,12 +289,12 @@ def test_a_failed_save_is_tried_again_and_the_run_goes_on(start, failing_saves, 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_a_run_whose_last_save_failed_leaves_with_4(start, failing_saves, tmp_path, error):
     assert start("run", max_iters=3).returncode == 0
-    before = {name: runtime.sha256(tmp_path / "run" / name) for name in ("last.pt", "ckpt.pt")}
+    before = {name: files_module.sha256(tmp_path / "run" / name) for name in ("last.pt", "ckpt.pt")}
     failing_saves(range(1, 100), error)
     result = start("run", init_from="resume", max_iters=9, save_interval=1)
     assert result.returncode == 4
     assert "step 9/9" in result.stdout                  # it trained to its end
-    assert {name: runtime.sha256(tmp_path / "run" / name) for name in before} == before
+    assert {name: files_module.sha256(tmp_path / "run" / name) for name in before} == before
     assert unfinished(tmp_path / "run") == []
 
 
@@ -341,10 +342,10 @@ def test_always_save_checkpoint_keeps_ckpt_at_the_latest_evaluation(start, evalu
 def test_a_resumed_run_remembers_the_best(start, interrupted, evaluations, tmp_path):
     evaluations(3.0, 2.0)
     assert interrupted("run", at=4).returncode == 143
-    best = runtime.sha256(tmp_path / "run" / "ckpt.pt")
+    best = files_module.sha256(tmp_path / "run" / "ckpt.pt")
     evaluations(2.5)
     assert start("run", init_from="resume").returncode == 0
-    assert runtime.sha256(tmp_path / "run" / "ckpt.pt") == best
+    assert files_module.sha256(tmp_path / "run" / "ckpt.pt") == best
     assert torch.load(tmp_path / "run" / "last.pt")["best_val_loss"] == 2.0
 
 
@@ -394,10 +395,10 @@ def stopped(interrupted, tmp_path):
     ("n_layer", 3, 2), ("n_head", 4, 2), ("n_embd", 64, 32), ("block_size", 16, 32), ("mlp", "gelu", "relu2"),
     ("tie_weights", True, False), ("optimizer", "adamw", "muon"), ("dataset", "other", "toy")])
 def test_a_changed_model_or_data_field_is_refused(start, stopped, name, value, old):
-    before = runtime.sha256(stopped / "last.pt")
+    before = files_module.sha256(stopped / "last.pt")
     result = start("run", **dict(init_from="resume", init="gpt2") | {name: value})
     one_line_error(result, f"{name}={value}", str(old), "last.pt")
-    assert runtime.sha256(stopped / "last.pt") == before
+    assert files_module.sha256(stopped / "last.pt") == before
 
 
 def test_a_changed_learning_rate_is_accepted_printed_and_used(start, stopped):
@@ -523,7 +524,7 @@ def test_500_flipped_bytes_are_noticed(healthy, tmp_path, capsys):
     for place in chance.sample(payload(healthy / "last.pt"), 500):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ chance.randrange(1, 256)]) + whole[place + 1:])
         with pytest.raises(SystemExit) as stop:
-            runtime.load_checkpoint(path)
+            checkpoint_module.load_checkpoint(path)
         assert stop.value.code == 2, place
         assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -538,7 +539,7 @@ def test_a_bit_flipped_anywhere_is_refused_or_without_effect(healthy, tmp_path, 
         (tmp_path / "flipped.pt").write_bytes(raw)
         loaded = None
         with suppress(SystemExit):
-            loaded = runtime.load_checkpoint(tmp_path / "flipped.pt")
+            loaded = checkpoint_module.load_checkpoint(tmp_path / "flipped.pt")
         message = capsys.readouterr().err
         noticed += loaded is None
         assert len(message.splitlines()) == (loaded is None)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, TOY, log_rows, trained
 
-from support.cli import parse
+from inkling.cli import parse
 from train import GPT, Config, window_starts
 
 CONFIGS = sorted((ROOT / "config").glob("*.py"))

@@ -36,8 +36,10 @@ from transformers import (
 import convert
 import sample
 import train
-from prepare import END_OF_TEXT, Tokenizer, write_set
-from support import runtime
+from inkling import checkpoint as checkpoint_module
+from inkling import dataset as dataset_module
+from inkling.tokenizer import END_OF_TEXT, Tokenizer
+from prepare import write_set
 from train import GPT, Config
 
 TEXT = (ROOT / "data" / "fables" / "input.txt").read_text(encoding="utf-8")[:20_000]
@@ -170,7 +172,7 @@ def test_our_model_has_the_same_logits_there_and_the_same_bytes_back(tmp_path, m
     model = perturbed(GPT(Config(**switches), VOCAB).eval())
     Path("run").mkdir()
     stored = dict(model.state_dict())
-    runtime.save_checkpoint(dict(config=asdict(model.cfg), tokenizer=tokenizer.stored, vocab_size=VOCAB, step=7,
+    checkpoint_module.save_checkpoint(dict(config=asdict(model.cfg), tokenizer=tokenizer.stored, vocab_size=VOCAB, step=7,
                                  model=stored), "run/ckpt.pt")
     converted("export", "run/ckpt.pt", "--out=there")
     there, theirs = load_file("there/model.safetensors"), AutoModelForCausalLM.from_pretrained("there")
@@ -347,7 +349,7 @@ def run_of(tmp_path, monkeypatch):
         tokenizer = Tokenizer.build(tokenizer, text)
         model = GPT(Config(**settings), tokenizer.vocab_size)
         Path("run").mkdir(exist_ok=True)
-        runtime.save_checkpoint(dict(config=asdict(model.cfg), tokenizer=tokenizer.stored, step=0,
+        checkpoint_module.save_checkpoint(dict(config=asdict(model.cfg), tokenizer=tokenizer.stored, step=0,
                                      vocab_size=tokenizer.vocab_size, model=dict(model.state_dict())), "run/ckpt.pt")
         return model, tokenizer
     return run_of
@@ -426,7 +428,7 @@ def exported(tokenizer: Tokenizer, tmp_path: Path):
     cfg = Config(**OUR_LLAMA | dict(n_embd=4, n_head=1, n_layer=1, ffn_dim=4))
     with torch.no_grad():
         weights = dict(GPT(cfg, tokenizer.vocab_size).state_dict())
-    runtime.save_checkpoint(dict(config=asdict(cfg), tokenizer=tokenizer.stored, vocab_size=tokenizer.vocab_size,
+    checkpoint_module.save_checkpoint(dict(config=asdict(cfg), tokenizer=tokenizer.stored, vocab_size=tokenizer.vocab_size,
                                  step=0, model=weights), tmp_path / "ckpt.pt")
     converted("export", tmp_path / "ckpt.pt", f"--out={tmp_path / 'there'}")
     converted("import", tmp_path / "there", f"--out={tmp_path / 'back'}")
@@ -827,7 +829,7 @@ def test_train_evaluates_pretrained_weights(pretrained, tmp_path):
     outcome = inside(train.main, ROOT / "config" / "gpt2.py", *flags(dataset="tale", data_dir="sets", device="cpu",
                                                                      dtype="float32", sample_tokens=0))
     assert outcome.returncode == 0, outcome.stderr
-    val = torch.from_numpy(runtime.open_data(tmp_path / "sets" / "tale", 24)[0]["val"].astype("int64"))
+    val = torch.from_numpy(dataset_module.open_data(tmp_path / "sets" / "tale", 24)[0]["val"].astype("int64"))
     whole = (len(val) - 1) // 24
     x, y = val[:whole * 24].view(whole, 24), val[1:whole * 24 + 1].view(whole, 24)
     expected = torch.nn.functional.cross_entropy(pretrained(x).logits.flatten(0, 1), y.flatten()).item()

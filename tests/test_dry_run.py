@@ -11,8 +11,9 @@ import torch
 from conftest import ROOT, TOY, flags, log_rows, one_line_error
 
 import train
-from support import report
-from support.report import doubts, evaluations_left, model_table, saved_tensors
+from inkling import format as format_module
+from inkling import report as report_module
+from inkling.report import doubts, evaluations_left, model_table, saved_tensors
 from train import GPT, Config
 
 
@@ -75,8 +76,8 @@ def test_it_leaves_a_finished_run_as_it_was_and_says_what_remains(start, tmp_pat
 
 
 def test_it_takes_three_steps_and_two_small_evaluations(start, monkeypatch):
-    updates, windows, update, get_batch = [], [], report.Report.update, train.get_batch
-    monkeypatch.setattr(report.Report, "update", lambda self, *some: updates.append(some[0]) or update(self, *some))
+    updates, windows, update, get_batch = [], [], report_module.Report.update, train.get_batch
+    monkeypatch.setattr(report_module.Report, "update", lambda self, *some: updates.append(some[0]) or update(self, *some))
     monkeypatch.setattr(train, "get_batch", lambda data, starts, *rest: windows.append((rest[2], len(starts)))
                         or get_batch(data, starts, *rest))
     assert start("run", "--dry_run", max_iters=1000, eval_iters=0, log_interval=7, save_interval=1).returncode == 0
@@ -98,7 +99,7 @@ def test_it_works_with(start, tmp_path, settings):
 def test_the_time_adds_up(start, monkeypatch):
     """On a clock on which a training step takes 2 s, the first 9, and an evaluation of 16 windows of both splits 4."""
     now, trained, get_batch = [0.0], [], train.get_batch
-    monkeypatch.setattr("support.report.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("inkling.report.time.perf_counter", lambda: now[0])
 
     def slow(data, starts, *rest):
         trained.append(len(starts) == 4)                # of the trace and of the three steps
@@ -209,8 +210,8 @@ def test_it_counts_the_optimizers_state_and_what_a_larger_batch_takes(start):
     (dict(batch_size=1, block_size=256, n_layer=1), ["weights", "optimizer"],
      "in an evaluation, 16 windows together")], ids=["backward", "update", "evaluation"])
 def test_the_peak_is_where_most_is_held_at_once(start, monkeypatch, settings, parts, where):
-    found, memory = {}, report.Report.memory
-    monkeypatch.setattr(report.Report, "memory", lambda self: found.update(
+    found, memory = {}, report_module.Report.memory
+    monkeypatch.setattr(report_module.Report, "memory", lambda self: found.update(
         memory(self), widest=self.found["saved"][2], vocab_size=self.model.vocab_size) or memory(self))
     said = start("run", "--dry_run", **settings).stdout
     text, = re.findall(r"about (.+)", said)[:1]
@@ -221,7 +222,7 @@ def test_the_peak_is_where_most_is_held_at_once(start, monkeypatch, settings, pa
     peak = max(found["phases"].values())
     phase, = [name for name, bytes_held in found["phases"].items() if bytes_held == peak]
     assert peak == known + more[phase]
-    assert text.startswith(report.size(peak))
+    assert text.startswith(format_module.size(peak))
 
 
 SOUND = dict(max_iters=100, eval_interval=50)

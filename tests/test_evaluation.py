@@ -10,8 +10,8 @@ import torch
 from conftest import log_rows, trained
 
 import train
+from inkling import device as device_module
 from prepare import write_set
-from support import runtime
 from train import get_batch, load
 
 
@@ -181,7 +181,7 @@ def test_bfloat16_learns_as_float32_does(start, tmp_path, optimizer):
     assert curves[1][2:] == pytest.approx(curves[0][2:], abs=0.02)
 
 
-@pytest.mark.skipif(bool(runtime.compiler_missing("cpu")), reason="there is nothing to compile with")
+@pytest.mark.skipif(bool(device_module.compiler_missing("cpu")), reason="there is nothing to compile with")
 def test_a_compiled_run_compiles_in_its_first_step_alone(start, monkeypatch):
     """It compiles before and in that step, and not again, whatever changes later: rate, momentum, micro-batch,
     evaluations and samples between."""

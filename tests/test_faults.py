@@ -10,8 +10,9 @@ from functools import partial
 import pytest
 from conftest import TOY, ZYGOTE, flags, one_line_error, same_runs
 
-from support import runtime
-from support.report import read_log
+from inkling import checkpoint as checkpoint_module
+from inkling import files as files_module
+from inkling.plots import read_log
 
 RUN = TOY | dict(dropout=0.2, sample_tokens=0, max_iters=60, eval_interval=20, save_interval=3)
 SETTINGS = {
@@ -62,7 +63,7 @@ def disturbed(start, whole, times: int, disturb):
 
 def saved(out) -> int:
     """The step of last.pt, 0 without one. What there is of checkpoints is whole."""
-    steps = {name: runtime.load_checkpoint(out / name)["step"] for name in ("last.pt", "ckpt.pt")
+    steps = {name: checkpoint_module.load_checkpoint(out / name)["step"] for name in ("last.pt", "ckpt.pt")
              if (out / name).exists()}
     return steps.get("last.pt", 0)
 
@@ -108,16 +109,16 @@ def test_a_full_disk_costs_nothing_but_the_saves(start, data_dir, tmp_path, tent
     assert start("whole", **settings).wait().returncode == 0
     assert start("run", **settings | dict(max_iters=4), lr_decay_iters=12).wait().returncode == 0
     run = tmp_path / "run"
-    before = {name: runtime.sha256(run / name) for name in ("last.pt", "ckpt.pt", "log.csv")}
+    before = {name: files_module.sha256(run / name) for name in ("last.pt", "ckpt.pt", "log.csv")}
     last, ckpt = ((run / name).stat().st_size for name in ("last.pt", "ckpt.pt"))
     room = last * tenths // 10
     done = start("run", dict(room=room), **settings, lr_decay_iters=0, init_from="resume").wait()
     assert list(run.glob("*.tmp")) == []
-    assert runtime.sha256(run / "last.pt") == before["last.pt"]
-    assert room > ckpt or runtime.sha256(run / "ckpt.pt") == before["ckpt.pt"]
+    assert files_module.sha256(run / "last.pt") == before["last.pt"]
+    assert room > ckpt or files_module.sha256(run / "ckpt.pt") == before["ckpt.pt"]
     if tenths == 0:                                     # not even the log can be written
         one_line_error(done, "log.csv", "File too large")
-        assert runtime.sha256(run / "log.csv") == before["log.csv"]
+        assert files_module.sha256(run / "log.csv") == before["log.csv"]
     else:
         assert (done.returncode, done.stderr) == (4, "")
         said = [line for line in done.stdout.splitlines() if line.startswith("could not write")]

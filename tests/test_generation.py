@@ -7,7 +7,7 @@ import torch
 from conftest import TOY, pairwise, perturbed, trained
 
 import train
-from support import runtime
+from inkling import device as device_module
 from train import GPT, Cache, Config, Linear, draw, load
 
 VOCAB, SIZE = 50, 16
@@ -118,12 +118,12 @@ def test_a_step_of_fixed_shapes_never_sees_what_lies_beyond_its_position():
 
 @pytest.mark.parametrize(("rows", "dtype", "atol"), [(2, "float32", 1e-5), (1, "float32", 1e-5), (1, "bfloat16", 0.1)])
 def test_a_compiled_step_equals_the_eager_one(rows, dtype, atol):
-    if runtime.compiler_missing("cpu"):
-        pytest.skip(runtime.compiler_missing("cpu"))
+    if device_module.compiler_missing("cpu"):
+        pytest.skip(device_module.compiler_missing("cpu"))
     model, ids = small(n_layer=1, n_kv_head=2, bias=True).to(getattr(torch, dtype)), tokens(rows, 3 * SIZE)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()                # other tests compile, too
-    step = runtime.compile_step(model.next_logits, "cpu")
+    step = device_module.compile_step(model.next_logits, "cpu")
     compiled = dictated(model, ids[:, :5], ids[:, 5:], step)
     near(compiled, dictated(model, ids[:, :5], ids[:, 5:]), atol)
     near(dictated(model, ids[:, :3], ids[:, 3:9], step), dictated(model, ids[:, :3], ids[:, 3:9]), atol)
@@ -133,9 +133,9 @@ def test_a_compiled_step_equals_the_eager_one(rows, dtype, atol):
 def test_without_a_compiler_the_reason_is_told(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
-    assert runtime.compiler_missing("cpu") == "there is no C++ compiler"
+    assert device_module.compiler_missing("cpu") == "there is no C++ compiler"
     monkeypatch.setattr(runtime.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert runtime.compiler_missing("cpu") == ""
+    assert device_module.compiler_missing("cpu") == ""
 
 
 def test_a_long_generation_needs_no_more_memory_than_a_short_one(monkeypatch):

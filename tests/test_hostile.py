@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import ROOT, TOY, ZYGOTE, flags, trained
 
+from inkling import checkpoint as checkpoint_module
+from inkling.checkpoint import RESUME_KINDS as KINDS_TO_GO_ON
 from prepare import write_set
-from support import runtime
-from support.runtime import KINDS_TO_GO_ON
 from train import GPT
 
 MEMORY, SECONDS = 1 << 30, 30                   # bytes beyond what importing took; until a child is killed
@@ -345,8 +345,8 @@ def test_a_model_is_built_only_for_weights_that_are_there(toy):
     good = GPT(cfg, 59).state_dict()
     for stored in (good | {"wte.weight": torch.zeros(59, 32)}, good | {"wte.weight": big(58, 64)}, good | dict(x=1)):
         with pytest.raises(ValueError, match="wte|'x'"):
-            runtime.filled(build, stored, cfg.n_layer)
+            checkpoint_module.build_model(build, stored, cfg.n_layer)
     with pytest.raises(ValueError, match="more numbers than it holds"):
-        runtime.filled(build, {name: big(*tensor.shape) for name, tensor in good.items()}, cfg.n_layer)
+        checkpoint_module.build_model(build, {name: big(*tensor.shape) for name, tensor in good.items()}, cfg.n_layer)
     assert devices == ["meta"] * 4
-    assert torch.equal(runtime.filled(build, good, cfg.n_layer).wte.weight, good["wte.weight"])
+    assert torch.equal(checkpoint_module.build_model(build, good, cfg.n_layer).wte.weight, good["wte.weight"])

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT, TOY, flags
 
-PROGRAMS = sorted(str(path.relative_to(ROOT)) for folder in (".", "support") for path in ROOT.glob(f"{folder}/*.py"))
+PROGRAMS = sorted(str(path.relative_to(ROOT)) for folder in (".", "inkling") for path in ROOT.glob(f"{folder}/*.py"))
 
 
 def imports(name: str) -> set:
@@ -26,10 +26,10 @@ def test_nothing_points_back():
     assert "sample" not in imports("train.py")
     assert not imports("prepare.py") & {"train", "sample", "convert", "torch"}
     assert not imports("convert.py") & {"train", "sample"}
-    for name in (name for name in PROGRAMS if name.startswith("support/")):
+    for name in (name for name in PROGRAMS if name.startswith("inkling/")):
         assert not imports(name) & {"train", "sample", "prepare", "convert"}, name
-    assert not any(module.split(".")[0] == "torch" for module in imports("support/sources.py"))
-    assert not any(module.split(".")[0] == "torch" for module in imports("support/cli.py"))
+    assert not any(module.split(".")[0] == "torch" for module in imports("inkling/sources.py"))
+    assert not any(module.split(".")[0] == "torch" for module in imports("inkling/cli.py"))
 
 
 def test_convert_is_imported_when_pretrained_weights_are_asked_for_and_not_before():
@@ -49,7 +49,7 @@ def test_nothing_runs_what_is_not_the_users_own_config(name):
     assert not {module.split(".")[0] for module in imports(name)} & {
         "pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "subprocess", "pty", "code", "importlib"}
     assert not imports(name) & {"torch.load", "os.system", "os.popen"}
-    assert "runpy" not in imports(name) or name == "support/cli.py"      # the user's own config file
+    assert "runpy" not in imports(name) or name == "inkling/cli.py"      # the user's own config file
     nodes = list(ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))))
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     for word in (word for call in calls for word in call.keywords):
@@ -72,7 +72,7 @@ def test_train_py_can_be_read_in_one_sitting():
 def test_requirements_hold_what_the_programs_import():
     named = set(re.findall(r"^([a-z]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M))
     optional = {"wandb", "triton", "rustbpe", "pyarrow", "zstandard"}   # only when asked for, or PyTorch brings it
-    own = {"train", "prepare", "sample", "convert", "support"}
+    own = {"train", "prepare", "sample", "convert", "inkling"}
     third_party = {module.split(".")[0] for name in PROGRAMS for module in imports(name)} - set(sys.stdlib_module_names)
     assert third_party - own - optional <= named
 
@@ -96,7 +96,7 @@ def test_without_tqdm_matplotlib_and_safetensors_everything_still_runs(run, tmp_
 def test_a_closed_pipe_and_ctrl_c_leave_no_traceback(run, tmp_path):
     program = tmp_path / "program.py"
     for body, code in (("raise KeyboardInterrupt", 130), ("raise BrokenPipeError", 0), ("print('é'); return 7", 7)):
-        program.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom support.cli import run\n"
+        program.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom inkling.cli import run\n"
                            f"def main(argv):\n    {body}\nrun(main)\n", encoding="utf-8")
         process = run(program, env={"PYTHONIOENCODING": "ascii"})
         assert (process.returncode, process.stderr) == (code, "")

@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from conftest import log_rows, one_line_error
 
 import train
-from support import runtime
+from inkling import checkpoint as checkpoint_module
+from inkling import device as device_module
+from inkling import distributed as distributed_module
+from inkling import stopping as stopping_module
 from train import GPT
 
 
@@ -62,7 +65,7 @@ def test_max_minutes_fit_the_steps_to_the_time_once(start, clock, paced, tmp_pat
     assert rates[0] == rates[count // 10] == max(rates)     # flat, then down to nearly nothing: fitted to the count
     assert rates[-1] < 0.02 * rates[0]
     assert f"{count}/{count}" in done.stdout
-    assert str(runtime.OPEN) not in done.stdout
+    assert str(checkpoint_module.OPEN) not in done.stdout
 
 
 def test_a_run_fitted_to_minutes_goes_on_as_an_ordinary_one(start, clock, paced, tmp_path):
@@ -126,8 +129,8 @@ def test_two_lengths_are_refused(start):
 def test_compiling_must_pay_within_the_minutes(clock):
     def run_once(_):
         clock.now += 1
-    ranks = runtime.Ranks()
-    pays = [runtime.compile_pays("auto", None, run_once, 1000, "cpu", ranks, runtime.Deadline(minutes))
+    ranks = distributed_module.Ranks()
+    pays = [device_module.compile_pays("auto", None, run_once, 1000, "cpu", ranks, stopping_module.Deadline(minutes))
             for minutes in (0, 1, 30)]
     assert pays == [True, False, True]
 
@@ -224,7 +227,7 @@ def test_a_device_that_differs_from_the_cpu_is_named(toy, monkeypatch, capsys, w
         return WrongGradient.apply(y) if len(calls) == 3 and wrong == "a gradient" else y
     monkeypatch.setattr(F, "rms_norm", rms_norm)
     x = torch.arange(64).view(2, 32) % 59
-    runtime.compare_with_cpu(model, x, x.flip(1), "cpu")
+    device_module.compare_with_cpu(model, x, x.flip(1), "cpu")
     said = capsys.readouterr().out
     assert calls
     assert ("computes something wrong" in said) == (wrong != "nothing"), said
@@ -277,7 +280,7 @@ def test_a_run_that_another_process_has_gone_on_with_is_left_alone(start, monkey
 
 
 def test_a_best_checkpoint_that_was_lost_is_said_again_after_a_resume(start, monkeypatch, tmp_path):
-    save = runtime.save_checkpoint
+    save = checkpoint_module.save_checkpoint
 
     def failing(content, path, *rest):
         return "could not write ckpt.pt: No space left on device" if path.name == "ckpt.pt" and content["step"] else \
@@ -291,7 +294,7 @@ def test_a_best_checkpoint_that_was_lost_is_said_again_after_a_resume(start, mon
 
 
 def test_max_iters_of_no_end_is_refused(start):
-    one_line_error(start("run", max_iters=runtime.OPEN), "max_iters")
+    one_line_error(start("run", max_iters=checkpoint_module.OPEN), "max_iters")
 
 
 def test_time_that_ends_between_evaluations_names_the_weights_of_now(start, clock, paced):

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import pairwise, perturbed
 
-from support import cpu
-from support.cpu import in_blocks
+from inkling import cpu as cpu_module
+from inkling.cpu import in_blocks
 from train import GPT, Config, NGrams, draw, dropout
 
 VOCAB, T = 50, 16
@@ -588,7 +588,7 @@ def test_attention_goes_in_blocks_where_that_is_faster(dtype, p, taken, monkeypa
     seen, (q, k, v) = [], torch.randn(3, 1, 2, 8, 4)
     monkeypatch.setattr(cpu, "in_blocks", lambda *args: seen.append(args[3]) or in_blocks(*args))
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        cpu.attention(q, k, v, None, True, p)
+        cpu_module.attention(q, k, v, None, True, p)
     assert seen == [p] * taken
 
 

@@ -14,7 +14,7 @@ import convert
 import prepare
 import sample
 import train
-from support.cli import TEXTS, comments, from_dict, help_text, parse
+from inkling.cli import comments, from_dict, help_text, parse
 from train import Config
 
 PROGRAMS = {"train": (train.main, Config), "prepare": (prepare.main, prepare.Options),

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, TOY, ZYGOTE, flags, one_line_error
 from windows import MODULES, NAMES
 
-PROGRAMS = sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py")])
+PROGRAMS = sorted([*ROOT.glob("*.py"), *ROOT.glob("inkling/*.py")])
 TEXT = "The cat sat on the mat, and the dog looked on.\n" * 200
 
 

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 
 import prepare
 import train
-from prepare import END_OF_TEXT, Survey, Tokenizer, check_set, ensure_set, split_documents, write_set
-from support import runtime, sources
-from support.runtime import check_ids, open_data, open_split, read_meta, token_dtype
+from inkling.dataset import check_ids, open_data, open_split, read_meta, token_dtype
+from inkling.tokenizer import END_OF_TEXT, Tokenizer
+from prepare import Survey, check_set, ensure_set, split_documents, write_set
 
 FILES = ("train.bin", "val.bin", "meta.json")
 PUZZLE = f"tab\tCRLF\r\nCR\rNUL\0 é e\u0301 \ufeff\u2028 漢字 \U0001f600 \U0010ffff {END_OF_TEXT} the end\n"

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, TOY, flags, log_rows, trained
 
 import train
-from support import runtime
+from inkling import distributed as distributed_module
 from train import main
 
 SHARED_STEP = dict(batch_size=4, gradient_accumulation_steps=4, max_iters=50, eval_interval=25, dropout=0,
@@ -166,7 +166,7 @@ def test_matrices_that_do_not_divide_are_shared_too(monkeypatch):
             for place, content in zip(places, every, strict=True):
                 place.copy_(content)
         monkeypatch.setattr(torch.distributed, "all_gather", gather)
-        spread = runtime.Ranks().spreading()["spread"]
+        spread = distributed_module.Ranks().spreading()["spread"]
         assert torch.equal(spread(lambda m: 2 * m, stacked), 2 * stacked)
 
 

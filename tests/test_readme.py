@@ -104,9 +104,9 @@ def serve():
     from support import cli, report, runtime, sources
 
     programs = {"train.py": train, "prepare.py": prepare, "sample.py": sample, "convert.py": convert,
-                "support/report.py": report}
+                "inkling/report.py": report}
     here, text = Path.cwd(), Path("book.txt").resolve()
-    prepare.ROOT = runtime.ROOT = here                  # where data/ is
+    ROOT = runtime.ROOT = here                  # where data/ is
     sys.modules["matplotlib"] = None                    # pictures take most of a toy run's time
     for settings in prepare.SETS.values():              # every text that would be downloaded is the book
         if "sha256" in settings:
@@ -116,7 +116,7 @@ def serve():
     # GPT-2's and GPT-4's tokenizers with a single merge, instead of those that tiktoken downloads.
     ranks = {bytes([value]): value for value in range(256)} | {b"th": 256}
     tiktoken.get_encoding = lambda name: tiktoken.Encoding(
-        name, pat_str=convert.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={prepare.END_OF_TEXT: 257})
+        name, pat_str=convert.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 257})
 
     def command(words: list):
         if any(tuple(words[:len(known)]) == known for known in NOT_RUN):

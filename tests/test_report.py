@@ -12,9 +12,12 @@ import types
 import pytest
 from conftest import TOY, flags, inside, one_line_error, trained
 
-from support import runtime
-from support.report import COLUMNS, Report, compare, draw, duration, fitted, read_log, short
-from support.report import main as compare_main
+from inkling.format import duration, fitted, short
+from inkling.plots import main as compare_main
+from inkling.plots import plot_comparison as compare
+from inkling.plots import plot_run as draw
+from inkling.plots import read_log
+from inkling.report import COLUMNS, Report
 from train import GPT, Config, main
 
 
@@ -57,7 +60,7 @@ def test_a_row_that_a_kill_cut_short_is_dropped(tmp_path):
 
 def test_the_picture_is_a_png_and_is_drawn_anew_at_each_evaluation_but_the_first(data_dir, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("support.report.draw", lambda rows, *rest: drawn.append(len(rows)) or draw(rows, *rest))
+    monkeypatch.setattr("inkling.report.plot_run", lambda rows, *rest: drawn.append(len(rows)) or draw(rows, *rest))
     run_with_picture(data_dir, tmp_path / "run")
     assert drawn == [5, 9]              # after the rows of 3 and of 6 updates; one point needs no picture
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -102,7 +105,7 @@ def test_a_logger_that_is_not_installed_is_named(data_dir, tmp_path, monkeypatch
 
 def test_evaluation_and_saving_do_not_count_as_training(data_dir, tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("support.report.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("inkling.report.time.perf_counter", lambda: now[0])
     meta = {"splits": dict.fromkeys(("train", "val"), {"tokens": 1, "bytes": 1})}
     report = Report(Config(), tmp_path, False, None, meta,
                     dict(step=0, seconds=7.0, evaluated=-1), "cpu")
@@ -165,7 +168,7 @@ def test_the_banner_comes_before_compiling_which_is_announced(data_dir, tmp_path
 
 def test_the_time_left_counts_the_evaluations_to_come(made, monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr("support.report.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("inkling.report.time.perf_counter", lambda: now[0])
     report = made(max_iters=100, eval_interval=10)(evaluated=0)
     report.begin("off", [], None)
     for _ in range(2):                                  # two evaluations of 100 s
@@ -265,7 +268,7 @@ def figures(monkeypatch):
     """The figures drawn from now on."""
     pytest.importorskip("matplotlib")
     drawn = []
-    monkeypatch.setattr("support.report.save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr("inkling.plots.save_figure", lambda figure, path: drawn.append(figure))
     return drawn
 
 
@@ -302,7 +305,7 @@ def test_runs_are_drawn_over_one_another(figures, tmp_path, by, place):
 def test_compare_as_it_is_typed(run, data_dir, tmp_path):
     for name, settings in (("a", {}), ("b", dict(max_iters=4, learning_rate=0.02))):
         assert trained(data_dir, tmp_path / "out" / name, **settings).returncode == 0
-    done = run("support/report.py", "out/a", "out/b/", "--by=tokens", "--out=both.png")
+    done = run("inkling/report.py", "out/a", "out/b/", "--by=tokens", "--out=both.png")
     assert done.returncode == 0, done.stderr
     head, *table = done.stdout.splitlines()[:3]
     assert head.split()[:3] == ["run", "best", "val"]

@@ -18,8 +18,8 @@ import torch
 from conftest import ROOT, flags, inside, one_line_error, pairwise, perturbed
 
 import sample
-from prepare import Tokenizer
-from support.runtime import save_checkpoint
+from inkling.checkpoint import save_checkpoint
+from inkling.tokenizer import Tokenizer
 from train import GPT, Config, load
 
 SIZE, VOCAB = 16, 50

@@ -15,9 +15,10 @@ import pytest
 from conftest import ROOT, TOY, inside, one_line_error, prepared, refused, trained
 
 import prepare
-from prepare import Options, Tokenizer, write_set
-from support import runtime
-from support.runtime import Shuffle, open_data, open_split, read_meta, shuffled
+from inkling.dataset import Shuffle, open_data, open_split, read_meta
+from inkling.dataset import random_order as shuffled
+from inkling.tokenizer import Tokenizer
+from prepare import Options, write_set
 from train import Config, get_batch, window_starts
 
 FABLES = (ROOT / "data" / "fables" / "input.txt").read_text(encoding="utf-8")

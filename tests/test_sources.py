@@ -20,7 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
-from support import sources
+from inkling import files as files_module
+from inkling import readers as readers_module
+from inkling.tokenizer import END_OF_TEXT
 
 ROWS = [{"title": f"fable {n}", "text": f"The {n}. hen, said \"é漢\"\nand went.\n"} for n in range(30)]
 TEXTS = [row["text"] for row in ROWS]
@@ -322,13 +324,13 @@ def test_a_set_without_a_pinned_text(site, here, monkeypatch):
     stories = "\n<|endoftext|>\n".join(TEXTS).encode()
     site.pages = {"/train.txt": (stories, len(stories)), "/valid.txt": (b"The end.\n<|endoftext|>\n", None)}
     monkeypatch.setitem(prepare.SETS, "tales", dict(
-        tokenizer="bpe:280", separator=prepare.END_OF_TEXT, url=f"{site.url}/train.txt",
+        tokenizer="bpe:280", separator=END_OF_TEXT, url=f"{site.url}/train.txt",
         val_url=f"{site.url}/valid.txt"))
     said = prepared("tales")
     assert f"{len(stories):,} bytes, as announced" in said
     assert "how many to expect was not said" in said
     train, val = texts("tales")
-    assert train.split(prepare.END_OF_TEXT) == list(map(str.strip, TEXTS))
+    assert train.split(END_OF_TEXT) == list(map(str.strip, TEXTS))
     assert val == "The end."
     assert site.asked == ["/train.txt", "/valid.txt"]
     prepared("tales", "--force")
@@ -340,7 +342,7 @@ def test_a_set_without_a_pinned_text(site, here, monkeypatch):
                    "prepare.py TEXT --name=tales")
     (here / "mine.txt").write_text("one<|endoftext|>two<|endoftext|>three", newline="")
     prepared("mine.txt", "--name=tales", "--val_fraction=0")        # a text of one's own takes the set's place
-    assert texts("tales")[0].split(prepare.END_OF_TEXT) == ["one", "two", "three"]
+    assert texts("tales")[0].split(END_OF_TEXT) == ["one", "two", "three"]
 
 
 def test_an_embedded_table_is_taken_as_a_whole(here, monkeypatch):
@@ -360,7 +362,7 @@ def test_an_embedded_table_is_taken_as_a_whole(here, monkeypatch):
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(text=st.text(alphabet="ab é漢'’s.,\n \t\u0301\x1c9½"), most=st.integers(1, 30))
 def test_pieces_make_the_text_again(text, most):
-    parts = list(sources.pieces(text, most))
+    parts = list(readers_module.pieces(text, most))
     assert "".join(parts) == text
     assert all(0 < len(part) <= most for part in parts) or text == ""
 
@@ -376,7 +378,7 @@ def test_one_long_line_in_a_small_gzip_does_not_stall(here):
 def test_progress_is_a_line_in_bytes_with_time_left(capsys, monkeypatch):
     now = iter([0.0, 1.0, 31.0, 32.0])
     monkeypatch.setattr("time.monotonic", lambda: next(now))
-    progress = sources.Progress("reading", 93_000_000)
+    progress = files_module.Progress("reading", 93_000_000)
     for _ in range(3):
         progress.advance(31_000_000)
     assert capsys.readouterr().err == "reading 62 of 93 MB, 2.0 MB/s, 16 s left\n"
@@ -388,4 +390,4 @@ def test_words_are_shuffled_into_documents_of_any_size(here):
     long = [" ".join(rng.choices(["one", "two", "three"], k=n)) for n in (10, 500_000, 3, 400_000)]
     (here / "a.jsonl").write_text("\n".join(map(json.dumps, long)))
     prepared("a.jsonl", "--tokenizer=bpe:270", "--val_fraction=0", "--bpe_sample=10000")
-    assert texts("a")[0].split(prepare.END_OF_TEXT) == long
+    assert texts("a")[0].split(END_OF_TEXT) == long

@@ -10,7 +10,7 @@ import sys
 import types
 
 MODULES = ["fcntl", "resource", "termios", "tty", "pty", "readline", "pwd", "grp", "curses", "syslog", "posix"]
-OURS = ("train", "sample", "prepare", "convert", "support")
+OURS = ("train", "sample", "prepare", "convert", "inkling")
 SIGNALS = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM"}
 OS = """chown chroot confstr ctermid fchdir fchown fdatasync fork forkpty fpathconf fstatvfs getegid geteuid getgid
     getgroups getloadavg getpgid getpgrp getpriority getresuid getsid getuid getxattr initgroups killpg lchown lockf

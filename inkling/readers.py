@@ -1,67 +1,29 @@
-"""Raw text, wherever it lies: files, folders, globs, plain, tables or JSON, packed or not, standard input, addresses.
-
-Everything is read in pieces, so that memory does not grow with the input. Knows nothing of tokenizers. `options` is any
-object with the fields format, encoding, separator, text_column, limit and suffix of prepare.py.
-"""
+"""Text out of files, folders, tables and archives."""
 
 import codecs
 import csv
 import glob
 import gzip
 import hashlib
-import http.client
 import io
 import json
 import os
 import re
 import sys
 import tempfile
-import time
-import urllib.request
 import zlib
-from email.utils import formatdate
 from itertools import chain
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from support import runtime
-from support.cli import fail
+from inkling.cli import UserError
+from inkling.download import BLOCK
+from inkling.files import Progress
 
-BLOCK = 1 << 20                         # bytes read at a time
 PIECE = 1 << 20                         # characters handed on at a time, at most
 RECORD = 1 << 25                        # characters of one row or JSON value, which is held whole, at most
 KINDS = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 PLAIN = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org")      # what a folder is searched for, and KINDS
 PACKED = (".gz", ".zst")
-TRIES = 3                               # of a download
-
-
-# -- progress ------------------------------------------------------------------------------------------------------
-
-class Progress:
-    """How much of `total` bytes is done and how long the rest takes, on stderr: one line that is redrawn on a
-    terminal, elsewhere a line every half minute. Nothing for what takes less than two seconds."""
-
-    def __init__(self, what: str, total: int = 0):
-        self.what, self.total, self.done = what, total, 0
-        self.terminal = sys.stderr.isatty()
-        self.start = time.monotonic()
-        self.next = self.start + (2 if self.terminal else 30)
-
-    def advance(self, count: int):
-        self.done += count
-        if (now := time.monotonic()) < self.next:
-            return
-        self.next = now + (0.2 if self.terminal else 30)
-        rate = self.done / (now - self.start)
-        left = f", {max(0, self.total - self.done) / rate:,.0f} s left" if self.total and rate else ""
-        of = f" of {self.total / 1e6:,.0f}" if self.total else ""
-        line = f"{self.what} {self.done / 1e6:,.0f}{of} MB, {rate / 1e6:,.1f} MB/s{left}"
-        print(*(("\r", f"{line:<78}") if self.terminal else (line, "\n")), sep="", end="", file=sys.stderr, flush=True)
-
-    def end(self):
-        if self.terminal and self.next > self.start + 2:
-            print(f"\r{'':<78}\r", end="", file=sys.stderr, flush=True)
 
 
 class Metered(io.FileIO):
@@ -75,12 +37,6 @@ class Metered(io.FileIO):
         count = super().readinto(buffer)
         self.progress.advance(count or 0)
         return count
-
-
-# -- what to read --------------------------------------------------------------------------------------------------
-
-def is_address(word: str) -> bool:
-    return word.startswith(("http://", "https://"))
 
 
 def kind_of(path: Path, options) -> str:
@@ -116,7 +72,7 @@ def expand(words: list, options) -> list:
             taken = [path for path in below if _suffix(path) in (wanted or (*PLAIN, *KINDS))]
             others = sorted({_suffix(path) or "no suffix" for path in below} - {_suffix(path) for path in taken})
             if not taken:
-                fail(f"{word} is a folder without text files" + (f" ({', '.join(others)} only; --suffix=.py,.html "
+                raise UserError(f"{word} is a folder without text files" + (f" ({', '.join(others)} only; --suffix=.py,.html "
                                                                  "names what to take)" if others else ""))
             if others:
                 print(f"note     {word}: {len(below) - len(taken):,} files passed over ({', '.join(others[:8])}); "
@@ -127,7 +83,7 @@ def expand(words: list, options) -> list:
         elif glob.has_magic(word) and (found := sorted(filter(os.path.isfile, glob.glob(word, recursive=True)))):
             files += map(Path, found)
         else:
-            fail(f"no file {word}")
+            raise UserError(f"no file {word}")
     once = {}
     for path in files:
         if once.setdefault(path.resolve(), path) is not path:
@@ -151,87 +107,7 @@ def spool(folder: Path) -> Path:
     return path
 
 
-class FirstHeaders(urllib.request.HTTPRedirectHandler):
-    """Keeps the headers of the first answer: Hugging Face's tells checksum and commit, and sends on to the bytes."""
-
-    headers = None
-
-    def redirect_request(self, request, file, code, message, headers, url):
-        self.headers = self.headers or headers
-        return super().redirect_request(request, file, code, message, headers, url)
-
-
-def download(url: str, path: Path, sha256: str = "") -> tuple[str, str]:
-    """Fetch `url` to `path`, with a time-out and three tries that go on where the last one, or the last process, was
-    cut off: at the end of PATH.part. The file takes its place only when it has as many bytes as the server announced
-    (if it did) and the SHA-256 that is given, or else the one that the server tells, as Hugging Face does of large
-    files. Without a SHA-256, that a file changed between two tries is noticed only if its server knows when it did and
-    the clocks agree; otherwise its new end is joined to its old beginning. Returns "" or what went wrong, and the
-    server's commit or ""."""
-    part, reason = path.with_name(path.name + ".part"), ""
-    path.parent.mkdir(parents=True, exist_ok=True)      # also so that a person can put the file there
-    print(f"downloading {url}", flush=True)
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(attempt)
-        have = part.stat().st_size if part.is_file() else 0
-        wanted = {"User-Agent": "inkling"}
-        if have:
-            since = formatdate(part.stat().st_mtime, usegmt=True)
-            wanted |= {"Range": f"bytes={have}-", "If-Unmodified-Since": since}
-        first, progress = FirstHeaders(), Progress("downloading the rest," if have else "downloading")
-        try:
-            request = urllib.request.Request(url, headers=wanted)
-            with urllib.request.build_opener(first).open(request, timeout=30) as answer:
-                have = have if answer.status == 206 else 0          # some servers send all of it again
-                if have and not (answer.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
-                    part.unlink()
-                    raise ValueError("other bytes than those asked for arrived")
-                size, headers = answer.headers["Content-Length"], first.headers or answer.headers
-                if size is not None:
-                    progress.total = int(size)
-                    size = have + progress.total
-                with open(part, "ab" if have else "wb") as file:
-                    while have != size and (block := answer.read1(BLOCK)):  # read would lose what came before it stalls
-                        file.write(block)
-                        have += len(block)
-                        progress.advance(len(block))
-                    file.flush()
-                    os.fsync(file.fileno())
-            if size not in (None, have):                # a read in pieces does not notice by itself
-                raise ValueError(f"{have:,} of {size:,} bytes arrived")
-            told = re.fullmatch('"?([0-9a-f]{64})"?', headers["X-Linked-Etag"] or "")
-            if not (digest := sha256 or (told and told[1])):
-                expected = "how many to expect was not said" if size is None else "as announced"
-                print(f"         {have:,} bytes, {expected}; no SHA-256 of it is known to compare with")
-            elif runtime.sha256(part) != digest:
-                part.unlink()
-                raise ValueError(f"{have:,} bytes with another SHA-256 than {digest[:12]}... arrived")
-            os.replace(part, path)
-            runtime.sync_folder(path.parent)
-            return "", headers["X-Repo-Commit"] or ""
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            code = getattr(error, "code", "")
-            reason = f"{code} {getattr(error, 'reason', '') or error}".strip() or type(error).__name__
-            if code in (412, 416):                      # changed since; nothing after what is here
-                part.unlink(missing_ok=True)
-        finally:
-            progress.end()
-    return reason, ""
-
-
-def fetched(url: str, folder: Path, again: bool) -> Path:
-    """The file that an address names, kept in `folder`: downloaded once, unless `again`."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", Path(urlsplit(url).path).name)[-100:] or "download"
-    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"     # two addresses may end alike
-    if path.is_file() and not again:
-        print(f"note     {url} is there already as {path} (--force downloads it again)")
-    elif reason := download(url, path)[0]:
-        fail(f"could not download {url} ({reason}); put that file at {path} by hand and try again")
-    return path
-
-
-def described(path: Path, limit: int) -> dict:
+def describe_source(path: Path, limit: int) -> dict:
     """The file's name, size and SHA-256 (of its first `limit` bytes, when there is a limit)."""
     digest, left = hashlib.sha256(), limit or sys.maxsize
     try:
@@ -245,11 +121,7 @@ def described(path: Path, limit: int) -> dict:
         progress.end()
         return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
     except OSError as error:
-        fail(f"cannot read {path}: {error.strerror or error}")
-
-
-# -- pieces of text ------------------------------------------------------------------------------------------------
-
+        raise UserError(f"cannot read {path}: {error.strerror or error}")
 # Every pattern that tiktoken's encodings use ends a token after a word that white space or one of these marks follows,
 # whatever stands farther left or right. (An apostrophe is missing: it may belong to the word.)
 MARKS = " \n\t\r.,;:!?()\"“”、。，；：！？「」"
@@ -291,16 +163,16 @@ def unpacked(path: Path, progress: Progress):
             while block := file.read(BLOCK):
                 yield block
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        fail(f"{path} is damaged or no {packed} file ({error})")
+        raise UserError(f"{path} is damaged or no {packed} file ({error})")
     except OSError as error:
-        fail(f"cannot read {path}: {error.strerror or error}")
+        raise UserError(f"cannot read {path}: {error.strerror or error}")
 
 
 def _zstd(raw, path: Path):
     try:
         import zstandard
     except ImportError:
-        fail(f"{path} needs zstandard to unpack it: pip install zstandard")
+        raise UserError(f"{path} needs zstandard to unpack it: pip install zstandard")
     try:
         frame = None
         while block := raw.read(4096):                  # small: a block may hold thirty thousand times its size
@@ -311,9 +183,9 @@ def _zstd(raw, path: Path):
                 block = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame
     except zstandard.ZstdError as error:
-        fail(f"{path} is damaged or no .zst file ({error})")
+        raise UserError(f"{path} is damaged or no .zst file ({error})")
     if frame:
-        fail(f"{path} is damaged: it ends too early")
+        raise UserError(f"{path} is damaged: it ends too early")
 
 
 def decoded(blocks, path: Path, encoding: str):
@@ -326,7 +198,7 @@ def decoded(blocks, path: Path, encoding: str):
         except UnicodeDecodeError as error:
             at, byte = fed - kept + error.start, error.object[error.start]
             name = codecs.lookup(encoding).name.upper()
-            fail(f"{path} is not {name} text: byte {byte:#04x} at offset {at:,}"
+            raise UserError(f"{path} is not {name} text: byte {byte:#04x} at offset {at:,}"
                  + (" of its unpacked content" if path.suffix.lower() in PACKED else "")
                  + "; name its encoding (--encoding=utf-16, gb18030, latin-1 ...)")
         fed += len(block)
@@ -344,13 +216,10 @@ def lines(blocks, path: Path):
         for line in whole:
             yield line + "\n"
         if len(rest) > RECORD:
-            fail(f"{path} has a line of more than {RECORD:,} characters; --format=text reads it as plain text")
+            raise UserError(f"{path} has a line of more than {RECORD:,} characters; --format=text reads it as plain text")
     if rest:
         yield rest
 
-
-# -- documents -----------------------------------------------------------------------------------------------------
-# Each reader yields (whether a document begins here, a piece of text).
 
 def plain(blocks, separator: str):
     """A plain file: one document, or those between the separators, without the white space around them."""
@@ -380,17 +249,15 @@ def table(blocks, path: Path, column: str, delimiter: str):
     try:
         names = next(rows, [])
         if column not in names:
-            fail(f"{path} has no column {column!r}; its first line names {', '.join(names)[:300]}")
+            raise UserError(f"{path} has no column {column!r}; its first line names {', '.join(names)[:300]}")
         at = names.index(column)
         for row in rows:
             if row and len(row) <= at:
-                fail(f"{path}, line {rows.line_num:,}: {len(row)} fields, {column} is number {at + 1}")
+                raise UserError(f"{path}, line {rows.line_num:,}: {len(row)} fields, {column} is number {at + 1}")
             if row:
                 yield True, row[at]
     except csv.Error as error:
-        fail(f"{path}, line {rows.line_num:,}: {error}")
-
-
+        raise UserError(f"{path}, line {rows.line_num:,}: {error}")
 OPENING = re.compile(r"\s*\[?\s*")
 BETWEEN = re.compile(r"[\s,]*")
 
@@ -402,7 +269,7 @@ def json_lines(blocks, path: Path, column: str):
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                fail(f"{path}, line {number:,} is no JSON: {error}")
+                raise UserError(f"{path}, line {number:,} is no JSON: {error}")
             yield True, _field(value, f"{path}, line {number:,}", column)
 
 
@@ -415,13 +282,13 @@ def json_values(blocks, path: Path, column: str):
             at = BETWEEN.match(text, at).end() if number else OPENING.match(text).end()
             if at == len(text) or text[at] == "]":
                 if text[at + 1:].strip():
-                    fail(f"{path}: more follows the end of the list; a value a line is --format=jsonl")
+                    raise UserError(f"{path}: more follows the end of the list; a value a line is --format=jsonl")
                 break
             try:
                 value, at = decoder.raw_decode(text, at)
             except (ValueError, RecursionError) as error:
                 if not block or len(text) > RECORD or isinstance(error, RecursionError):
-                    fail(f"{path}: value {number + 1:,} is no JSON, or longer than {RECORD:,} characters ({error})")
+                    raise UserError(f"{path}: value {number + 1:,} is no JSON, or longer than {RECORD:,} characters ({error})")
                 want = 2 * (len(text) - at)             # not whole yet; trying again at every block would take long
                 break
             number, want = number + 1, 0
@@ -432,12 +299,12 @@ def _field(value, where: str, column: str) -> str:
     column = column or "text"
     if isinstance(value, dict):
         if column not in value:
-            fail(f"{where} has no {column!r}; it has {', '.join(map(str, value))[:300]} (--text_column=)")
+            raise UserError(f"{where} has no {column!r}; it has {', '.join(map(str, value))[:300]} (--text_column=)")
         value = value[column]
     if value is None:                                   # a document without a text
         return ""
     if not isinstance(value, str):
-        fail(f"{where}: {column} is {type(value).__name__}, not text")
+        raise UserError(f"{where}: {column} is {type(value).__name__}, not text")
     return value
 
 
@@ -447,7 +314,7 @@ def parquet(path: Path, progress: Progress, column: str):
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        fail(f"{path} needs pyarrow to read it: pip install pyarrow")
+        raise UserError(f"{path} needs pyarrow to read it: pip install pyarrow")
     column = column or "text"
     packed = path.suffix.lower() in PACKED
     try:
@@ -456,22 +323,22 @@ def parquet(path: Path, progress: Progress, column: str):
                 raw.write(block)
             file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False)
             if column not in file.schema_arrow.names:
-                fail(f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)[:300]} "
+                raise UserError(f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)[:300]} "
                      "(--text_column=)")
             for number, batch in enumerate(file.iter_batches(256, columns=[column], use_threads=False)):
                 for row, value in enumerate(batch.column(0).to_pylist(), 256 * number + 1):
                     yield True, _field(value, f"{path}, row {row:,}", column)
     except (pyarrow.ArrowException, OSError) as error:
-        fail(f"cannot read {path}: {str(error).splitlines()[0]}")
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}")
 
 
 def documents(path: Path, options, progress: Progress):
     """(whether a document begins, a piece of at most PIECE characters) of one file."""
     kind = kind_of(path, options)
     if options.separator and kind != "text":
-        fail(f"--separator splits plain text, {path} is read as {kind}: leave it out, or give --format=text")
+        raise UserError(f"--separator splits plain text, {path} is read as {kind}: leave it out, or give --format=text")
     if options.text_column and kind == "text":
-        fail(f"--text_column={options.text_column} needs a table or JSON, {path} is read as plain text: leave it out, "
+        raise UserError(f"--text_column={options.text_column} needs a table or JSON, {path} is read as plain text: leave it out, "
              "or give --format=")
     if kind == "parquet":
         found = parquet(path, progress, options.text_column)
@@ -508,7 +375,7 @@ class Reader:
                 try:
                     raw = piece.encode("utf-8")
                 except UnicodeEncodeError as error:     # "\ud800" in JSON
-                    fail(f"{path}: document {number + 2 - begun:,} holds {piece[error.start]!r}, half of a surrogate "
+                    raise UserError(f"{path}: document {number + 2 - begun:,} holds {piece[error.start]!r}, half of a surrogate "
                          "pair, which is no character")
                 if len(raw) > left:
                     piece = raw[:left].decode("utf-8", "ignore")        # a character that does not fit is left out

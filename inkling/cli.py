@@ -1,0 +1,429 @@
+"""Settings of a program: a dataclass filled from config files and --key=value flags, its rules, and `--help`.
+
+A program declares its settings once, as a dataclass with a type, a default and a comment per field:
+
+    @dataclass
+    class Options:
+        # -- sampling
+        temperature: NonNegativeFloat = 0.8     # 0 is greedy
+        top_p: Annotated[float, above(0).at_most(1)] = 1.0   # 1: all
+
+        def rules(self) -> dict:
+            return {"temperature=0 ignores top_p": self.temperature or self.top_p == 1}
+
+and calls `parse(Options, argv, doc)`. The declared type (bool, int, float, str, Literal[...], or tuple[str, ...] for a
+flag that may be repeated) decides how a value is read; nothing is evaluated. Only a config file named by the user
+runs as Python. `check` reports every broken rule at once.
+
+A user's mistake raises UserError. The programs print it in one line and exit with code 2; a library caller can catch it.
+"""
+
+import difflib
+import inspect
+import math
+import os
+import re
+import reprlib
+import runpy
+import shutil
+import sys
+import textwrap
+import time
+import traceback
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+Texts = tuple[str, ...]                 # a flag that may be given several times
+LARGEST_INT = 2**62                     # larger integers overflow in numpy and torch
+
+
+class UserError(Exception):
+    """A mistake in what the user gave. The message names the value, the rule and the way out; `code` is the exit code
+    of a program that it ends."""
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(" ".join(str(message).split()))
+        self.code = code
+
+
+# -- rules: the values a number may have, beside its field ----------------------------------------------------------
+
+@dataclass(frozen=True)
+class Range:
+    """An interval of numbers. `str` completes "must be"."""
+
+    low: float
+    low_is_open: bool = False
+    high: float | None = None
+    high_is_open: bool = False
+
+    def at_most(self, high: float) -> "Range":
+        return replace(self, high=high)
+
+    def below(self, high: float) -> "Range":
+        return replace(self, high=high, high_is_open=True)
+
+    def __contains__(self, value) -> bool:
+        above_low = value > self.low if self.low_is_open else value >= self.low
+        if self.high is None:
+            return above_low
+        return above_low and (value < self.high if self.high_is_open else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.low_is_open else 'at least'} {self.low}"
+        if self.high is None:
+            return low
+        if not self.low_is_open and not self.high_is_open:
+            return f"from {self.low} to {self.high}"
+        return f"{low} and {'below' if self.high_is_open else 'at most'} {self.high}"
+
+
+def at_least(low: float) -> Range:
+    return Range(low)
+
+
+def above(low: float) -> Range:
+    return Range(low, low_is_open=True)
+
+
+PositiveInt = Annotated[int, at_least(1).at_most(2**31)]
+NonNegativeInt = Annotated[int, at_least(0).at_most(2**31)]
+PositiveFloat = Annotated[float, above(0).at_most(2**31)]
+NonNegativeFloat = Annotated[float, at_least(0).at_most(2**31)]
+Fraction = Annotated[float, at_least(0).at_most(1)]
+Seed = Annotated[int, at_least(0).below(2**31)]
+
+
+def problems(settings) -> list:
+    """Every rule that the dataclass `settings` breaks, in a sentence each with the values: the ranges beside its fields,
+    then its own `rules()`, a dict from sentence to whether it holds."""
+    found = []
+    for name, annotation in typing.get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        for rule in getattr(annotation, "__metadata__", ()):
+            if value not in rule:
+                found.append(f"{name}={value} must be {rule}")
+    rules = settings.rules() if hasattr(settings, "rules") else {}
+    return found + [sentence for sentence, holds in rules.items() if not holds]
+
+
+def check(settings):
+    """Raise one UserError that names every rule the settings break."""
+    if found := problems(settings):
+        raise UserError("; ".join(found))
+
+
+# -- programs --------------------------------------------------------------------------------------------------------
+
+def program() -> str:
+    return Path(sys.argv[0]).name or "inkling"
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and unpaired surrogates escaped, so that it cannot act on a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def exit_code(main, argv: list) -> int:
+    """Call a program's main and return its exit code; a UserError is printed to stderr in one line."""
+    try:
+        return main(argv) or 0
+    except UserError as error:
+        # A wrong setting stops all processes of a run. torchrun ends the others as soon as one has failed, so they
+        # wait for that instead of repeating the message.
+        if error.code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(3)
+        print(f"{program()}: {printable(error)}", file=sys.stderr, flush=True)
+        return error.code
+    except KeyboardInterrupt:
+        return 130
+
+
+def run(main) -> NoReturn:
+    """Run a program: UTF-8 wherever it prints, and no traceback for a user's mistake, Ctrl-C or a closed pipe."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        code = exit_code(main, sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:                 # the reader has enough, as in `sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+# -- reading values by their declared type ---------------------------------------------------------------------------
+
+class BadValue(ValueError):
+    """A value that its field's declared type does not admit; the message says what was expected."""
+
+
+@dataclass
+class Parsed:
+    """A command line: `values` of every field it sets, `typed` the names given as flags and not in files."""
+
+    values: dict = field(default_factory=dict)
+    typed: set = field(default_factory=set)
+    files: list = field(default_factory=list)          # config files, in order
+    words: list = field(default_factory=list)          # other words without dashes, when the program takes them
+
+
+def field_types(options: type) -> dict:
+    """The declared type of each field, without its rules."""
+    return typing.get_type_hints(options)
+
+
+def nearest(name: str, known) -> str:
+    """`; did you mean --x?` for the closest known name, or an empty text."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean --{close[0]}?" if close else ""
+
+
+def nearest_config(word: str) -> str:
+    """`; did you mean config/NAME.py?` for the config file whose name comes closest, or an empty text."""
+    known = {path.name: path for path in sorted(Path("config").glob("*.py"))}
+    close = difflib.get_close_matches(os.path.basename(word), known, n=1)
+    return f"; did you mean {known[close[0]]}?" if close else ""
+
+
+def expected(kind) -> str:
+    """What a value of this type looks like, in words."""
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
+    return {bool: "True or False", int: "a whole number", float: "a number", str: "text"}.get(kind, "text")
+
+
+def convert(value, kind):
+    """Read `value`, a flag's text or an object from a config file, as `kind`. Raises BadValue."""
+    if typing.get_origin(kind) is typing.Literal:
+        return convert_choice(value, kind)
+    if kind is bool:
+        return convert_bool(value)
+    if kind in (int, float):
+        return convert_number(value, kind)
+    if kind == Texts and isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value):
+        return tuple(value)
+    if not isinstance(value, str):
+        raise BadValue(expected(kind))
+    return (value,) if kind == Texts else value
+
+
+def convert_choice(value, kind):
+    """One of the choices of a Literal, by itself or by its text in any case."""
+    for choice in typing.get_args(kind):
+        if type(value) is type(choice) and value == choice:
+            return choice
+        if isinstance(value, str) and value.strip().lower() == str(choice).lower():
+            return choice
+    raise BadValue(expected(kind))
+
+
+def convert_bool(value) -> bool:
+    if isinstance(value, bool):
+        return value
+    word = value.strip().lower() if isinstance(value, str) else ""
+    if word not in ("true", "false", "1", "0", "yes", "no"):
+        raise BadValue(expected(bool))
+    return word in ("true", "1", "yes")
+
+
+def convert_number(value, kind):
+    """A finite int or float; a whole number may be written as 1e3."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise BadValue(expected(kind))
+    try:
+        number = read_int(value) if kind is int else float(value)
+    except (ValueError, OverflowError):
+        raise BadValue(expected(kind)) from None
+    if isinstance(number, float) and not math.isfinite(number):
+        raise BadValue(f"{expected(kind)} that is finite")
+    if kind is float:
+        return number
+    if number != int(number):
+        raise BadValue(expected(kind))
+    if abs(number) > LARGEST_INT:
+        raise BadValue(f"a whole number of at most {LARGEST_INT:,}")
+    return int(number)
+
+
+def read_int(value) -> int | float:
+    """An int where `value` spells one; a float for 1e3."""
+    if isinstance(value, float):
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        return float(value)
+
+
+# -- config files and flags --------------------------------------------------------------------------------------------
+
+def read_config_file(path: str, kinds: dict) -> dict:
+    """The fields that a Python config file assigns. Names that start with `_` and imported modules are its own."""
+    try:
+        names = runpy.run_path(path)
+    except OSError as error:
+        raise UserError(f"cannot read the config file {path}: {error.strerror or error}")
+    except SystemExit:
+        raise UserError(f"{path} tried to exit; a config file holds plain assignments")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:      # whatever the file raises is for the user to see, in one line
+        line = getattr(error, "lineno", None)
+        for frame in traceback.extract_tb(error.__traceback__):
+            if frame.filename == path:
+                line = frame.lineno
+        raise UserError(f"{path}, line {line or '?'}: {type(error).__name__}: {error}")
+    values = {}
+    for name, value in names.items():
+        if name.startswith("_") or isinstance(value, types.ModuleType):
+            continue
+        if name not in kinds:
+            raise UserError(f"{path} sets {name}, which is not a setting{nearest(name, kinds)} "
+                            "(start a name with _ to keep it to the file)")
+        try:
+            values[name] = convert(value, kinds[name])
+        except BadValue as problem:
+            raise UserError(f"{path}: {name}={value!r} is not {problem}")
+    return values
+
+
+def read_flag(word: str, kinds: dict) -> tuple:
+    """(name, value) of --name=value; a bare --name means True."""
+    key, equals, text = word[2:].partition("=")
+    name = key.replace("-", "_")
+    if name not in kinds:
+        raise UserError(f"unknown flag --{key}{nearest(name, kinds) or '; see --help'}")
+    if not equals:
+        if kinds[name] is not bool and True not in typing.get_args(kinds[name]):
+            raise UserError(f"--{key} needs a value: --{key}={expected(kinds[name]).upper().replace(' ', '_')}")
+        text = "True"
+    try:
+        return name, convert(text, kinds[name])
+    except BadValue as problem:
+        raise UserError(f"--{key}={text} is not {problem}")
+
+
+def parse(options: type, argv: list, doc: str, takes: str = "config files") -> Parsed:
+    """Read `argv`, config files and flags: a flag overrides every file, later files and flags override earlier ones.
+    Unless takes="config files", words without dashes are returned as they are. `--help` prints `doc` and the fields
+    and exits with 0."""
+    kinds = field_types(options)
+    parsed = Parsed()
+    for word in argv:
+        if word in ("-h", "--help"):
+            print(help_text(options, doc))
+            raise SystemExit(0)
+        if word.startswith("--"):
+            name, value = read_flag(word, kinds)
+            if kinds[name] == Texts and name in parsed.typed:
+                value = parsed.values[name] + value
+            parsed.values[name] = value
+            parsed.typed.add(name)
+        elif takes == "config files":
+            for name, value in read_config_file(find_config_file(word), kinds).items():
+                if name not in parsed.typed:
+                    parsed.values[name] = value
+            parsed.files.append(Path(word))
+        elif word.startswith("-") and word != "-":
+            raise UserError(f"unknown flag {word}; flags look like --key=value, see --help")
+        else:
+            parsed.words.append(word)
+    return parsed
+
+
+def find_config_file(word: str) -> str:
+    """`word`, if it names a config file that is there."""
+    if not word.endswith(".py"):
+        raise UserError(f"{word!r} is neither a config file (NAME.py) nor a flag (--key=value)"
+                        f"{nearest_config(word) or '; see --help'}")
+    if not os.path.isfile(word):            # Path.is_file raises on a name that is too long
+        raise UserError(f"no config file {word}{nearest_config(word)}")
+    return word
+
+
+# -- stored settings ---------------------------------------------------------------------------------------------------
+
+def from_dict(options: type, stored: dict, source) -> dict:
+    """Checked field values of `options` from a plain dict that was stored, such as a checkpoint's config."""
+    kinds = field_types(options)
+    values = {}
+    for name, value in stored.items():
+        if name not in kinds:
+            raise UserError(f"{source}: its config has a field {name!r}, which this version does not know")
+        try:
+            values[name] = convert(value, kinds[name])
+        except BadValue as problem:
+            raise UserError(f"{source}: its config has {name}={reprlib.repr(value)}, which is not {problem}")
+    return values
+
+
+def merge(options: type, stored: dict, parsed: Parsed, fixed: set, source, lower: Iterable = ()) -> tuple:
+    """(values, changed): the stored settings with the flags typed now, and what these change. A config file changes
+    nothing, unless it lowers one of `lower`. Changing a `fixed` field raises UserError, unless it lowers one of those."""
+    values = {field.name: field.default for field in fields(options)} | from_dict(options, stored, source)
+    lowered = {name for name in lower if name in parsed.values and parsed.values[name] < values[name]}
+    changed = {name: parsed.values[name] for name in sorted(parsed.typed | lowered)
+               if parsed.values[name] != values[name] and name not in ("init_from", "out_dir")}
+    refused = [f"{name}={value} (the run has {values[name]})" for name, value in changed.items()
+               if name in fixed and name not in lowered]
+    if refused:
+        raise UserError(f"{source} cannot resume with {', '.join(refused)}: leave the flag out, or start from scratch")
+    return values | changed, {name: (values[name], value) for name, value in changed.items()}
+
+
+# -- --help ------------------------------------------------------------------------------------------------------------
+
+def comments(options: type) -> list:
+    """[(group, field name, comment)] in the order of the class's source, then of its parents': the comments are the one
+    place where fields are described."""
+    rows = []
+    for owner in options.__mro__:
+        if "__dataclass_fields__" not in vars(owner):
+            continue
+        group = ""
+        for line in inspect.getsource(owner).splitlines():
+            if heading := re.match(r"\s+# -- (.+)", line):
+                group = heading[1].strip(" -")
+            elif entry := re.match(r"\s+(\w+): .*?\s# (.+)", line):
+                rows.append([group, entry[1], entry[2]])
+            elif rows and (more := re.match(r"\s{20,}# (.+)", line)):
+                rows[-1][2] += " " + more[1]
+    return rows
+
+
+def help_text(options: type, doc: str, width: int = 0) -> str:
+    """What --help prints: the prose of `doc`, the fields in their groups, and last the examples, which are the indented
+    paragraphs of `doc`. width: columns to wrap at; 0: those of the terminal, 80 in a pipe."""
+    width = width or min(120, max(50, shutil.get_terminal_size().columns))
+    column = 36 if width >= 100 else 30                 # where the comments begin
+    kinds = field_types(options)
+    defaults = {field.name: field.default for field in fields(options)}
+    paragraphs = re.split(r"\n\n+", doc.strip("\n"))
+    examples = [paragraph for paragraph in paragraphs if paragraph.startswith("    ")]
+    lines = []
+    for paragraph in paragraphs:
+        if paragraph not in examples:
+            lines += [*textwrap.wrap(paragraph, width - 1, break_on_hyphens=False), ""]
+    lines.append("Flags and their defaults (a bare --flag means --flag=True):")
+    group = None
+    for heading, name, comment in comments(options):
+        if heading != group:
+            group = heading
+            lines += ["", f"{heading}:"]
+        default = "" if kinds[name] == Texts else defaults[name]
+        if typing.get_origin(kinds[name]) is typing.Literal:
+            comment += " [" + " | ".join(map(str, typing.get_args(kinds[name]))) + "]"
+        entry = f"  --{name}={default}"
+        if len(entry) > column - 2:                     # no room: the comment goes below
+            lines.append(entry)
+            entry = ""
+        lines += textwrap.wrap(comment, width - 1, initial_indent=entry.ljust(column), subsequent_indent=" " * column,
+                               break_on_hyphens=False)
+    if examples:
+        lines += ["", "examples:", *examples]
+    return "\n".join(lines)
