@@ -210,7 +210,7 @@ def prepare_named(name: str, /, data_dir: str = "", **typed):
 def ensure_set(name: str, data_dir: str, ranks) -> Path:
     """The folder of a prepared set. The first of `ranks` prepares a named one that is missing, the others wait."""
     folder = data_folder(name, data_dir)
-    if ranks.tell(not os.path.isfile(folder / "meta.json")):
+    if ranks.broadcast(not os.path.isfile(folder / "meta.json")):
         if name not in SETS:
             raise UserError(f"no data set in {folder}: python prepare.py YOUR_TEXT_FILE --name={name} makes it; the named sets "
                  f"are {', '.join(SETS)}")
@@ -219,7 +219,7 @@ def ensure_set(name: str, data_dir: str, ranks) -> Path:
                 prepare_named(name, data_dir)
             except OSError as error:
                 raise UserError(f"could not prepare {name} in {folder}: {error.strerror or error}")
-        ranks.tell(None)
+        ranks.broadcast(None)
     return folder
 
 

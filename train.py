@@ -1,23 +1,23 @@
-"""Inkling: train a GPT from raw text. The whole model and the whole loop, in one file, from top to bottom.
+"""Inkling: train a GPT from raw text. The whole model and the whole training loop, to be read from top to bottom.
 
-    python train.py                                         # the embedded text
-    python train.py config/shakespeare_char.py              # a config file
-    python train.py config/shakespeare_char.py --n_layer=8  # later ones win
-    python train.py config/shakespeare_char.py --init_from=resume   # go on
-    torchrun --standalone --nproc_per_node=4 train.py       # four processes
+    python train.py                                         # the bundled fables
+    python train.py config/shakespeare_char.py              # settings from a config file
+    python train.py config/shakespeare_char.py --n_layer=8  # a flag overrides the file
+    python train.py config/shakespeare_char.py --init_from=resume
+    torchrun --standalone --nproc_per_node=4 train.py       # four processes train one model
 
-What remains in out/NAME: ckpt.pt, the weights with the best validation loss, for sample.py; last.pt, all that
-is needed to go on; log.csv and loss.png. Ctrl-C finishes the step, saves last.pt and leaves.
-Exit codes: 0 done, 2 wrong input, 3 a loss that is not finite, 4 the last save failed, 130 and 143 stopped.
+Writes to out/NAME: ckpt.pt, the weights with the best validation loss, for sample.py; last.pt, everything needed to
+resume; log.csv and loss.png. Ctrl-C finishes the step, saves last.pt and exits. Exit codes: 0 done, 2 wrong input, 3 a
+loss that is not finite, 4 the last save failed, 130 and 143 stopped. README.zh.md: 中文说明
 """
 
 import math
 import os
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -25,159 +25,156 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from inkling.checkpoint import (
-    OPEN,
-    build_model,
-    claim_folder,
-    file_stamp,
-    load_checkpoint,
-    restore_optimizers,
-    save_checkpoint,
-)
-from inkling.cli import UserError, from_dict, merge, parse, run
-from inkling.cpu import Linear, attention, dropout
+from inkling import cli, cpu
+from inkling.checkpoint import RunFolder, build_model, file_stamp, load_checkpoint, restore_optimizers
+from inkling.cli import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError, at_least
+from inkling.clock import Deadline, Stopwatch
 from inkling.dataset import check_ids, open_data, random_order, windows_at_once
-from inkling.device import autocast, choose_device, choose_dtype, compare_with_cpu, compile_model, compile_pays
-from inkling.distributed import Ranks
-from inkling.report import Report
-from inkling.stopping import Deadline, Guard, Stop, explain_failures
+from inkling.device import (autocast, choose_device, choose_dtype, compare_with_cpu, compile_model, compile_pays,
+                            device_type)
+from inkling.distributed import Ranks, gradient_sync
+from inkling.dry_run import dry_run
+from inkling.report import Report, check_loggers
+from inkling.stopping import Guard, NotFinite, Stop, explain_failures
 from inkling.tokenizer import Tokenizer, prompt_ids, stored_tokenizer
 from prepare import ensure_set
 
-# -----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Settings. `python train.py --help` prints these lines; config files and --key=value flags set them.
 
 
 @dataclass
-class Config:
-    # -- the run
-    dataset: str = "fables"             # folder under data/; prepare.py writes it, a named set on first use
-    data_dir: str = ""                  # folder that holds the data sets; empty: data/ beside this file
-    out_dir: str = ""                   # folder of the run; empty: out/<config file's name>, or out/<dataset>
-    init_from: str = "scratch"          # scratch | resume | auto: either | PATH.pt | gpt2[-medium|-large|-xl]
-    seed: int = 1337                    # of the initial weights, the batches and dropout
-    max_iters: int = 150                # optimizer steps
-    max_epochs: float = 0.0             # passes over the training tokens; above 0 it sets max_iters
-    max_minutes: float = 0.0            # stop after so many on the clock; a new run's max_iters fit them
-    dry_run: bool = False               # say what the run would take, from three real steps; write nothing
-    # -- evaluation and reports
-    eval_interval: int = 25             # steps between evaluations; one comes before the first step
-    eval_iters: int = 0                 # N: N batches of 16 windows spread evenly; 0: all of the val split
-    eval_only: bool = False             # evaluate once, write nothing, leave
-    log_interval: int = 10              # steps between lines of progress
-    patience: int = 0                   # stop after so many evaluations without a better val loss; 0: never
-    save_interval: int = 0              # steps between saves of last.pt; 0: at every evaluation
-    keep: int = 0                       # keep the last.pt of the latest N evaluations as last-STEP.pt
-    always_save_checkpoint: bool = False  # write ckpt.pt at every evaluation, not only at the best so far
-    sample_interval: int = 0            # steps between samples of text; 0: at every evaluation
-    sample_tokens: int = 150            # length of these samples; 0: none
-    sample_start: str = ""              # their prompt; empty: the start of a text
-    sample_temperature: float = 0.8     # randomness of these samples; 0: greedy
-    tensorboard: bool = False           # write TensorBoard files to out_dir as well
-    wandb_log: bool = False             # log to Weights & Biases as well
-    wandb_project: str = "inkling"      # its project
-    wandb_run_name: str = ""            # its run; empty: the name of out_dir
-    # -- batches
-    batch_size: int = 24                # sequences per micro-batch
-    gradient_accumulation_steps: int = 1  # micro-batches per step, shared by all processes
-    block_size: int = 256               # tokens of context
-    sampling: Literal["epoch", "fixed", "random"] = "epoch"  # windows: each once an epoch, at other places in
-                                        # every epoch or at the same ones, or random ones
+class ModelConfig:
+    """What the weights of a checkpoint depend on: a run that starts from one takes these over."""
+
     # -- model
-    n_layer: int = 3                    # blocks
-    n_head: int = 2                     # attention heads (queries)
-    n_kv_head: int = 0                  # heads of keys and values, shared by groups of queries; 0: n_head
-    n_embd: int = 192                   # width: numbers per token
-    ffn_dim: int = 0                    # width inside the MLP; 0: 4 n_embd (swiglu: 8/3, rounded up to 128)
-    dropout: float = 0.0                # share dropped of the embedding and of what each half-block adds
-    attn_dropout: bool = False          # drop as large a share of the attention weights, too
-    positions: Literal["rope", "learned"] = "rope"  # rotary (arXiv 2104.09864) or vectors
-    rope_theta: float = 1024.0          # base of the rotary wavelengths
-    rope_fraction: float = 0.5          # share of each head's dimensions that is rotated
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # before each half-block and at the end
+    block_size: Annotated[int, at_least(1).at_most(2**20)] = 256    # context: the most tokens that predict the next
+    n_layer: PositiveInt = 3            # blocks
+    n_head: PositiveInt = 2             # attention heads (queries)
+    n_kv_head: NonNegativeInt = 0       # key-value heads, shared by groups of queries (GQA); 0: n_head
+    n_embd: PositiveInt = 192           # width: embedding size
+    ffn_dim: NonNegativeInt = 0         # width inside the MLP; 0: 4 n_embd (swiglu: 8/3, rounded up to 128)
+    positions: Literal["rope", "learned"] = "rope"  # rotary (arXiv 2104.09864) or learned embeddings
+    rope_theta: PositiveFloat = 1024.0  # base of the rotary wavelengths
+    rope_fraction: Fraction = 0.5       # fraction of each head's dimensions that is rotated
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # before attention, before the MLP, and at the end
     norm_gain: bool = False             # the norms have a learned gain
-    norm_eps: float = 1e-6              # the norms' epsilon
+    norm_eps: NonNegativeFloat = 1e-6   # the norms' epsilon
     embed_norm: bool = True             # a norm after the embedding
     mlp: Literal["relu2", "relu", "gelu", "gelu_tanh", "swiglu"] = "relu2"  # relu2: squared, arXiv 2109.08668
     bias: bool = False                  # biases in linear layers, and in layernorms with a gain
     qkv_bias: Literal["auto", True, False] = "auto"  # biases of queries, keys and values; auto: as bias
     head_bias: bool = False             # bias of the output layer
-    tie_weights: bool = False           # the output layer is the embedding
-    qk_norm: bool = True                # RMS-norm of queries and keys (arXiv 2302.05442)
-    logit_cap: float = 15.0             # bound on the logits: cap z / sqrt(z^2 + cap^2); 0: none
-    shortcuts: bool = True              # learned mixing of the embedding into each block, and of the first
-                                        # block's values into later ones (value residual, arXiv 2410.17897)
-    ngrams: int = 5                     # N: runs of 2 to N tokens add vectors to the embedding; 0: none
-    ngram_rows: int = 65536             # rows of the table of these vectors, which runs of tokens share
-    pad_vocab_to: int = 1               # the embedding's rows are a multiple of this; 64 is faster on a GPU
+    tie_weights: bool = False           # the output layer shares the embedding's weights
+    qk_norm: bool = True                # RMS norm of queries and keys (arXiv 2302.05442)
+    logit_cap: NonNegativeFloat = 15.0  # bound on the logits: cap z / sqrt(z^2 + cap^2); 0: none
+    shortcuts: bool = True              # learned mixing of the embedding into each block, and of the first block's
+                                        # values into later ones (value residual, arXiv 2410.17897)
+    ngrams: Annotated[int, at_least(0).at_most(16)] = 5     # N: n-grams of 2 to N tokens add vectors to the
+                                        # embedding; 0: off
+    ngram_rows: PositiveInt = 65536     # rows of the hashed n-gram table
+    pad_vocab_to: PositiveInt = 1       # round the embedding's rows up to a multiple; 64 is faster on a GPU
+
+
+@dataclass
+class Config(ModelConfig):
+    """All settings of a run, as the user gave them; nothing changes them afterwards (see Plan)."""
+
+    # -- the run
+    dataset: str = "fables"             # folder under data/; a built-in data set is prepared on first use
+    data_dir: str = ""                  # folder that holds the data sets; empty: data/ beside this file
+    out_dir: str = ""                   # folder of the run; empty: out/<config file's name>, or out/<dataset>
+    init_from: str = "scratch"          # scratch | resume | auto: resume if it can | PATH.pt | gpt2[-medium|-large|-xl]
+    seed: NonNegativeInt = 1337         # for the initial weights, the batches and dropout
+    max_iters: Annotated[int, at_least(0).below(2**31)] = 150   # optimizer steps
+    max_epochs: NonNegativeFloat = 0.0  # passes over the training tokens; above 0 it sets max_iters
+    max_minutes: NonNegativeFloat = 0.0  # time limit in minutes; a new run fits max_iters to it; 0: none
+    dry_run: bool = False               # estimate memory, time and files from three real steps; write nothing
+    # -- evaluation and reports
+    eval_interval: PositiveInt = 25     # steps between evaluations; the first one comes before the first step
+    eval_iters: NonNegativeInt = 0      # N: N batches of 16 windows, spread evenly; 0: all of the val split
+    eval_only: bool = False             # evaluate once and exit; writes nothing
+    log_interval: PositiveInt = 10      # steps between lines of progress
+    patience: NonNegativeInt = 0        # early stopping: evaluations without a better val loss; 0: never
+    save_interval: NonNegativeInt = 0   # steps between saves of last.pt; 0: at every evaluation
+    keep: NonNegativeInt = 0            # keep the last.pt of the latest N evaluations as last-STEP.pt
+    always_save_checkpoint: bool = False  # write ckpt.pt at every evaluation, not only at the best so far
+    sample_interval: NonNegativeInt = 0  # steps between samples of text; 0: at every evaluation
+    sample_tokens: NonNegativeInt = 150  # length of these samples; 0: none
+    sample_start: str = ""              # their prompt; empty: the end-of-text token or a line break
+    sample_temperature: NonNegativeFloat = 0.8  # randomness of these samples; 0: greedy
+    tensorboard: bool = False           # also write TensorBoard files to out_dir
+    wandb_log: bool = False             # also log to Weights & Biases
+    wandb_project: str = "inkling"      # its project
+    wandb_run_name: str = ""            # its run; empty: the name of out_dir
+    # -- batches
+    batch_size: PositiveInt = 24        # sequences per micro-batch
+    gradient_accumulation_steps: PositiveInt = 1  # micro-batches per step, shared by all processes
+    sampling: Literal["epoch", "fixed", "random"] = "epoch"     # epoch: each window once, shifted every epoch; fixed:
+                                        # the same windows every epoch; random: random places
+    # -- regularization and initial weights
+    dropout: Annotated[float, at_least(0).at_most(0.99)] = 0.0  # dropout rate on the embedding and on what attention
+                                        # and MLP output
+    attn_dropout: bool = False          # the same rate on the attention weights, too
     init: Literal["zero", "gpt2", "torch", "kaiming"] = "zero"  # initial weights; zero: outputs start at 0
     # -- optimizer
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: for the blocks' matrices, with AdamW for all else
-    learning_rate: float = 0.02         # of the blocks' matrices under muon, of everything under adamw
-    embed_lr: float = 0.1               # AdamW's for the embeddings, under muon
-    ngram_decay: float = 2.0            # of n-gram vectors, under muon, times their rate; small texts: more
-    head_lr: float = 0.008              # AdamW's for the output layer, under muon
-    scalar_lr: float = 0.02             # AdamW's for gains, biases and mixing weights, under muon
-    weight_decay: float = 0.4           # times the rate; of the blocks' matrices (muon) or of all (adamw)
+    optimizer: str = "muon"             # muon (for the blocks' matrices, with AdamW for all else) | adamw
+    learning_rate: NonNegativeFloat = 0.02  # with muon: of the blocks' matrices; with adamw: of everything
+    embed_lr: NonNegativeFloat = 0.1    # with muon: AdamW's learning rate for the embeddings
+    ngram_decay: NonNegativeFloat = 2.0  # with muon: weight decay of the n-gram vectors; raise for small texts
+    head_lr: NonNegativeFloat = 0.008   # with muon: AdamW's learning rate for the output layer
+    scalar_lr: NonNegativeFloat = 0.02  # with muon: AdamW's learning rate for gains, biases and mixing weights
+    weight_decay: NonNegativeFloat = 0.4  # times the learning rate; of the blocks' matrices (muon) or all (adamw)
     cautious: bool = True               # muon decays only where decay and update agree (arXiv 2411.16085)
     decay_all: bool = False             # weight decay on every parameter
-    momentum: float = 0.95              # muon's; reached from 0.85 in 100 steps
-    beta1: float = 0.8                  # AdamW's averaging of gradients, share kept per step
-    beta2: float = 0.95                 # the same for their squares
-    adam_eps: float = 1e-10             # AdamW's epsilon
-    grad_clip: float = 0.0              # bound on the norm of the gradient; 0: none
-    # -- learning rate over time, one factor for every rate above
+    momentum: Annotated[float, at_least(0).at_most(0.99999)] = 0.95     # muon's; reached from 0.85 in 100 steps
+    beta1: Annotated[float, at_least(0).at_most(0.99999)] = 0.8         # AdamW: decay rate of its average of gradients
+    beta2: Annotated[float, at_least(0).at_most(0.99999)] = 0.95        # AdamW: the same for their squares
+    adam_eps: Annotated[float, at_least(1e-30).at_most(1)] = 1e-10      # AdamW's epsilon
+    grad_clip: NonNegativeFloat = 0.0   # bound on the norm of the gradient; 0: none
+    # -- learning rate over time: one factor for every rate above
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # linear: flat, then down
     decay_lr: bool = True               # False: the full rate at every step
-    warmup_iters: int = 0               # steps of linear warm-up
-    lr_decay_iters: int = 0             # step at which min_lr is reached; 0: max_iters
-    cooldown: float = 0.8               # share of lr_decay_iters over which `linear` comes down
-    min_lr: float = 0.0                 # learning_rate at the end
+    warmup_iters: NonNegativeInt = 0    # steps of linear warm-up
+    lr_decay_iters: NonNegativeInt = 0  # step at which min_lr is reached; 0: max_iters
+    cooldown: Fraction = 0.8            # linear: fraction of lr_decay_iters spent decaying
+    min_lr: NonNegativeFloat = 0.0      # learning_rate at the end
     # -- machine
     device: str = "auto"                # cpu | cuda | cuda:N | mps; auto: a GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the faster, measured
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: when it pays within the run
     backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto: nccl on GPUs
-    shard: bool = False                 # each of several processes holds its share of weights and optimizer
-    activation_checkpointing: bool = False  # compute activations again in the backward pass: less memory
+    shard: bool = False                 # shard weights, gradients and optimizer state across processes (FSDP)
+    activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
 
-    def problems(self) -> list:
-        """Every broken rule, with its values, so that all can be mended at once."""
-        counts = "eval_interval log_interval batch_size gradient_accumulation_steps block_size n_layer n_head"
-        above_0 = [*counts.split(), "n_embd", "rope_theta", "ngram_rows", "pad_vocab_to"]
-        limits = dict.fromkeys(above_0, (1, 2**31)) | dict(ngrams=(0, 16))
-        limits |= dict.fromkeys(("momentum", "beta1", "beta2"), (0, 0.99999)) | dict(block_size=(1, 2**20))
-        limits |= dict(dropout=(0, 0.99), rope_fraction=(0, 1), cooldown=(0, 1), adam_eps=(1e-30, 1))
-        limits |= dict(max_iters=(0, OPEN - (not self.max_minutes)))
-        found = []
-        for name, value in asdict(self).items():
-            low, high = limits.get(name, (0, 2**31))
-            if type(value) in (int, float) and not low <= value <= high:
-                found.append(f"{name}={value} must be from {low} to {high}")
-        head_dim = self.n_embd / (self.n_head or 1)
-        rules = {f"n_head={self.n_head} must divide n_embd={self.n_embd}": head_dim % 1 == 0,
-                 f"n_embd / n_head = {head_dim:g} must be even for rope":
-                     self.positions != "rope" or head_dim % 2 != 1,
-                 f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}":
-                     self.n_head % (self.n_kv_head or 1) == 0,
-                 "tie_weights=True needs another init than zero": not self.tie_weights or self.init != "zero",
-                 "max_epochs and max_minutes both set the length: leave one out":
-                     not (self.max_epochs and self.max_minutes),
-                 "shard=True cuts matrices that muon needs whole: use optimizer=adamw and its learning_rate":
-                     not self.shard or self.optimizer == "adamw",
-                 "shard=True knows no dtype=float16: use bfloat16 or float32":
-                     not self.shard or self.dtype != "float16",
-                 f"min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}":
-                     not self.decay_lr or self.min_lr <= self.learning_rate}
-        return found + [rule for rule, holds in rules.items() if not holds]
+    def rules(self) -> dict:
+        """The rules that several settings keep together: each in words, and whether it holds."""
+        head_dim = self.n_embd / max(1, self.n_head)
+        return {
+            f"n_head={self.n_head} must divide n_embd={self.n_embd}": head_dim % 1 == 0,
+            f"n_embd / n_head = {head_dim:g} must be even for rope":
+                self.positions != "rope" or head_dim % 2 != 1,
+            f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}":
+                self.n_head % (self.n_kv_head or 1) == 0,
+            "tie_weights=True needs an init other than zero":
+                not self.tie_weights or self.init != "zero",
+            "max_epochs and max_minutes both set the length: leave one out":
+                not (self.max_epochs and self.max_minutes),
+            f"optimizer={self.optimizer} must be one of {', '.join(OPTIMIZERS)}":
+                self.optimizer in OPTIMIZERS,
+            "shard=True splits matrices that muon needs whole: use optimizer=adamw and its learning_rate":
+                not self.shard or self.optimizer != "muon",
+            "shard=True does not support dtype=float16: use bfloat16 or float32":
+                not self.shard or self.dtype != "float16",
+            f"min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}":
+                not self.decay_lr or self.min_lr <= self.learning_rate,
+        }
 
 
-# What a checkpoint's weights depend on, from n_layer to pad_vocab_to, and what a resumed run cannot change.
-_ALL = list(Config.__dataclass_fields__)
-MODEL_FIELDS = {"block_size", *_ALL[_ALL.index("n_layer"):_ALL.index("init")]} - {"dropout", "attn_dropout"}
-FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer"}
+MODEL_FIELDS = {model_field.name for model_field in fields(ModelConfig)}
+FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer"}          # what a resumed run cannot change
 
-# -----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # The model. Shapes: B sequences, T tokens, C = n_embd.
 
 
@@ -189,8 +186,8 @@ def make_norm(cfg: Config):
 
 
 def rotation_table(cfg: Config):
-    """cos and sin (block_size, head_dim/2) of the angles by which positions turn pairs of dimensions.
-    Those past rope_fraction do not turn."""
+    """cos and sin, (block_size, head_dim / 2), of the angle by which each position turns each pair of dimensions.
+    Pairs beyond rope_fraction do not turn."""
     pairs = cfg.n_embd // cfg.n_head // 2
     turning = round(cfg.rope_fraction * pairs)
     frequency = torch.zeros(pairs)
@@ -200,91 +197,116 @@ def rotation_table(cfg: Config):
 
 
 def rotate(x, cos, sin):
-    """Turn pairs (i, i + head_dim/2) of x (B, T, heads, head_dim) by angles (T, 1, head_dim/2)."""
+    """Turn the pairs (i, i + head_dim / 2) of x (B, T, heads, head_dim) by angles (T, head_dim / 2)."""
+    cos = cos[:, None]                  # (T, 1, head_dim / 2): the same for all heads
+    sin = sin[:, None]
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-class Cache:
-    """Keys and values of the tokens so far, two tensors (B, n_kv_head, size, head_dim) a block; last, for
-    n-grams, the tokens themselves, (B, 1, size, 1)."""
-
-    def __init__(self, cfg: Config, size: int):
-        self.length, self.size, self.tensors, self.at = 0, size, [None] * cfg.n_layer, slice(0)
-        self.tensors += [None] * (cfg.ngrams > 1)
-
-    def extend(self, layer: int, *new):
-        """Put the keys and values (B, n_kv_head, T, head_dim) of new tokens at their places. Returns those of
-        all tokens so far; of all places, if `at` is a tensor, since compiled code wants shapes that stay."""
-        if self.tensors[layer] is None:
-            self.tensors[layer] = [z.new_zeros(*z.shape[:2], self.size, z.size(3)) for z in new]
-        for stored, z in zip(self.tensors[layer], new, strict=True):
-            stored[:, :, self.at] = z
-        return [stored[:, :, :getattr(self.at, "stop", None)] for stored in self.tensors[layer]]
-
-
 class NGrams(nn.Embedding):
-    """Vectors of the last 2, 3, ... tokens, in one table at the rows to which their hashes point: such short
-    runs say much about the next token, and attention needs long to learn them. Bigrams: record 62 of
-    modded-nanogpt; longer runs: arXiv 2501.16975."""
+    """A vector for each of the last 2, 3, ... `longest` tokens: such short n-grams say much about the next token, and
+    attention needs long to learn them. All share one table, in the rows that their hashes point to. Bigrams: record 62
+    of modded-nanogpt; longer n-grams: arXiv 2501.16975.
 
-    def forward(self, ids, at, longest: int):
-        """The sum (B, T, C) of the vectors for 2 to `longest` tokens up to places `at` (T,) of ids (B, S)."""
-        keys = [ids[:, at].long()]
-        for back in range(1, longest):
-            before = (ids[:, (at - back).clamp(min=0)] + 1) * (at >= back)      # 0 before the first one
-            keys.append((keys[-1] * 1_540_483_477 + before) % (2**31 - 1))      # Rabin and Karp's hash
-        return super().forward(torch.stack(keys[1:], 2) % self.num_embeddings).sum(2)
+    Take the ids 5, 7, 9. At the 9, the pair (7, 9) has the key 9 * FACTOR + 8, and the triple (5, 7, 9) the key
+    (9 * FACTOR + 8) * FACTOR + 6, each modulo PRIME: ids count from 1, so that 0 can stand for "before the text".
+    A key's vector is row key % rows of the table, and the 9 receives the sum of both.
+    """
+
+    FACTOR = 1_540_483_477              # Rabin and Karp's rolling hash
+    PRIME = 2**31 - 1
+
+    def __init__(self, rows: int, width: int, longest: int):
+        super().__init__(rows, width)
+        self.longest = longest
+
+    def forward(self, ids, positions):
+        """The sums (B, T, C) of the vectors of the n-grams that end at `positions` (T,) of ids (B, S)."""
+        key = ids[:, positions].long()
+        keys = []
+        for distance in range(1, self.longest):
+            earlier = positions - distance
+            id_before = (ids[:, earlier.clamp(min=0)] + 1) * (earlier >= 0)     # 0 before the text
+            key = (key * self.FACTOR + id_before) % self.PRIME
+            keys.append(key)
+        rows = torch.stack(keys, dim=2) % self.num_embeddings                   # (B, T, longest - 1)
+        return super().forward(rows).sum(dim=2)
 
 
 class Attention(nn.Module):
-    """Causal self-attention, with keys and values shared by groups of queries (arXiv 2305.13245) when
-    n_kv_head < n_head."""
+    """Causal self-attention; with n_kv_head < n_head, groups of queries share them (GQA, arXiv 2305.13245)."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
-        self.cfg, self.layer, self.head_dim = cfg, layer, cfg.n_embd // cfg.n_head
+        self.layer = layer
+        self.n_head = cfg.n_head
         self.n_kv_head = cfg.n_kv_head or cfg.n_head
+        self.head_dim = cfg.n_embd // cfg.n_head
+        self.qk_norm = cfg.qk_norm
+        self.norm_eps = cfg.norm_eps
+        self.dropout = cfg.dropout if cfg.attn_dropout else 0.0
         bias = cfg.bias if cfg.qkv_bias == "auto" else cfg.qkv_bias
-        self.q = Linear(cfg.n_embd, cfg.n_head * self.head_dim, bias=bias)
-        self.k = Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=bias)
-        self.v = Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=bias)
-        self.out = Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
-        self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if cfg.shortcuts and layer else None
+        self.q = nn.Linear(cfg.n_embd, self.n_head * self.head_dim, bias=bias)
+        self.k = nn.Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=bias)
+        self.v = nn.Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=bias)
+        self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        mixes_values = cfg.shortcuts and layer > 0
+        self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if mixes_values else None
 
-    def forward(self, x, rotation, v_first, cache, mask):
-        """x (B, T, C), normed, and the first block's values; returns the output and this block's values."""
+    def forward(self, x, rotation, v_first, cache=None):
+        """x (B, T, C), normed, and the first block's values; returns the output (B, T, C) and this block's values."""
         B, T, C = x.shape
-        q, k, v = (linear(x).view(B, T, -1, self.head_dim) for linear in (self.q, self.k, self.v))
+        q = self.q(x).view(B, T, self.n_head, self.head_dim)        # (B, T, n_head, head_dim)
+        k = self.k(x).view(B, T, self.n_kv_head, self.head_dim)     # (B, T, n_kv_head, head_dim)
+        v = self.v(x).view(B, T, self.n_kv_head, self.head_dim)     # (B, T, n_kv_head, head_dim)
         if self.value_mix is not None:
             mix = self.value_mix.to(v.dtype)
             v = mix[0] * v + mix[1] * v_first
-        if self.cfg.qk_norm:
-            q, k = (F.rms_norm(z, (self.head_dim,), eps=self.cfg.norm_eps) for z in (q, k))
+        if self.qk_norm:
+            q = F.rms_norm(q, (self.head_dim,), eps=self.norm_eps)
+            k = F.rms_norm(k, (self.head_dim,), eps=self.norm_eps)
         if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        keys, values = k.transpose(1, 2), v.transpose(1, 2)         # (B, n_kv_head, T, head_dim)
+            q = rotate(q, *rotation)
+            k = rotate(k, *rotation)
+        y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), cache)
+        y = y.transpose(1, 2).reshape(B, T, C)                      # the heads side by side
+        return self.out(y), v
+
+    def attend(self, q, k, v, cache):
+        """softmax(q k^T / sqrt(head_dim)) v, for q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim): each
+        query sees the keys up to its own position. Returns (B, n_head, T, head_dim)."""
+        mask = None
         if cache is not None:
-            keys, values = cache.extend(self.layer, keys, values)
-        p = self.cfg.dropout if self.cfg.attn_dropout and self.training else 0.0
-        y = attention(q.transpose(1, 2), keys, values, mask, mask is None and T > 1, p)
-        return self.out(y.transpose(1, 2).reshape(B, T, C)), v      # from (B, n_head, T, head_dim)
+            k, v = cache.extend(self.layer, k, v)
+            mask = cache.mask()
+        is_causal = mask is None and q.size(2) > 1
+        dropout_p = self.dropout if self.training else 0.0
+        if q.device.type == "cpu":      # in causal blocks, where a CPU is faster with them
+            return cpu.attention(q, k, v, mask, is_causal, dropout_p)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p,
+                                              enable_gqa=self.n_kv_head != self.n_head)
+
+
+def relu_squared(x):
+    return F.relu(x).square()
 
 
 class MLP(nn.Module):
-    """Two matrices with a nonlinearity between, or the three of SwiGLU (arXiv 2002.05202)."""
+    """Two matrices with a nonlinearity between them, or the three of SwiGLU (arXiv 2002.05202)."""
 
-    activations = {"relu2": lambda x: F.relu(x).square(), "relu": F.relu, "gelu": F.gelu, "swiglu": F.silu,
-                   "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+    activations = {"relu2": relu_squared, "relu": F.relu, "gelu": F.gelu,
+                   "gelu_tanh": partial(F.gelu, approximate="tanh"), "swiglu": F.silu}
 
     def __init__(self, cfg: Config):
         super().__init__()
         gated = cfg.mlp == "swiglu"
-        width = cfg.ffn_dim or (128 * math.ceil(8 * cfg.n_embd / 3 / 128) if gated else 4 * cfg.n_embd)
+        default_width = 128 * math.ceil(8 * cfg.n_embd / 3 / 128) if gated else 4 * cfg.n_embd
+        width = cfg.ffn_dim or default_width
         self.activation = self.activations[cfg.mlp]
-        self.up = Linear(cfg.n_embd, width, bias=cfg.bias)
-        self.gate = Linear(cfg.n_embd, width, bias=cfg.bias) if gated else None
-        self.down = Linear(width, cfg.n_embd, bias=cfg.bias)
+        self.up = nn.Linear(cfg.n_embd, width, bias=cfg.bias)
+        self.gate = nn.Linear(cfg.n_embd, width, bias=cfg.bias) if gated else None
+        self.down = nn.Linear(width, cfg.n_embd, bias=cfg.bias)
 
     def forward(self, x):
         if self.gate is None:
@@ -293,176 +315,275 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP; each reads the stream x through a norm and adds to it, as in GPT-2."""
+    """Attention, then an MLP; each reads the residual stream x through a norm and adds to it, as in GPT-2."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
-        self.dropout = cfg.dropout
-        self.norm1, self.attn = make_norm(cfg), Attention(cfg, layer)
-        self.norm2, self.mlp = make_norm(cfg), MLP(cfg)
+        self.norm1 = make_norm(cfg)
+        self.attn = Attention(cfg, layer)
+        self.norm2 = make_norm(cfg)
+        self.mlp = MLP(cfg)
+        self.dropout = nn.Dropout(cfg.dropout)
         self.embed_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if cfg.shortcuts else None
 
-    def forward(self, x, x_first, rotation, v_first, cache, mask):
-        p = self.dropout if self.training else 0.0
+    def forward(self, x, x_first, rotation, v_first, cache=None):
+        """x and x_first, the embedding, (B, T, C); returns x and this block's values, for later blocks."""
         if self.embed_mix is not None:
             mix = self.embed_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x_first
-        y, v = self.attn(self.norm1(x), rotation, v_first, cache, mask)
-        x = x + dropout(y, p)
-        return x + dropout(self.mlp(self.norm2(x)), p), v
+        y, v = self.attn(self.norm1(x), rotation, v_first, cache)
+        x = x + self.dropout(y)
+        x = x + self.dropout(self.mlp(self.norm2(x)))
+        return x, v
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer. The switches span GPT-2 (OpenAI, 2019), Llama (arXiv 2302.13971) and the
-    fast recipe of the modded-nanogpt speedruns (github.com/KellerJordan/modded-nanogpt)."""
+    """A decoder-only transformer. Its switches span GPT-2 (OpenAI, 2019), Llama (arXiv 2302.13971) and the fast recipe
+    of the modded-nanogpt speedruns (github.com/KellerJordan/modded-nanogpt)."""
 
     def __init__(self, cfg: Config, vocab_size: int):
         super().__init__()
-        self.cfg, self.vocab_size = cfg, vocab_size
+        self.cfg = cfg
+        self.vocab_size = vocab_size
         rows = cfg.pad_vocab_to * math.ceil(vocab_size / cfg.pad_vocab_to)
         self.wte = nn.Embedding(rows, cfg.n_embd)
-        self.ngrams = NGrams(cfg.ngram_rows, cfg.n_embd) if cfg.ngrams > 1 else None
+        self.ngrams = NGrams(cfg.ngram_rows, cfg.n_embd, cfg.ngrams) if cfg.ngrams > 1 else None
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.positions == "learned" else None
         self.embed_norm = make_norm(cfg) if cfg.embed_norm else None
+        self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
         self.norm = make_norm(cfg)
-        self.head = Linear(cfg.n_embd, rows, bias=cfg.head_bias)
+        self.head = nn.Linear(cfg.n_embd, rows, bias=cfg.head_bias)
         if cfg.tie_weights:
             self.head.weight = self.wte.weight
         cos, sin = rotation_table(cfg) if cfg.positions == "rope" else (None, None)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.initialize(cfg.init)
+        self.initialize()
 
     @torch.no_grad()
-    def initialize(self, init: str):
-        """gpt2: normal, std 0.02, less for the matrices that add to the stream. torch: PyTorch's defaults.
-        kaiming: uniform (arXiv 1502.01852). zero: those matrices and the head at 0, the others normal.
-        N-gram vectors begin at 0 in each."""
-        adding = {linear for block in self.blocks for linear in (block.attn.out, block.mlp.down)}
+    def initialize(self):
+        """Draw the initial weights. cfg.init says how; n-gram vectors always begin at 0."""
+        outputs = {block.attn.out for block in self.blocks} | {block.mlp.down for block in self.blocks}
         for module in self.modules():
-            if not isinstance(module, (nn.Linear, nn.Embedding)) or init == "torch":
-                continue
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
-            if init == "gpt2":
-                narrower = math.sqrt(2 * self.cfg.n_layer) if module in adding else 1
-                nn.init.normal_(module.weight, std=0.02 / narrower)
-            elif init == "kaiming":
-                nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
-            elif module in adding or module is self.head:
-                nn.init.zeros_(module.weight)
-            elif isinstance(module, nn.Linear):         # an embedding keeps PyTorch's std of 1
-                nn.init.normal_(module.weight, std=math.sqrt(0.33 / module.in_features))
+            if isinstance(module, (nn.Linear, nn.Embedding)) and self.cfg.init != "torch":
+                self.initialize_module(module, adds_to_stream=module in outputs)
         if self.ngrams is not None:
             nn.init.zeros_(self.ngrams.weight)
 
-    def trunk(self, idx, cache: Cache | None = None, at=None):
-        """Token ids (B, T) to features (B, T, C). With a cache, idx holds the tokens after those in it; `at`
-        (T,) gives their positions as a tensor, for a compiled step that does not know how many there are."""
-        kind, T, fixed, mask = idx.device.type, idx.size(1), at is not None, None
-        past = cache.length if cache and not fixed else 0
-        at = at if fixed else slice(past, past + T)
-        if cache:
-            cache.at = at
-        # Query t sees keys 0 to past + t: all when it is alone, the usual triangle when nothing is past.
-        if fixed:
-            mask = torch.arange(cache.size, device=at.device) <= at[:, None]        # (T, size)
-        elif past and T > 1:
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(past)
-        x = self.wte(idx)
-        if self.ngrams is not None:
-            ids = cache.extend(-1, idx[:, None, :, None])[0][:, 0, :, 0] if cache else idx
-            x = x + self.ngrams(ids, at if fixed else torch.arange(past, past + T, device=idx.device),
-                                self.cfg.ngrams)
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))    # a stream in 16 bits halves the element-wise traffic
-        if self.wpe is not None:
-            x = x + self.wpe.weight[at].to(x.dtype)
-        if self.embed_norm is not None:
-            x = self.embed_norm(x)
-        x = dropout(x, self.cfg.dropout if self.training else 0.0)
-        rotation = None
-        if self.cos is not None:
-            rotation = [table[at, None].to(x.dtype) for table in (self.cos, self.sin)]
-        x_first, v_first = x, None
-        again = self.training and self.cfg.activation_checkpointing
-        for block in self.blocks:
-            call = partial(checkpoint, block, use_reentrant=False) if again else block
-            x, v = call(x, x_first, rotation, v_first, cache, mask)
-            v_first = v if v_first is None else v_first
-        if cache and not fixed:
-            cache.length += T
-        return self.norm(x)
+    def initialize_module(self, module, adds_to_stream: bool):
+        """gpt2: normal, std 0.02, less for the matrices that add to the stream. kaiming: uniform (arXiv 1502.01852).
+        zero: those matrices and the head at 0, the other matrices normal; embeddings keep PyTorch's std of 1."""
+        init = self.cfg.init
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+        if init == "gpt2":
+            std = 0.02 / math.sqrt(2 * self.cfg.n_layer) if adds_to_stream else 0.02
+            nn.init.normal_(module.weight, std=std)
+        elif init == "kaiming":
+            nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
+        elif adds_to_stream or module is self.head:
+            nn.init.zeros_(module.weight)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=math.sqrt(0.33 / module.in_features))
 
-    def logits(self, features):
-        """Features (..., C) to float32 logits (..., vocab_size), without the rows that pad the vocabulary."""
-        z, cap = self.head(features)[..., :self.vocab_size].float(), self.cfg.logit_cap
-        return z * cap * torch.rsqrt(z * z + cap * cap) if cap else z
-
-    def forward(self, idx, targets=None):
-        """Logits (B, T, vocab_size) and, given targets (B, T), the mean cross-entropy in nats, else None."""
-        logits = self.logits(self.trunk(idx))
+    def forward(self, ids, targets=None):
+        """Logits (B, T, vocab_size) for ids (B, T) and, given targets (B, T), the mean cross-entropy in nats."""
+        T = ids.size(1)
+        positions = torch.arange(T, device=ids.device)
+        rotation = None if self.cos is None else (self.cos[:T], self.sin[:T])
+        x = self.embed(ids, ids, positions)
+        x = self.transform(x, rotation)
+        logits = self.logits(x)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def next_logits(self, idx, cache: Cache, at=None):
-        """Logits (B, vocab_size) of the token after idx (B, T); see trunk."""
-        return self.logits(self.trunk(idx, cache, at)[:, -1])
+    def embed(self, ids, text, positions):
+        """The residual stream (B, T, C) of ids (B, T), which stand at `positions` (T,) of text (B, S)."""
+        x = self.wte(ids)
+        if self.ngrams is not None:
+            x = x + self.ngrams(text, positions)
+        kind = ids.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))    # a stream in 16 bits halves the element-wise traffic
+        if self.wpe is not None:
+            x = x + self.wpe(positions).to(x.dtype)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        return self.dropout(x)
+
+    def transform(self, x, rotation, cache=None):
+        """The stream x (B, T, C) through all blocks and the last norm."""
+        if rotation is not None:
+            rotation = [table.to(x.dtype) for table in rotation]
+        x_first = x
+        v_first = None
+        recompute = self.training and self.cfg.activation_checkpointing
+        for block in self.blocks:
+            if recompute:
+                x, v = checkpoint(block, x, x_first, rotation, v_first, use_reentrant=False)
+            else:
+                x, v = block(x, x_first, rotation, v_first, cache)
+            if v_first is None:
+                v_first = v
+        return self.norm(x)
+
+    def logits(self, x):
+        """float32 logits (..., vocab_size) of features x (..., C), without the rows that pad the vocabulary."""
+        z = self.head(x)[..., :self.vocab_size].float()
+        cap = self.cfg.logit_cap
+        if cap:
+            z = z * cap * torch.rsqrt(z * z + cap * cap)
+        return z
+
+    # -- generation: the keys and values of earlier tokens are cached, so that each token is computed once
+
+    def next_logits(self, ids, cache):
+        """Logits (B, vocab_size) of the token after ids (B, T), the tokens at cache.positions; see Cache.advance."""
+        rotation = None if self.cos is None else (self.cos[cache.positions], self.sin[cache.positions])
+        text = cache.add_ids(ids)
+        x = self.embed(ids, text, cache.positions)
+        x = self.transform(x, rotation, cache)
+        return self.logits(x[:, -1])
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens: int, pick, step=None):
-        """Continue the prompts idx (B, T >= 1), yielding the ids (B,) of one new position at a time.
-        pick: logits (B, vocab_size) -> ids (B,). step: next_logits, compiled, for one token at a time; again
-        for each size of the cache, hence few sizes. Past block_size the last half of the window is kept, and
-        its keys and values are computed afresh in one pass: a cache that rolled on would hold values which
-        had seen tokens that are gone."""
-        size = self.cfg.block_size
-        window = new = idx[:, -size:]
-        cache = Cache(self.cfg, min(size, 128 * math.ceil((window.size(1) + max_new_tokens) / 128)))
+    def generate(self, ids, max_new_tokens: int, pick, step=None):
+        """Continue the prompts ids (B, T >= 1), yielding the ids (B,) of one new position at a time.
+
+        pick: logits (B, vocab_size) -> ids (B,). step: a compiled next_logits for one token at a time; it is recompiled
+        for every cache size, so sizes are rounded up to 128.
+
+        When the context is full, the last half of the window is kept and its keys and values are recomputed in one
+        pass: in a rolling cache they would still depend on tokens that have been dropped."""
+        block_size = self.cfg.block_size
+        window = new = ids[:, -block_size:]
+        size = min(block_size, 128 * math.ceil((window.size(1) + max_new_tokens) / 128))
+        cache = Cache(self.cfg, len(ids), size, ids.device, self.wte.weight.dtype)
         for _ in range(max_new_tokens):
-            if cache.length + new.size(1) > size:
-                window = new = window[:, -max(1, size // 2):]
-                cache.length = 0
-            if step and new.size(1) == 1 and cache.length:
-                logits = step(new, cache, torch.full((1,), cache.length, device=idx.device))
-                cache.length += 1
-            else:
-                logits = self.next_logits(new, cache)
+            if cache.length + new.size(1) > block_size:
+                window = new = window[:, -max(1, block_size // 2):]
+                cache.clear()
+            compiled = step is not None and new.size(1) == 1 and cache.length > 0
+            cache.advance(new.size(1), fixed_shape=compiled)
+            logits = step(new, cache) if compiled else self.next_logits(new, cache)
             token = pick(logits)
             yield token
             new = token[:, None]
             window = torch.cat((window, new), dim=1)
 
 
+class Cache:
+    """Keys and values of the tokens so far: two tensors (B, n_kv_head, size, head_dim) per block; and, for n-grams, the
+    tokens themselves, ids (B, size).
+
+    length: how many tokens there are, those that the model is computing included. positions (T,): the places of these.
+    """
+
+    def __init__(self, cfg: Config, batch_size: int, size: int, device, dtype):
+        head_dim = cfg.n_embd // cfg.n_head
+        shape = (batch_size, cfg.n_kv_head or cfg.n_head, size, head_dim)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
+        self.ids = torch.zeros(batch_size, size, device=device, dtype=torch.int64)
+        self.size = size
+        self.clear()
+
+    def clear(self):
+        self.length = 0
+        self.visible = 0
+        self.positions = None
+        self.fixed_shape = False
+
+    def advance(self, count: int, fixed_shape: bool = False):
+        """Make the next `count` places those of the tokens to come. fixed_shape: attention looks at all places, with a
+        mask, instead of those in use: compiled code needs shapes that do not change."""
+        self.positions = torch.arange(self.length, self.length + count, device=self.ids.device)
+        self.length += count
+        self.fixed_shape = fixed_shape
+        self.visible = self.size if fixed_shape else self.length
+
+    def add_ids(self, ids):
+        """Store ids (B, T) at the positions; returns those of all visible places, (B, visible)."""
+        self.ids.index_copy_(1, self.positions, ids.long())
+        return self.ids[:, :self.visible]
+
+    def extend(self, layer: int, keys, values):
+        """Store keys and values (B, n_kv_head, T, head_dim) at the positions; returns those of all visible places."""
+        self.keys[layer].index_copy_(2, self.positions, keys)
+        self.values[layer].index_copy_(2, self.positions, values)
+        return self.keys[layer][:, :, :self.visible], self.values[layer][:, :, :self.visible]
+
+    def mask(self):
+        """Which visible places each position sees, (T, visible). None where no mask is needed: one token sees every
+        place in use, and the first tokens of a text see the usual triangle."""
+        count = len(self.positions)
+        if not self.fixed_shape and count in (1, self.visible):
+            return None
+        return torch.arange(self.visible, device=self.positions.device) <= self.positions[:, None]
+
+    def tensors(self) -> list:
+        return [*self.keys, *self.values, self.ids]
+
+
 def draw(logits, temperature: float, uniform=None):
-    """Ids (B,) drawn from softmax(logits (B, vocab_size) / temperature); at 0 the likeliest.
-    uniform (B,): numbers in [0, 1) to draw with: where the sums of the probabilities first exceed them."""
+    """Ids (B,) drawn from softmax(logits (B, vocab_size) / temperature); at temperature 0 the most likely ones.
+    uniform (B,): numbers in [0, 1) that decide: the id is the first at which the summed probabilities exceed them."""
     if temperature < 1e-30:                             # 0, or what float32 takes for 0
         return logits.argmax(-1)
     p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)   # safe near temperature 0
     # In float32 the many small probabilities of a large vocabulary would be lost in their sum.
-    sums = p.cumsum(-1, dtype=torch.float32 if p.device.type == "mps" else torch.float64)
-    uniform = torch.rand(len(p), dtype=sums.dtype, device=p.device) if uniform is None else uniform
-    return torch.searchsorted(sums, uniform.to(sums)[:, None] * sums[:, -1:], right=True)[:, 0]
+    dtype = torch.float32 if p.device.type == "mps" else torch.float64
+    sums = p.cumsum(-1, dtype=dtype)
+    if uniform is None:
+        uniform = torch.rand(len(p), dtype=dtype, device=p.device)
+    threshold = uniform.to(sums)[:, None] * sums[:, -1:]
+    return torch.searchsorted(sums, threshold, right=True)[:, 0]
+
+# ---------------------------------------------------------------------------------------------------
+# Optimizers and the learning rate
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Optimizers and schedule
+class ScheduledOptimizer:
+    """What a run asks of an optimizer besides PyTorch's own methods. Every group has the base_lr that is scheduled."""
+
+    found_inf = None                    # a tensor; where it is 1, a step changes nothing (Guard, on a GPU)
+
+    def set_rates(self, factor: float, step: int):
+        """Set what varies over time for update number `step`: `factor` of every group's full rate."""
+        for group in self.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+    def state_shapes(self, p, group: dict) -> dict:
+        """The tensors that the optimizer keeps for parameter p of a group, by name, and their shapes."""
+        raise TypeError(f"{type(self).__name__} does not say what its state looks like")
+
+    def compile_update(self):
+        """Compile what repays it; called when the model is compiled."""
+
+    def working_bytes(self) -> int:
+        """Memory that a step needs while it works."""
+        return 0
+
+
+class AdamW(ScheduledOptimizer, torch.optim.AdamW):
+    """PyTorch's AdamW (arXiv 1711.05101)."""
+
+    def state_shapes(self, p, group):
+        return {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
 
 
 def orthogonalize(m, steps: int = 5):
-    """Bring the singular values of each matrix of m (n, rows, cols) near 1, to 0.65-1.2, by a quintic
-    Newton-Schulz iteration in m's precision. Figures: Keller Jordan, kellerjordan.github.io/posts/muon."""
+    """Bring the singular values of each matrix of m (n, rows, cols) near 1, to 0.65-1.2, by a quintic Newton-Schulz
+    iteration in m's precision. Coefficients: Keller Jordan, kellerjordan.github.io/posts/muon."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = m.size(1) > m.size(2)
-    x = m.mT if tall else m
+    is_tall = m.size(1) > m.size(2)
+    x = m.mT if is_tall else m
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         s = x @ x.mT
         x = a * x + (b * s + c * (s @ s)) @ x
-    return x.mT if tall else x
+    return x.mT if is_tall else x
 
 
 def nesterov(grad, average, momentum, dtype):
@@ -471,119 +592,183 @@ def nesterov(grad, average, momentum, dtype):
     return grad.lerp(average, momentum).to(dtype)
 
 
-def moved(w, update, lr, decay, cautious: bool):
-    """The matrices w (n, rows, cols) after a step along `update`, with decay."""
+def apply_update(w, update, lr, decay, cautious: bool):
+    """The matrices w (n, rows, cols) after a step along `update`, with weight decay; cautious: only of the weights that
+    the update shrinks anyway (arXiv 2411.16085)."""
     update = update.float() * max(1, w.size(1) / w.size(2)) ** 0.5
-    return w - lr * (update + decay * (w * (update * w > 0) if cautious else w))
+    decayed = w * (update * w > 0) if cautious else w
+    return w - lr * (update + decay * decayed)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized, for the blocks' matrices (Jordan et al. 2024). Those of a shape are stacked,
-    so that the iteration is a few batched products, which the processes of a run share among them (`spread`).
-    A tensor `found_inf` of 1 turns a step into a no-op."""
+class Muon(ScheduledOptimizer, torch.optim.Optimizer):
+    """Momentum, orthogonalized, for the blocks' matrices (Jordan et al. 2024). Matrices of equal shape are stacked, so
+    that the iteration is a few batched products, which the processes of a run share among them (`map_stacked`)."""
 
     def __init__(self, params, lr: float, weight_decay: float, momentum: float, cautious: bool,
-                 dtype: torch.dtype = torch.float32, compiled: bool = False, spread=lambda f, m: f(m)):
-        shapes = {}
+                 dtype: torch.dtype = torch.float32, map_stacked=lambda function, stacked: function(stacked)):
+        by_shape = {}
         for p in params:
-            shapes.setdefault(tuple(p.shape), []).append(p)
-        super().__init__([{"params": same} for same in shapes.values()],
-                         dict(lr=lr, base_lr=lr, weight_decay=weight_decay, momentum=momentum,
-                              cautious=cautious))
-        self.dtype, self.found_inf, self.spread = dtype, None, spread
-        self.nesterov, self.orthogonalize, self.moved = (
-            torch.compile(f, dynamic=False) if compiled else f for f in (nesterov, orthogonalize, moved))
+            by_shape.setdefault(tuple(p.shape), []).append(p)
+        defaults = dict(lr=lr, base_lr=lr, weight_decay=weight_decay, momentum=momentum, cautious=cautious)
+        super().__init__([{"params": matrices} for matrices in by_shape.values()], defaults)
+        self.full_momentum = momentum
+        self.dtype = dtype
+        self.map_stacked = map_stacked
+        self.nesterov = nesterov
+        self.orthogonalize = orthogonalize
+        self.apply_update = apply_update
+
+    def set_rates(self, factor: float, step: int):
+        """The momentum rises from 0.85 to its full value in the first 100 steps."""
+        super().set_rates(factor, step)
+        missing = max(0, 1 - step / 100) * max(0, self.full_momentum - 0.85)
+        for group in self.param_groups:
+            group["momentum"] = self.full_momentum - missing
+
+    def state_shapes(self, p, group):
+        """The first matrix of a group keeps the average of all."""
+        return {"average": (len(group["params"]), *p.shape)}
+
+    def compile_update(self):
+        self.nesterov = torch.compile(nesterov, dynamic=False)
+        self.orthogonalize = torch.compile(orthogonalize, dynamic=False)
+        self.apply_update = torch.compile(apply_update, dynamic=False)
+
+    def working_bytes(self):
+        """Up to nine tensors of the size of a group's matrices."""
+        return max(9 * sum(p.nbytes for p in group["params"]) for group in self.param_groups)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             params = group["params"]
-            w, grad = torch.stack(params), torch.stack([p.grad for p in params])
+            w = torch.stack(params)                                 # (n, rows, cols)
+            grad = torch.stack([p.grad for p in params])
             state = self.state[params[0]]
             if not state:
                 state["average"] = torch.zeros_like(w)
-            # Tensors, since a compiled function is compiled again for every new value of a plain number.
-            momentum, lr, decay = (torch.full((), group[key], device=w.device)
-                                   for key in ("momentum", "lr", "weight_decay"))
+            # As tensors: torch.compile would recompile for every new value of a Python number.
+            lr = torch.full((), group["lr"], device=w.device)
+            decay = torch.full((), group["weight_decay"], device=w.device)
+            momentum = torch.full((), group["momentum"], device=w.device)
             if self.found_inf is not None:
-                bad = self.found_inf > 0
-                grad, lr = grad.masked_fill(bad, 0), lr.masked_fill(bad, 0)
-                momentum = momentum.masked_fill(bad, 1)
+                is_bad = self.found_inf > 0
+                grad = grad.masked_fill(is_bad, 0)
+                lr = lr.masked_fill(is_bad, 0)
+                momentum = momentum.masked_fill(is_bad, 1)
             update = self.nesterov(grad, state["average"], momentum, self.dtype)
-            w = self.moved(w, self.spread(self.orthogonalize, update), lr, decay, group["cautious"])
+            update = self.map_stacked(self.orthogonalize, update)
+            w = self.apply_update(w, update, lr, decay, group["cautious"])
             torch._foreach_copy_(params, list(w.unbind()))
 
 
-def make_optimizers(model: GPT, cfg: Config, device: str, compiled: bool, **options) -> list:
-    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest. Every parameter is in
-    one group; `base_lr` is the rate that lr_factor scales. options: of Muon."""
-    muon = cfg.optimizer == "muon"
-    small = [p for p in model.parameters() if p.dim() < 2]          # gains, biases, mixing weights
-    if muon:
-        embeddings, ngrams = ([module.weight for module in some if module is not None]
-                              for some in ((model.wte, model.wpe), [model.ngrams]))
-        head = [] if cfg.tie_weights else [model.head.weight]
-        groups = [(embeddings, cfg.embed_lr, 0.0), (ngrams, cfg.embed_lr, cfg.ngram_decay),
-                  (head, cfg.head_lr, 0.0), (small, cfg.scalar_lr, 0.0)]
-    else:
-        matrices = [p for p in model.parameters() if p.dim() >= 2]
-        groups = [(matrices, cfg.learning_rate, cfg.weight_decay), (small, cfg.learning_rate, 0.0)]
-    groups = [dict(params=some, lr=lr, base_lr=lr, weight_decay=cfg.weight_decay if cfg.decay_all else decay)
-              for some, lr, decay in groups if some]
-    optimizers = [torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
-                                    fused=torch.device(device).type in ("cpu", "cuda"))]
-    if muon:
-        optimizers.append(Muon([p for p in model.blocks.parameters() if p.dim() == 2], cfg.learning_rate,
-                               cfg.weight_decay, cfg.momentum, cfg.cautious,
-                               torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32, compiled,
-                               **options))
-    return optimizers
+def adamw_from_table(table: list, cfg: Config, device: str) -> AdamW:
+    """AdamW of a table whose rows are (parameters, learning rate, weight decay)."""
+    groups = []
+    for params, lr, decay in table:
+        if params:
+            groups.append(dict(params=params, lr=lr, base_lr=lr,
+                               weight_decay=cfg.weight_decay if cfg.decay_all else decay))
+    fused = device_type(device) in ("cpu", "cuda")
+    return AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=fused)
 
 
-def lr_factor(step: int, cfg: Config) -> float:
-    """The share of the full rates that update number `step` (from 0) uses, down to min_lr / learning_rate."""
+def make_adamw(model: GPT, cfg: Config, device: str, **_) -> list:
+    """AdamW for everything; gains, biases and mixing weights do not decay."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    small = [p for p in model.parameters() if p.dim() < 2]
+    table = [
+        (matrices, cfg.learning_rate, cfg.weight_decay),
+        (small, cfg.learning_rate, 0.0),
+    ]
+    return [adamw_from_table(table, cfg, device)]
+
+
+def make_muon(model: GPT, cfg: Config, device: str, dtype: str = "float32", **muon_options) -> list:
+    """Muon for the blocks' matrices, AdamW for all else."""
+    embeddings = [module.weight for module in (model.wte, model.wpe) if module is not None]
+    ngrams = [] if model.ngrams is None else [model.ngrams.weight]
+    head = [] if cfg.tie_weights else [model.head.weight]
+    small = [p for p in model.parameters() if p.dim() < 2]
+    table = [
+        (embeddings, cfg.embed_lr, 0.0),
+        (ngrams, cfg.embed_lr, cfg.ngram_decay),
+        (head, cfg.head_lr, 0.0),
+        (small, cfg.scalar_lr, 0.0),
+    ]
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    muon_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    muon = Muon(matrices, cfg.learning_rate, cfg.weight_decay, cfg.momentum, cfg.cautious, muon_dtype, **muon_options)
+    return [adamw_from_table(table, cfg, device), muon]
+
+
+# Each makes the optimizers (ScheduledOptimizer) in which every parameter of the model is exactly once.
+OPTIMIZERS = {"muon": make_muon, "adamw": make_adamw}
+
+
+def make_optimizers(model: GPT, cfg: Config, device: str, dtype: str = "float32", **muon_options) -> list:
+    """The optimizers of cfg.optimizer. dtype: the run's precision; muon_options: see Muon."""
+    return OPTIMIZERS[cfg.optimizer](model, cfg, device, dtype=dtype, **muon_options)
+
+
+def lr_factor(step: int, cfg: Config, max_iters: int | None) -> float:
+    """The fraction of the full learning rates at update number `step` (from 0), down to min_lr / learning_rate.
+    max_iters: the steps of the run; None: not known yet, and so at the full rate after the warm-up."""
     if not cfg.decay_lr:
         return 1.0
     if step < cfg.warmup_iters:
         return (step + 1) / (cfg.warmup_iters + 1)
-    end, height = cfg.lr_decay_iters or cfg.max_iters, 1.0
+    end = cfg.lr_decay_iters or max_iters
+    height = 1.0 if end is None else schedule_height(step, cfg, end)
+    lowest = cfg.min_lr / cfg.learning_rate if cfg.learning_rate else 0.0
+    return lowest + (1 - lowest) * height
+
+
+def schedule_height(step: int, cfg: Config, end: int) -> float:
+    """How far the schedule stands above its lowest rate: 1 at first, 0 at the step `end`."""
     if cfg.schedule == "cosine":
-        done = min(1.0, (step - cfg.warmup_iters) / max(1, end - cfg.warmup_iters))
-        height = 0.5 + 0.5 * math.cos(math.pi * done)
-    elif cfg.schedule == "linear":
-        height = min(1.0, max(0.0, end - step) / max(1e-9, cfg.cooldown * end))
-    least = cfg.min_lr / cfg.learning_rate if cfg.learning_rate else 0.0
-    return least + (1 - least) * height
+        progress = (step - cfg.warmup_iters) / max(1, end - cfg.warmup_iters)
+        return 0.5 + 0.5 * math.cos(math.pi * min(1.0, progress))
+    if cfg.schedule == "linear":
+        steps_left = max(0.0, end - step)
+        return min(1.0, steps_left / max(1e-9, cfg.cooldown * end))
+    return 1.0
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Batches and evaluation
+# ---------------------------------------------------------------------------------------------------
+# Batches
 
 
 @lru_cache(maxsize=2)
-def permutation(seed: int, epoch: int, windows: int, tokens: int):
-    """The order of an epoch's windows, and the token at which the first one starts."""
+def epoch_order(seed: int, epoch: int, windows: int, tokens: int):
+    """The order of an epoch's windows, and the token at which the first window starts."""
     rng = np.random.default_rng([seed, 1, epoch])
     return random_order(rng, windows), int(rng.integers(tokens))
 
 
 def window_starts(step: int, cfg: Config, tokens: int):
-    """Where the windows of update number `step` start: batch_size * gradient_accumulation_steps places, a
-    pure function of seed, step and the number of tokens. An epoch visits floor(tokens / block_size) windows
-    that do not overlap, in the text taken as a circle from a place of its own (`fixed`: its beginning)."""
+    """Where the windows of update number `step` start: batch_size * gradient_accumulation_steps places, determined by
+    the seed, the step and the number of tokens alone, so a resumed run needs no saved position.
+
+    An epoch visits floor(tokens / block_size) windows that do not overlap, in the text taken as a circle from a random
+    start (sampling=fixed: from its beginning)."""
     count = cfg.batch_size * cfg.gradient_accumulation_steps
     if cfg.sampling == "random":
-        return np.random.default_rng([cfg.seed, 0, step]).integers(0, tokens - cfg.block_size, count)
-    windows, starts = tokens // cfg.block_size, []
+        rng = np.random.default_rng([cfg.seed, 0, step])
+        return rng.integers(0, tokens - cfg.block_size, count)
+    windows = tokens // cfg.block_size
+    starts = []
     for number in range(step * count, (step + 1) * count):
-        order, offset = permutation(cfg.seed, number // windows, windows, tokens)
-        offset *= cfg.sampling == "epoch"
-        starts.append((offset + order[number % windows] * cfg.block_size) % tokens)
+        order, first = epoch_order(cfg.seed, number // windows, windows, tokens)
+        if cfg.sampling == "fixed":
+            first = 0
+        starts.append((first + order[number % windows] * cfg.block_size) % tokens)
     return np.array(starts)
 
 
 def get_batch(data, starts, block_size: int, vocab_size: int, split: str, device: str):
-    """Inputs and targets (len(starts), block_size): windows of the mapped ids `data`, one token apart."""
+    """Inputs and targets, (len(starts), block_size) each: windows of the memory-mapped ids `data`; the targets are one
+    token ahead. Raises UserError for ids that the model has no row for."""
     ids = data[(starts[:, None] + np.arange(block_size + 1)) % len(data)]
     check_ids(ids, vocab_size, split)
     ids = torch.from_numpy(ids.astype(np.int64))
@@ -593,279 +778,591 @@ def get_batch(data, starts, block_size: int, vocab_size: int, split: str, device
     return ids[:, :-1], ids[:, 1:]
 
 
+# ---------------------------------------------------------------------------------------------------
+# A run, and what one step needs
+
+
+@dataclass
+class Origin:
+    """What a run starts from: by default from scratch.
+
+    checkpoint: the content of last.pt, when `resuming`, or of a checkpoint whose weights are taken.
+    known: entries of the Plan that are decided already. stamp: last.pt's when it was read, None if it does not matter.
+    """
+
+    checkpoint: dict | None = None
+    resuming: bool = False
+    known: dict = field(default_factory=dict)
+    stamp: tuple | None = None
+
+
+@dataclass
+class Plan:
+    """What the start of a run decides, given the settings and this machine. It is stored in last.pt, and a resumed run
+    takes it from there: precision and compiling are not measured again."""
+
+    device: str
+    dtype: str                          # float32, bfloat16 or float16
+    compile: Literal["auto", True, False]   # auto: not decided yet
+    max_iters: int | None               # steps of the whole run; None: max_minutes has not measured the pace yet
+    sequences: int                      # of a step, for this process
+    micro_batches: int                  # of a step, for this process
+
+
+@dataclass
+class State:
+    """Where a run stands; in every checkpoint. `train` and its helpers below alone change it."""
+
+    step: int = 0                       # updates made
+    evaluated: int | None = None        # step of the latest evaluation; None: there was none
+    best_step: int = 0                  # step of the best evaluation
+    best_val_loss: float = math.inf
+    losses: dict = field(default_factory=dict)      # of the latest evaluation, train and val
+
+
+@dataclass
+class Run:
+    """Everything that a step needs; `start` makes it."""
+
+    cfg: Config
+    plan: Plan
+    state: State
+    ranks: Ranks
+    data: dict                          # token ids, train and val
+    meta: dict                          # what meta.json says of them
+    tokenizer: Tokenizer
+    model: GPT
+    step_model: nn.Module               # the model for training: compiled, or wrapped for several processes
+    optimizers: list
+    scaler: torch.amp.GradScaler        # of float16; otherwise it does nothing
+    guard: Guard
+    stopwatch: Stopwatch
+    first_step: int                     # the step at which this process began
+    folder: RunFolder | None = None     # where it is saved; None: nowhere
+    compile_seconds: float = 0.0
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all processes."""
+        return self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.cfg.block_size
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        return len(self.data["train"]) // self.cfg.block_size * self.cfg.block_size
+
+    def batches(self, step: int):
+        """This process's micro-batches of update number `step`: pairs x, y (sequences / micro_batches, block_size)."""
+        first = self.ranks.rank * self.plan.sequences
+        starts = window_starts(step, self.cfg, len(self.data["train"]))[first:first + self.plan.sequences]
+        for micro_starts in starts.reshape(self.plan.micro_batches, -1):
+            yield self.get_batch("train", micro_starts)
+
+    def get_batch(self, split: str, starts):
+        return get_batch(self.data[split], starts, self.cfg.block_size, self.model.vocab_size, split, self.plan.device)
+
+    def forward_backward(self, model=None):
+        """One forward and backward pass over the first micro-batch; its gradients are discarded."""
+        x, y = next(self.batches(0))
+        with autocast(self.plan.device, self.plan.dtype):
+            loss = (model or self.step_model)(x, y)[1]
+        loss.backward()
+        self.model.zero_grad(set_to_none=True)
+
+
+def start(cfg: Config, origin: Origin | None = None) -> Run:
+    """A run that is ready for its first update: data, model, optimizers, and where it stands. Nothing is compiled or
+    written. Raises UserError."""
+    cli.check(cfg)
+    origin = origin or Origin()
+    ranks = Ranks()
+    device = ranks.join(cfg.backend, choose_device(cfg.device))
+    configure_torch(device)
+    folder = ensure_set(cfg.dataset, cfg.data_dir, ranks)
+    data, meta = open_data(folder, cfg.block_size)
+    tokenizer = stored_tokenizer(folder, meta)
+    check_origin(origin, cfg, tokenizer, meta)
+    prompt_ids(tokenizer, cfg.sample_start, "--sample_start")       # a wrong prompt should fail now, not later
+    plan = make_plan(cfg, ranks, device, len(data["train"]), origin.known)
+
+    torch.manual_seed(cfg.seed)
+    if origin.checkpoint:
+        model, _ = restore_model(origin.checkpoint, "the checkpoint", cfg)
+    else:
+        model = GPT(cfg, meta["vocab_size"])
+    model = ranks.fully_shard(model.train()) if cfg.shard else model.train().to(device)
+    if device_type(device) == "cpu":
+        cpu.accelerate(model)
+    optimizers = make_optimizers(model, cfg, device, plan.dtype, map_stacked=ranks.map_stacked)
+    scaler = torch.amp.GradScaler(device_type(device), enabled=plan.dtype == "float16")
+    state = State()
+    seconds = 0.0
+    if origin.resuming:
+        state = State(**{name: origin.checkpoint[name] for name in asdict(state)})
+        seconds = origin.checkpoint["seconds"]
+        restore_optimizers(optimizers, scaler, origin.checkpoint)
+    guard = Guard(ranks, optimizers, scaler, device, plan.dtype)
+    run = Run(cfg, plan, state, ranks, data, meta, tokenizer, model, model, optimizers, scaler, guard,
+              Stopwatch(device, seconds), first_step=state.step)
+    if device_type(device) not in ("cpu", "cuda") and ranks.first:
+        compare_with_cpu(model, *next(run.batches(0)), device)
+    return run
+
+
+def configure_torch(device: str):
+    """PyTorch's switches for the whole process."""
+    torch.set_float32_matmul_precision("high")          # TF32, for what stays in float32 on a GPU
+    # On a CPU; otherwise threads add up the gradients of embeddings in random order.
+    torch.use_deterministic_algorithms(device_type(device) == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def check_origin(origin: Origin, cfg: Config, tokenizer: Tokenizer, meta: dict):
+    """Raise UserError if the checkpoint that a run starts from belongs to other data."""
+    if origin.checkpoint and origin.checkpoint["tokenizer"] != tokenizer.stored:
+        raise UserError(f"data set {cfg.dataset} has another tokenizer than the checkpoint: prepare it with the "
+                        "checkpoint's own (prepare.py --tokenizer=PATH/ckpt.pt; gpt2 and byte fit every text)")
+    text = text_checksum(meta)
+    if origin.resuming and origin.checkpoint.get("text", text) != text:
+        raise UserError(f"data set {cfg.dataset} has changed since the run began: restore it, or start from scratch")
+
+
+def text_checksum(meta: dict) -> str:
+    """By which a resumed run knows the text that it was trained on."""
+    return meta["splits"]["train"]["sha256"]
+
+
+def make_plan(cfg: Config, ranks: Ranks, device: str, tokens: int, known: dict) -> Plan:
+    """Decide what the settings leave open, except for what is known."""
+    sequences, micro_batches = ranks.share(cfg.batch_size * cfg.gradient_accumulation_steps, cfg.batch_size)
+    if cfg.max_epochs:
+        windows = tokens // cfg.block_size
+        max_iters = max(1, int(cfg.max_epochs * windows / (cfg.batch_size * cfg.gradient_accumulation_steps)))
+    else:
+        max_iters = cfg.max_iters
+    if "max_iters" in known and (known["max_iters"] is not None or cfg.max_minutes):
+        max_iters = known["max_iters"]
+    elsewhere = device_type(known.get("device", device)) != device_type(device)
+    if elsewhere:                       # what was measured on another kind of device does not hold here
+        known = {}
+    dtype = ranks.broadcast(choose_dtype(device, known.get("dtype", cfg.dtype)))
+    return Plan(device, dtype, known.get("compile", cfg.compile), max_iters, sequences, micro_batches)
+
+
+def compile_and_wrap(run: Run, report: Report | None = None, seconds_left: float = math.inf):
+    """Compile the model where torch.compile pays, and wrap it for several processes."""
+    plan = run.plan
+    if run.cfg.eval_only:
+        passes = 0
+    elif plan.max_iters is None:
+        passes = math.inf
+    else:
+        passes = (plan.max_iters - run.state.step) * plan.micro_batches
+    note = "off"
+    if passes > 0:
+        plan.compile = compile_pays(plan.compile, run.forward_backward, passes, run.ranks, seconds_left)
+    if passes > 0 and plan.compile:
+        if report:
+            report.compiling()
+        began = time.perf_counter()
+        run.step_model, plan.compile, note = compile_model(run.model, run.forward_backward, plan.device)
+        run.compile_seconds = time.perf_counter() - began
+    if passes > 0 and plan.compile:
+        for optimizer in run.optimizers:
+            optimizer.compile_update()
+    if not run.cfg.shard:
+        run.step_model = run.ranks.wrap_ddp(run.step_model)
+    if report:
+        report.machine(note)
+
+
+# ---------------------------------------------------------------------------------------------------
+# One step, and the evaluation of the model
+
+
+def update(run: Run, step: int) -> tuple:
+    """One optimizer step: forward and backward over this process's micro-batches, clip, update.
+
+    Returns (mean loss, gradient norm), 0-d tensors on the device: on a GPU nothing here waits for it. Raises NotFinite.
+    """
+    cfg, plan = run.cfg, run.plan
+    torch.manual_seed(dropout_seed(cfg.seed, step, run.ranks.rank))     # so that resuming needs no stored random state
+    factor = lr_factor(step, cfg, plan.max_iters)
+    for optimizer in run.optimizers:
+        optimizer.set_rates(factor, step)
+    loss = torch.zeros((), device=plan.device)
+    for number, (x, y) in enumerate(run.batches(step), 1):
+        # Processes average their gradients once a step, after the last micro-batch.
+        with gradient_sync(run.step_model, last=number == plan.micro_batches):
+            with autocast(plan.device, plan.dtype):
+                micro_loss = run.step_model(x, y)[1] / plan.micro_batches
+            run.scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
+    norm = clip_gradients(run)
+    is_finite = run.guard.check(loss, norm, step + 1)
+    for optimizer in run.optimizers:
+        if is_finite:
+            run.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    run.scaler.update()
+    return loss, norm
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    return np.random.SeedSequence([seed, 2, step, rank]).generate_state(1).item()
+
+
+def clip_gradients(run: Run):
+    """The norm of the gradient, which is scaled down to grad_clip where it is larger."""
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    norm = nn.utils.get_total_norm([p.grad for p in run.model.parameters()])
+    if run.cfg.grad_clip:
+        nn.utils.clip_grads_with_norm_(run.model.parameters(), run.cfg.grad_clip, norm)
+    return norm.full_tensor() if run.cfg.shard and run.ranks.world > 1 else norm
+
+
 def eval_windows(tokens: int, cfg: Config, most: int):
     """Starts of the evaluation windows: every whole one of the split, or `most` of them, evenly spaced."""
-    whole = (tokens - 1) // cfg.block_size
-    count = min(whole, most)
-    return np.arange(count) * whole // count * cfg.block_size
+    windows = (tokens - 1) // cfg.block_size
+    count = min(windows, most)
+    return np.arange(count) * windows // count * cfg.block_size
 
 
 @torch.no_grad()
-def estimate_loss(model: GPT, data: dict, cfg: Config, ranks, device: str, stop=None) -> dict | None:
-    """Mean loss in nats per token of both splits, over fixed windows that the processes share: all of val's
-    and as many of train's (eval_iters=0), or 16 eval_iters of each. None if `stop` asks for an end."""
-    losses, most = {}, 16 * cfg.eval_iters or (len(data["val"]) - 1) // cfg.block_size
-    size = windows_at_once(cfg.block_size, model.vocab_size)
-    model.eval()
+def estimate_loss(run: Run, stop: Stop | None = None, eval_iters: int | None = None) -> dict | None:
+    """Mean loss in nats per token of both splits, over fixed windows that the processes share: all of val's and as many
+    of train's, or 16 eval_iters of each (None: as cfg says). Returns None if `stop` asks for an end."""
+    eval_iters = run.cfg.eval_iters if eval_iters is None else eval_iters
+    most = 16 * eval_iters or (len(run.data["val"]) - 1) // run.cfg.block_size
+    losses = {}
+    run.model.eval()
     for split in ("train", "val"):
-        starts = eval_windows(len(data[split]), cfg, most)
-        total = torch.zeros(2)                          # sum of the windows' losses, number of windows
-        for first in range(0, len(starts), size * ranks.world):
-            if stop and stop.asked:
-                model.train()
-                return None
-            some = starts[first + size * ranks.rank:][:size]
-            # A process with no window left takes part all the same: it may hold a share of the weights.
-            x, y = get_batch(data[split], some if len(some) else starts[:1], cfg.block_size, model.vocab_size,
-                             split, device)
-            with autocast(device, cfg.dtype):
-                total += torch.tensor([model(x, y)[1].item(), 1.0]) * len(some)
-        total = ranks.total(total.to(device))
-        losses[split] = (total[0] / total[1]).item()
-    model.train()
-    return losses
+        starts = eval_windows(len(run.data[split]), run.cfg, most)
+        losses[split] = mean_loss(run, split, starts, stop)
+    run.model.train()
+    return None if None in losses.values() else losses
 
 
-# -----------------------------------------------------------------------------------------------------------
+def mean_loss(run: Run, split: str, starts, stop: Stop | None) -> float | None:
+    """Mean loss over the windows at `starts`, some at a time; None if `stop` asks for an end."""
+    size = windows_at_once(run.cfg.block_size, run.model.vocab_size)
+    total = torch.zeros(2)                              # sum of the windows' losses, number of windows
+    for first in range(0, len(starts), size * run.ranks.world):
+        if stop and stop.asked:
+            return None
+        mine = starts[first + size * run.ranks.rank:][:size]
+        # A process with no window left computes one anyway: with sharding, the others need its weights.
+        x, y = run.get_batch(split, mine if len(mine) else starts[:1])
+        with autocast(run.plan.device, run.plan.dtype):
+            loss = run.model(x, y)[1].item()
+        total += torch.tensor([loss, 1.0]) * len(mine)
+    total = run.ranks.all_reduce(total.to(run.plan.device))
+    return (total[0] / total[1]).item()
+
+
+def sample_text(run: Run) -> str:
+    """A short continuation of sample_start by the current weights."""
+    cfg, device = run.cfg, run.plan.device
+    prompt = torch.from_numpy(prompt_ids(run.tokenizer, cfg.sample_start, "--sample_start"))[None].to(device)
+    generator = torch.Generator().manual_seed(cfg.seed + run.state.step)
+    uniform = iter(torch.rand(cfg.sample_tokens, 1, generator=generator))
+
+    def pick(logits):
+        return draw(logits, cfg.sample_temperature, next(uniform).to(device))
+
+    run.model.eval()
+    ids = [token.item() for token in run.model.generate(prompt, cfg.sample_tokens, pick)]
+    run.model.train()
+    return cfg.sample_start + run.tokenizer.decode(ids)
+
+
+# ---------------------------------------------------------------------------------------------------
 # The run
 
 
-def restore(checkpoint: dict, source, cfg: Config | None = None) -> tuple:
-    """(model, tokenizer) of a loaded checkpoint, on the CPU in float32. cfg: settings, if not its own."""
-    cfg = cfg or Config(**from_dict(Config, checkpoint["config"], source))
+def train(cfg: Config, out_dir: Path, origin: Origin | None = None) -> int:
+    """A whole run: train as cfg says, evaluate, sample, and save to out_dir. Returns the exit code."""
+    origin = origin or Origin()
+    deadline = Deadline(0 if cfg.dry_run else cfg.max_minutes)
+    check_loggers(cfg)
+    run = start(cfg, origin)
+    claim_folder(run, out_dir, origin)
+    report = Report(run, out_dir)
+    report.banner()
+    compile_and_wrap(run, report, deadline.seconds_left())
+    if cfg.dry_run:
+        dry_run(run, report, out_dir, update, partial(estimate_loss, run, eval_iters=1), partial(sample_text, run))
+        return leave(run, 0)
+
+    report.open()
+    run.stopwatch.start()
+    with Stop(deadline) as stop:
+        try:
+            while True:
+                fit_steps_to_time(run, report, deadline)
+                evaluate_and_save(run, report, stop)
+                if stop.agreed or is_finished(run):
+                    break
+                loss, norm = update(run, run.state.step)
+                run.state.step += 1
+                report_and_save(run, report, loss, norm, stop)
+                if stop.agreed:
+                    break
+        except NotFinite as error:
+            report.not_finite(error)
+            return leave(run, 3)
+    unsaved = run.folder.unsaved if run.folder else {}
+    report.finish(stop, unsaved)
+    if stop.signal:
+        return leave(run, stop.exit_code)
+    return leave(run, 4 if any(unsaved.values()) else 0)
+
+
+def claim_folder(run: Run, out_dir: Path, origin: Origin):
+    """Hold out_dir for this run, unless it writes nothing."""
+    if run.cfg.eval_only or run.cfg.dry_run:
+        return
+    run.folder = RunFolder(out_dir)
+    if run.ranks.first:
+        run.folder.claim(origin.resuming, origin.stamp)
+    if origin.resuming:                 # best weights that could not be saved are still missing
+        run.folder.unsaved["ckpt.pt"] = origin.checkpoint.get("lost", "")
+
+
+def leave(run: Run, code: int) -> int:
+    """Release the folder and the other processes. Returns the exit code."""
+    run.step_model = None               # it keeps the process group and its threads alive
+    run.ranks.leave()
+    if run.folder:
+        run.folder.release()
+    return code
+
+
+def fit_steps_to_time(run: Run, report: Report, deadline: Deadline):
+    """Set the number of steps of a run with max_minutes, as soon as its pace is known."""
+    if run.plan.max_iters is None:
+        steps = deadline.steps_that_fit(run.state.step, run.stopwatch, run.cfg.eval_interval)
+        run.plan.max_iters = run.ranks.broadcast(steps)
+        if run.plan.max_iters is not None:
+            report.label("time", f"for {steps:,} steps: max_iters={steps}")
+
+
+def is_finished(run: Run) -> bool:
+    """After the last step, after `patience` evaluations without a better val loss, or after the one of eval_only."""
+    cfg, state = run.cfg, run.state
+    if cfg.eval_only or is_last_step(run):
+        return True
+    if not cfg.patience or state.evaluated is None:
+        return False
+    return state.evaluated - state.best_step >= cfg.patience * cfg.eval_interval
+
+
+def is_last_step(run: Run) -> bool:
+    return run.plan.max_iters is not None and run.state.step >= run.plan.max_iters
+
+
+def evaluation_is_due(run: Run) -> bool:
+    """At every eval_interval steps and at the last one, once each."""
+    cfg, state = run.cfg, run.state
+    if cfg.eval_only:
+        return True
+    if state.evaluated is not None and state.step <= state.evaluated:
+        return False
+    return is_last_step(run) or state.step % cfg.eval_interval == 0
+
+
+def evaluate_and_save(run: Run, report: Report, stop: Stop):
+    """Where it is due, evaluate and sample, and save the best weights. Training's stopwatch stands still meanwhile.
+    Raises NotFinite for a val loss that is not."""
+    cfg, state = run.cfg, run.state
+    evaluating = evaluation_is_due(run)
+    sampling = state.step % cfg.sample_interval == 0 if cfg.sample_interval else evaluating
+    if not (evaluating or sampling):
+        return
+    with run.stopwatch.paused():
+        if evaluating:
+            save(run, report, "last.pt", keep=cfg.keep)     # an evaluation can take long, and be interrupted
+            # Several processes must stop together, so they evaluate to the end.
+            losses = estimate_loss(run, stop if run.ranks.world == 1 else None)
+            if losses is None:
+                stop.agree(run.ranks)
+                return
+            record_evaluation(run, report, losses)
+        if evaluating and is_finished(run):
+            save(run, report, "last.pt")
+        if sampling and cfg.sample_tokens and (run.ranks.first or cfg.shard):
+            report.sample(state.step, sample_text(run))
+
+
+def record_evaluation(run: Run, report: Report, losses: dict):
+    """Note the losses of the current step, and save ckpt.pt if they are the best so far."""
+    state = run.state
+    if not math.isfinite(losses["val"]):
+        raise NotFinite(f"the val loss at step {state.step} is not finite")
+    is_best = losses["val"] < state.best_val_loss
+    state.evaluated = state.step
+    state.losses = losses
+    if is_best:
+        state.best_step = state.step
+        state.best_val_loss = losses["val"]
+    run.stopwatch.evaluations += 1
+    report.evaluation(state.step, losses, is_best)
+    if is_best or run.cfg.always_save_checkpoint:
+        save(run, report, "ckpt.pt")
+
+
+def report_and_save(run: Run, report: Report, loss, norm, stop: Stop):
+    """After an update: look for reasons to stop, log, and save last.pt where that is due. On a GPU this is the only
+    place that waits for the device, and it does so at these steps only."""
+    cfg, step = run.cfg, run.state.step
+    log_now = step % cfg.log_interval == 0 or is_last_step(run)
+    save_now = cfg.save_interval > 0 and step % cfg.save_interval == 0
+    if log_now or save_now or step % cfg.eval_interval == 0 or run.guard.immediate:
+        run.guard.verify(step)
+        stop.agree(run.ranks)
+    if log_now:
+        mean = run.ranks.all_reduce(loss).item() / run.ranks.world
+        lr = cfg.learning_rate * lr_factor(step - 1, cfg, run.plan.max_iters)
+        report.step(step, mean, norm.item(), lr)
+    if save_now or stop.agreed:
+        with run.stopwatch.paused():
+            save(run, report, "last.pt")
+
+
+def save(run: Run, report: Report, name: str, keep: int = 0):
+    """Save last.pt or ckpt.pt; if that fails, the run says so, continues, and tries again at the next save."""
+    if run.folder is None or not (run.ranks.first or run.cfg.shard):
+        return
+    content = checkpoint_content(run)
+    if name == "last.pt":
+        content |= resume_content(run)
+    if run.cfg.shard:                   # with a part from each process
+        content = run.ranks.gather(content)
+    if run.ranks.first:
+        problem = run.folder.save(content, name, keep)
+        if problem:
+            report.say(f"{problem}; the next save tries again")
+
+
+def checkpoint_content(run: Run) -> dict:
+    """A whole model: weights, settings and tokenizer, and where the run stood."""
+    return asdict(run.state) | {
+        "config": asdict(run.cfg),
+        "tokenizer": run.tokenizer.stored,
+        "vocab_size": run.model.vocab_size,
+        "text": text_checksum(run.meta),
+        "model": dict(run.model.state_dict()),
+        "seconds": run.stopwatch.seconds(),
+    }
+
+
+def resume_content(run: Run) -> dict:
+    """What a resumed run needs besides."""
+    return {
+        "plan": asdict(run.plan),
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+        "scaler": run.scaler.state_dict(),
+        "threads": torch.get_num_threads(),
+        "lost": run.folder.unsaved["ckpt.pt"],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------
+# Models from checkpoints, and the command line
+
+
+def load(path, device: str = "cpu") -> tuple:
+    """(model, tokenizer) for use from Python, in eval mode. path: a checkpoint, a run's folder, gpt2, ...
+
+    `for ids in model.generate(prompt, 100, lambda logits: draw(logits, 0.8))` continues a prompt of ids (B, T). Raises
+    UserError."""
+    in_folder = Path(path, "ckpt.pt")
+    if os.path.isfile(in_folder):
+        path = in_folder
+    model, tokenizer = restore_model(read_checkpoint(path), path)
+    model = model.to(device).eval()
+    if device_type(device) == "cpu":
+        cpu.accelerate(model)
+    return model, tokenizer
+
+
+def read_checkpoint(source) -> dict:
+    """A checkpoint's content, from its path or, for OpenAI's weights, their name."""
+    if str(source).startswith("gpt2") and not os.path.isfile(source):
+        import convert  # only needed here
+        return convert.imported(source)
+    return load_checkpoint(Path(source))
+
+
+def restore_model(content: dict, source, cfg: Config | None = None) -> tuple:
+    """(model, tokenizer) of a checkpoint's content, on the CPU in float32. cfg: replaces its own settings. Raises
+    UserError, naming the `source`, where its parts do not fit together."""
+    cfg = cfg or Config(**cli.from_dict(Config, content["config"], source))
     try:
-        if problems := cfg.problems():
-            raise ValueError("; ".join(problems))
-        tokenizer, size = Tokenizer(checkpoint["tokenizer"]), checkpoint["vocab_size"]
-        if tokenizer.vocab_size != size:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {size}")
+        if broken_rules := cli.problems(cfg):
+            raise ValueError("; ".join(broken_rules))
+        tokenizer = Tokenizer(content["tokenizer"])
+        vocab_size = content["vocab_size"]
+        if tokenizer.vocab_size != vocab_size:
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}")
+        weights = dict(content["model"])
         if cfg.positions == "learned":                  # block_size may have been lowered
-            checkpoint["model"]["wpe.weight"] = checkpoint["model"]["wpe.weight"][:cfg.block_size]
-        model = build_model(lambda: GPT(cfg, size), checkpoint["model"], cfg.n_layer)
+            weights["wpe.weight"] = weights["wpe.weight"][:cfg.block_size]
+        model = build_model(lambda: GPT(cfg, vocab_size), weights, cfg.n_layer)
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{source}: its parts do not fit together: {str(error)[:400]}")
     return model, tokenizer
 
 
-def read_weights(source) -> dict:
-    """A checkpoint's content, from its path or, for OpenAI's weights, their name."""
-    if str(source).startswith("gpt2") and not os.path.isfile(source):
-        import convert  # for these alone
-        return convert.imported(source)
-    return load_checkpoint(Path(source))
+def find_origin(cfg: Config, parsed: cli.Parsed, out_dir: Path) -> tuple:
+    """(cfg, Origin): what init_from asks for, and the settings with those of the checkpoint where these rule."""
+    last = out_dir / "last.pt"
+    stamp = file_stamp(last) if cfg.init_from in ("auto", "resume") else None
+    if cfg.init_from == "resume" or (cfg.init_from == "auto" and stamp):
+        content = load_checkpoint(last, resumable=True)
+        values, changed = cli.merge(Config, content["config"], parsed, FIXED_FIELDS, last)
+        print_changes(changed)
+        return Config(**values), Origin(content, True, known_plan(content["plan"], parsed.typed), stamp)
+    known = {}
+    if cfg.max_minutes and "max_iters" not in parsed.typed:
+        known["max_iters"] = None                       # until the pace is known
+    if cfg.init_from in ("scratch", "auto"):
+        return replace(cfg, init_from="scratch"), Origin(known=known, stamp=stamp)
+    # The model comes from the checkpoint, everything else from the files and flags given now.
+    content = read_checkpoint(cfg.init_from)
+    typed = replace(parsed, typed=parsed.typed & MODEL_FIELDS)
+    values, changed = cli.merge(Config, content["config"], typed, MODEL_FIELDS, cfg.init_from, lower={"block_size"})
+    print_changes(changed)
+    model_settings = {name: values[name] for name in MODEL_FIELDS | {"init"}}
+    return replace(cfg, **model_settings), Origin(content, known=known)
 
 
-def load(path, device: str = "cpu") -> tuple:
-    """(model, tokenizer) for use from Python, in eval mode. path: a checkpoint, a run's folder, gpt2, ...
-    `for ids in model.generate(prompt, 100, lambda logits: draw(logits, 0.8))` continues a prompt (B, T)."""
-    path = Path(path, "ckpt.pt") if os.path.isfile(Path(path, "ckpt.pt")) else path
-    model, tokenizer = restore(read_weights(path), path)
-    return model.to(device).eval(), tokenizer
+def known_plan(plan: dict, typed: set) -> dict:
+    """The entries of a stored plan that no flag typed now decides anew."""
+    decides = {"max_iters": {"max_iters", "max_epochs"}, "dtype": {"dtype"}, "compile": {"compile"}, "device": set()}
+    return {name: plan[name] for name, flags in decides.items() if name in plan and not flags & typed}
 
 
-def sample_text(model: GPT, tokenizer, cfg: Config, step: int, device: str) -> str:
-    """A short continuation of sample_start by the current weights."""
-    prompt = torch.from_numpy(prompt_ids(tokenizer, cfg.sample_start, "--sample_start"))[None].to(device)
-    numbers = iter(torch.rand(cfg.sample_tokens, 1, generator=torch.Generator().manual_seed(cfg.seed + step)))
-    model.eval()
-    ids = [token.item() for token in model.generate(
-        prompt, cfg.sample_tokens, lambda z: draw(z, cfg.sample_temperature, next(numbers).to(device)))]
-    model.train()
-    return cfg.sample_start + tokenizer.decode(ids)
-
-
-def train(cfg: Config, out_dir: Path, resumed: dict | None = None, weights: dict | None = None,
-          seen: tuple | None = None) -> int:
-    """Train as cfg says; returns the exit code. resumed: the content of last.pt, to go on from; weights: a
-    checkpoint to start from, with a new schedule; seen: last.pt's stamp, when it matters."""
-    ranks, deadline = Ranks(), Deadline(0 if cfg.dry_run else cfg.max_minutes)
-    device = ranks.join(cfg.backend, choose_device(cfg.device))
-    kind = torch.device(device).type
-    folder = ensure_set(cfg.dataset, cfg.data_dir, ranks)
-    data, meta = open_data(folder, cfg.block_size)
-    tokenizer, source = stored_tokenizer(folder, meta), resumed or weights
-    if source and source["tokenizer"] != tokenizer.stored:
-        raise UserError(f"data set {cfg.dataset} has another tokenizer than the checkpoint: prepare it with its "
-             "own (prepare.py --tokenizer=PATH/ckpt.pt; gpt2 and byte fit every text)")
-    text = meta["splits"]["train"]["sha256"]
-    if resumed and resumed.get("text", text) != text:
-        raise UserError(f"data set {cfg.dataset} has changed since the run began: restore it, or start from scratch")
-    prompt_ids(tokenizer, cfg.sample_start, "--sample_start")   # a wrong one should fail now, not later
-    count = cfg.batch_size * cfg.gradient_accumulation_steps    # sequences a step
-    rows, micro = ranks.share(count, cfg.batch_size)            # of them for this process, in so many batches
-    if cfg.max_epochs:
-        cfg.max_iters = max(1, int(cfg.max_epochs * (len(data["train"]) // cfg.block_size) / count))
-
-    cfg.dtype = ranks.tell(choose_dtype(device, cfg.dtype))
-    torch.set_float32_matmul_precision("high")          # TF32, for what stays in float32 on a GPU
-    torch.use_deterministic_algorithms(kind == "cpu")   # else threads race to add up embeddings' gradients
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.manual_seed(cfg.seed)
-    model = restore(source, "the checkpoint", cfg)[0] if source else GPT(cfg, meta["vocab_size"])
-    model = ranks.shard(model.train(), device) if cfg.shard else model.train().to(device)
-
-    def batches(step):
-        """The micro-batches of this process for update number `step`."""
-        starts = window_starts(step, cfg, len(data["train"]))[ranks.rank * rows:(ranks.rank + 1) * rows]
-        for part in starts.reshape(micro, -1):
-            yield get_batch(data["train"], part, cfg.block_size, model.vocab_size, "train", device)
-
-    if kind not in ("cpu", "cuda") and ranks.first:
-        compare_with_cpu(model, *next(batches(0)), device)
-
-    def run_once(candidate):
-        """A forward and a backward pass of which nothing remains, for measuring and compiling."""
-        x, y = next(batches(0))
-        with autocast(device, cfg.dtype):
-            loss = candidate(x, y)[1]
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    state = dict(step=0, evaluated=-1, best_step=0, best_val_loss=math.inf, losses={}, seconds=0.0)
-    state |= {name: resumed[name] for name in state} if resumed else {}
-    writes = ranks.first and not (cfg.eval_only or cfg.dry_run)
-    lock = claim_folder(out_dir, bool(resumed), seen) if writes else None
-    report = Report(cfg, out_dir, ranks.first, model, meta, state, device)
-    passes = 0 if cfg.eval_only else (cfg.max_iters - state["step"]) * micro
-    wanted = compile_pays(cfg.compile, model, run_once, passes, device, ranks, deadline)
-    step_model, compiled, note = compile_model(report.compiling(wanted), model, run_once, device)
-    cfg.compile = compiled if passes > 0 else cfg.compile
-    step_model = step_model if cfg.shard else ranks.copies(step_model, device)
-    optimizers = make_optimizers(model, cfg, device, compiled, **ranks.spreading())
-    scaler = torch.amp.GradScaler(kind, enabled=cfg.dtype == "float16")
-    if resumed:
-        restore_optimizers(optimizers, scaler, resumed, ranks.first)
-    cfg = report.begin(note, optimizers, partial(run_once, step_model))     # a short one, if it is dry
-
-    # What went wrong in the latest save of each file; a best one that was lost stays so over a resume.
-    unsaved, bad = {"ckpt.pt": resumed.get("lost", "") if resumed else ""}, False
-
-    def save(name: str, number: bool = False):
-        """Write a checkpoint, and note in `unsaved` what went wrong. number: keep it under its step, too."""
-        if cfg.eval_only or cfg.dry_run or not (ranks.first or cfg.shard):
-            return
-        content = state | dict(config=asdict(cfg), tokenizer=tokenizer.stored, vocab_size=model.vocab_size,
-                               text=text, model=dict(model.state_dict()), seconds=report.seconds())
-        if name == "last.pt":
-            content |= dict(optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
-                            threads=torch.get_num_threads(), lost=unsaved["ckpt.pt"])
-        content = ranks.whole(content) if cfg.shard else content        # with a part from each process
-        if not ranks.first:
-            return
-        unsaved[name] = save_checkpoint(content, out_dir / name, state["step"], cfg.keep * number)
-        if unsaved[name]:
-            report.say(f"{unsaved[name]}; the next save tries again")
-
-    with Stop(deadline) as stop:
-        watch = Guard(ranks, stop, optimizers, scaler, device, cfg.dtype)
-        while True:
-            step = state["step"]
-            if cfg.max_iters == OPEN:           # max_minutes: until its own pace is known
-                cfg.max_iters = ranks.tell(deadline.steps(step, report, cfg.eval_interval))
-            last = step >= cfg.max_iters
-            due = cfg.eval_only or (step > state["evaluated"] and (last or step % cfg.eval_interval == 0))
-            show = cfg.sample_tokens and (step % cfg.sample_interval == 0 if cfg.sample_interval else due)
-            with report.paused() if due or show else nullcontext():     # the stopwatch counts training only
-                if due:
-                    save("last.pt", number=True)        # an evaluation can take long, and be cut off
-                    alone = stop if ranks.world == 1 else None      # several must all go on, or all stop
-                    losses = estimate_loss(model, data, cfg, ranks, device, alone)
-                    bad = losses is not None and not math.isfinite(losses["val"])
-                    if losses is None or bad:
-                        break
-                    best = losses["val"] < state["best_val_loss"]
-                    state |= dict(evaluated=step, losses=losses)
-                    state |= dict(best_step=step, best_val_loss=losses["val"]) if best else {}
-                    report.evaluation(step, losses, best)
-                    if best or cfg.always_save_checkpoint:
-                        save("ckpt.pt")
-                stale = 0 < cfg.patience * cfg.eval_interval <= state["evaluated"] - state["best_step"]
-                if due and (last or stale):
-                    save("last.pt")
-                if show and (ranks.first or cfg.shard):
-                    report.sample(step, partial(sample_text, model, tokenizer, cfg, step, device))
-            if last or stale or cfg.eval_only:
-                break
-
-            # One update. Its random numbers come from (seed, step, rank) alone, so none need to be restored.
-            numbers = np.random.SeedSequence([cfg.seed, 2, step, ranks.rank])
-            torch.manual_seed(numbers.generate_state(1).item())
-            factor = lr_factor(step, cfg)
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = group["base_lr"] * factor
-                if "momentum" in group:                 # Muon's: from 0.85 up to its full value in 100 steps
-                    group["momentum"] = cfg.momentum - max(0, 1 - step / 100) * max(0, cfg.momentum - 0.85)
-            loss = torch.zeros((), device=device)
-            for number, (x, y) in enumerate(batches(step), 1):
-                # Processes add up their gradients once a step, after the last micro-batch.
-                with ranks.adding_up(step_model, number == micro):
-                    with autocast(device, cfg.dtype):
-                        part = step_model(x, y)[1] / micro
-                    scaler.scale(part).backward()
-                loss += part.detach()
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-            norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-            if cfg.grad_clip:
-                nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm     # of a sharded model
-            step += 1
-            log_now = step % cfg.log_interval == 0 or step == cfg.max_iters
-            save_now = cfg.save_interval > 0 and step % cfg.save_interval == 0
-            look = log_now or save_now or step % cfg.eval_interval == 0
-            bad, stopping = watch.check(loss, norm, look)
-            if bad:
-                break
-            overflow = cfg.dtype == "float16" and not norm.isfinite()   # the scaler lowers its scale
-            for optimizer in optimizers:
-                if not overflow:
-                    scaler.step(optimizer)
-                optimizer.zero_grad(set_to_none=True)
-            scaler.update()
-            state["step"] = step
-            if log_now:
-                mean = ranks.total(loss).item() / ranks.world
-                report.update(step, mean, norm.item(), cfg.learning_rate * factor)
-            if save_now or stopping:
-                with report.paused():
-                    save("last.pt")
-            if stopping:
-                break
-    code = report.not_finite(step) if bad else report.finish(stop, unsaved)
-    del step_model                                      # it keeps the process group and its threads alive
-    ranks.leave()
-    if lock:
-        lock.close()
-    return code
+def print_changes(changed: dict):
+    """Say which stored settings the flags change; of several processes, the first one does."""
+    if changed and os.environ.get("RANK", "0") == "0":
+        changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+        print(f"changed  since the run was saved: {cli.printable(changes)}", flush=True)
 
 
 def main(argv: list) -> int:
-    parsed = parse(Config, argv, __doc__)
+    parsed = cli.parse(Config, argv, __doc__)
     cfg = Config(**parsed.values)
-    out_dir = Path(cfg.out_dir or Path("out") / (parsed.files[-1].stem if parsed.files else cfg.dataset))
-    seen = file_stamp(out_dir / "last.pt") if cfg.init_from in ("auto", "resume") else None
-    if cfg.init_from == "auto":
-        cfg.init_from = "resume" if seen else "scratch"
-    resumed = weights = None
-    if cfg.init_from == "resume":
-        resumed = load_checkpoint(out_dir / "last.pt", resumable=True)
-        cfg = Config(**merge(Config, resumed["config"], parsed, FIXED_FIELDS, out_dir / "last.pt")[0])
-    elif cfg.init_from != "scratch":
-        weights = read_weights(cfg.init_from)
-        # The model comes from the checkpoint, everything else from the files and flags given now.
-        typed = replace(parsed, typed=parsed.typed & MODEL_FIELDS)
-        stored = merge(Config, weights["config"], typed, MODEL_FIELDS, cfg.init_from, lower={"block_size"})[0]
-        cfg = Config(**asdict(cfg) | {name: stored[name] for name in MODEL_FIELDS | {"init"}})
+    name = parsed.files[-1].stem if parsed.files else cfg.dataset
+    out_dir = Path(cfg.out_dir or Path("out") / name)
+    cfg, origin = find_origin(cfg, parsed, out_dir)
     if "max_iters" in parsed.typed and "max_epochs" not in parsed.typed:
-        cfg.max_epochs = 0.0                            # what is typed wins over what a file or the run says
-    if cfg.max_minutes and not resumed and "max_iters" not in parsed.typed:
-        cfg.max_iters = OPEN
-    if problems := cfg.problems():
-        raise UserError("; ".join(problems))
-    cfg.out_dir = str(out_dir)
+        cfg = replace(cfg, max_epochs=0.0)              # a flag beats the config file and the checkpoint
+    cfg = replace(cfg, out_dir=str(out_dir))
+    cli.check(cfg)
     with explain_failures(out_dir):
-        return train(cfg, out_dir, resumed, weights, seen)
+        return train(cfg, out_dir, origin)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -1,4 +1,7 @@
-"""A run's folder: claimed, saved to, loaded and restored from."""
+"""A run's folder and its checkpoints: claimed, saved atomically, loaded without running code, restored.
+
+ckpt.pt holds weights, settings and the tokenizer; last.pt the optimizers' state and the plan as well, to resume from.
+"""
 
 import contextlib
 import math
@@ -14,16 +17,67 @@ from inkling.cli import UserError
 from inkling.files import atomic_write, lock_folder
 
 CHECKPOINT_FORMAT = 1
-OPEN = 2**31            # max_iters of a run whose max_minutes have not yet told how many steps they allow
-KINDS = {"config": dict, "tokenizer": dict, "model": dict, "vocab_size": int, "step": int}      # in every checkpoint
-RESUME_KINDS = {"evaluated": int, "best_step": int, "best_val_loss": float, "losses": dict, "seconds": float,
+NOT_KNOWN = 2**31               # max_iters in a last.pt from before plans, where max_minutes had not measured the pace
+# The entries of every checkpoint, of those that can be resumed, and those that newer ones have, with their types.
+ENTRIES = {"config": dict, "tokenizer": dict, "model": dict, "vocab_size": int, "step": int}
+RESUME_ENTRIES = {"evaluated": int | None, "best_step": int, "best_val_loss": float, "losses": dict, "seconds": float,
                   "optimizers": list, "scaler": dict}
+LATER_ENTRIES = {"threads": int, "text": str, "lost": str, "plan": dict}
+PLAN_ENTRIES = {"device": str, "dtype": str, "compile": bool | str, "max_iters": int | None, "sequences": int,
+                "micro_batches": int}
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+class RunFolder:
+    """A run's folder, which this process holds from `claim` to `release`.
+
+    unsaved: what went wrong in the latest save of each file; empty when it is on the disk.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.unsaved = {"last.pt": "", "ckpt.pt": ""}
+        self.lock = None
+
+    def claim(self, resuming: bool, expected: tuple | None = None):
+        """Lock the folder. A new run first moves an old one to NAME.1, or the next free number, so nothing is lost.
+
+        expected: the stamp of last.pt when it was read, or None if it does not matter; another process may have resumed
+        the run since. Raises UserError."""
+        self.lock = lock_folder(self.path)
+        if expected is not None and file_stamp(self.path / "last.pt") != expected:
+            raise UserError(f"{self.path}/last.pt has changed since this process read it, because another one has "
+                            "resumed the run: the same command again resumes from there")
+        for leftover in self.path.glob("*.tmp"):        # of a process that was killed while it wrote
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+        if not resuming and self.holds_a_run():
+            self.release()                              # Windows renames no folder with an open file
+            print(f"{self.path} holds a run: moved to {set_aside(self.path)} (to resume it instead: "
+                  "--init_from=resume, with --out_dir naming it)", flush=True)
+            self.lock = lock_folder(self.path)
+
+    def holds_a_run(self) -> bool:
+        return any((self.path / name).exists() for name in ("last.pt", "ckpt.pt", "log.csv"))
+
+    def save(self, content: dict, name: str, keep: int = 0) -> str:
+        """Save a checkpoint as `name`, and with `keep` also as NAME-STEP.pt, of which the latest `keep` stay. Returns an
+        empty text, or what went wrong: the old file is whole then."""
+        self.unsaved[name] = save_checkpoint(content, self.path / name, content["step"], keep)
+        return self.unsaved[name]
+
+    def release(self):
+        if self.lock:
+            self.lock.close()
+            self.lock = None
 
 
 def set_aside(folder: Path) -> Path:
     """Rename `folder` to the next free NAME.1, NAME.2, ... and return the new path."""
     if not folder.name:
-        raise UserError(f"{folder} holds a run and cannot be renamed: name a folder with --out_dir, or --init_from=resume")
+        raise UserError(f"{folder} holds a run and cannot be renamed: name a folder with --out_dir, or use "
+                        "--init_from=resume")
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
@@ -32,36 +86,26 @@ def set_aside(folder: Path) -> Path:
 
 
 def file_stamp(path: Path) -> tuple:
-    """What changes when a file is written anew; () of no file."""
+    """What changes when a file is replaced; empty if there is no file."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return ()
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
-def claim_folder(out_dir: Path, resuming: bool, expected: tuple | None = None):
-    """Lock `out_dir` for a run. A new run first moves an old one there to NAME.1 (the next free number): nothing is
-    lost. expected: the stamp of last.pt when it was looked at; another process may have gone on with the run since.
-    Returns the lock, to be kept while the process lives."""
-    held = lock_folder(out_dir)
-    if expected is not None and file_stamp(out_dir / "last.pt") != expected:
-        raise UserError(f"{out_dir}/last.pt has changed since this process looked at it: another one has gone on with the run; "
-             "the same command again goes on from there")
-    for left in out_dir.glob("*.tmp"):  # by a process that was killed while it wrote
-        with contextlib.suppress(OSError):
-            left.unlink()
-    if resuming or not any((out_dir / name).exists() for name in ("last.pt", "ckpt.pt", "log.csv")):
-        return held
-    held.close()                        # Windows renames no folder with an open file
-    print(f"{out_dir} holds a run: moved to {set_aside(out_dir)} (to go on with it instead: --init_from=resume, "
-          f"with --out_dir naming it)", flush=True)
-    return lock_folder(out_dir)
+def newest_checkpoint(folder: Path = Path("out")) -> Path:
+    """The most recently written ckpt.pt under `folder`. Raises UserError if there is none."""
+    paths = sorted(folder.glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        raise UserError(f"no ckpt.pt under {folder}/: train one with python train.py, or name one with --ckpt=PATH")
+    return paths[-1]
 
+
+# -- saving ------------------------------------------------------------------------------------------------------------
 
 def save_checkpoint(content: dict, path: Path, step: int = 0, keep: int = 0) -> str:
-    """Write a checkpoint atomically, and keep the latest `keep` as NAME-STEP.pt besides. Returns "" or, when the disk
-    refuses, what went wrong: the old file is whole."""
+    """Write a checkpoint atomically; see RunFolder.save."""
     if not all(tensor.isfinite().all() for tensor in content["model"].values()):
         return f"did not write {path}: the weights are not finite numbers"
     try:
@@ -76,8 +120,8 @@ def save_checkpoint(content: dict, path: Path, step: int = 0, keep: int = 0) -> 
 
 
 def keep_numbered(path: Path, step: int, keep: int):
-    """Give the file another name, NAME-STEP.pt, which stays when a new file takes its place, and delete all but the
-    latest `keep` of those. A second name for the same content takes neither time nor space, where links exist."""
+    """Give the file a second name, NAME-STEP.pt, which stays when a new file takes its place, and delete all but the
+    latest `keep` of those. Where links exist, a second name for the same content takes neither time nor space."""
     numbered = path.with_name(f"{path.stem}-{step}.pt")
     numbered.unlink(missing_ok=True)
     try:
@@ -85,124 +129,179 @@ def keep_numbered(path: Path, step: int, keep: int):
     except OSError:                                 # as on FAT; a copy is whole or absent, too
         with open(path, "rb") as source, atomic_write(numbered) as target:
             shutil.copyfileobj(source, target)
-    every = [old for old in path.parent.glob(f"{path.stem}-*.pt") if old.stem.rpartition("-")[2].isdigit()]
-    # By time and not by step: a run may have been taken back, and gone on from there in another way.
-    for old in sorted(every, key=lambda old: old.stat().st_mtime_ns)[:-keep]:
-        old.unlink()
+    copies = [other for other in path.parent.glob(f"{path.stem}-*.pt") if other.stem.rpartition("-")[2].isdigit()]
+    # By time and not by step: a run may have been resumed from an older checkpoint.
+    copies.sort(key=lambda copy: copy.stat().st_mtime_ns)
+    for outdated in copies[:-keep]:
+        outdated.unlink()
 
+
+# -- loading -----------------------------------------------------------------------------------------------------------
 
 def load_checkpoint(path: Path, resumable: bool = False) -> dict:
-    """The content of a checkpoint, on the CPU; `resumable`: of a last.pt. `fail`s in one line on a file that is
-    damaged, hostile or not ours."""
+    """The content of a checkpoint, on the CPU; `resumable`: of a last.pt. Raises UserError for a file that is damaged,
+    hostile or not ours; nothing in it is ever run."""
     path = Path(path)
+    content = read_zip_of_tensors(path, resumable)
+    whole = isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT
+    if not whole or wrong_types(content, ENTRIES):
+        raise UserError(f"{path} is not an Inkling checkpoint (format {CHECKPOINT_FORMAT}); python train.py writes them")
+    content["config"].setdefault("ngrams", 0)       # a checkpoint from before n-grams has none
+    lacking = [name for name in RESUME_ENTRIES if name not in content]
+    if resumable and lacking:
+        raise UserError(f"{path} cannot be resumed, it lacks {', '.join(lacking)}: start from its weights with "
+                        f"--init_from={path}")
+    if reason := why_implausible(content):
+        raise UserError(f"{path}: {reason} cannot be what train.py wrote: use another copy")
+    upgrade(content)
+    return content
+
+
+def read_zip_of_tensors(path: Path, resumable: bool):
+    """What torch.save wrote to `path`, after a look at the checksums. Raises UserError."""
     try:
-        # torch.load does not check the zip's CRCs, so a flipped bit would go unnoticed.
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("compressed entries, which torch.save never writes")
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise ValueError("its entries are larger than the file")
-            if broken := archive.testzip():
-                raise ValueError(f"the checksum of {broken} does not match")
+        check_zip(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}" + (": there is no run to go on with; leave --init_from out to start one"
-                                        if resumable else ": python train.py writes one"))
+        way_out = "python train.py writes one"
+        if resumable:
+            way_out = "there is no run to resume; leave --init_from out to start one"
+        raise UserError(f"no checkpoint {path}: {way_out}")
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; name the checkpoint file in it, such as {path / 'ckpt.pt'}")
     except MemoryError:
         raise UserError(f"{path} does not fit into this machine's memory")
     except Exception as error:          # a damaged file can fail anywhere in zipfile or torch
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"{path} is damaged or no checkpoint of Inkling ({reason}); nothing was loaded: name a ckpt.pt")
-    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT or any(
-            not isinstance(content.get(key), kind) for key, kind in KINDS.items()):
-        raise UserError(f"{path} holds no Inkling checkpoint (format {CHECKPOINT_FORMAT}); "
-             "python train.py writes them")
-    content["config"].setdefault("ngrams", 0)       # as before there were any
-    if resumable and (lacking := [key for key in RESUME_KINDS if key not in content]):
-        raise UserError(f"{path} cannot be resumed, it lacks {', '.join(lacking)}: start from its weights with --init_from={path}")
-    kinds = RESUME_KINDS | {"threads": int, "text": str, "lost": str}
-    wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key, kind()), kind)]
-    if wrong or content["step"] < 0 or not math.isfinite(content.get("seconds", 0)) or not all(
-            isinstance(loss, float) for loss in content.get("losses", {}).values()):
-        raise UserError(f"{path}: {', '.join(wrong) or 'step, seconds or losses'} cannot be what train.py wrote: use another copy")
-    return content
+        raise UserError(f"{path} is damaged or not a checkpoint of Inkling ({reason}); nothing was loaded: name a "
+                        "ckpt.pt")
 
+
+def check_zip(path: Path):
+    """Raise ValueError for an archive that torch.save did not write or that is damaged: torch.load does not look at the
+    checksums, so a flipped bit would go unnoticed."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("compressed entries, which torch.save never writes")
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("its entries are larger than the file")
+        if broken := archive.testzip():
+            raise ValueError(f"the checksum of {broken} does not match")
+
+
+def wrong_types(content: dict, entries: dict) -> list:
+    """The names among `entries` whose value in `content` has another type."""
+    return [name for name, kind in entries.items() if not isinstance(content.get(name), kind)]
+
+
+def why_implausible(content: dict) -> str:
+    """What in a checkpoint cannot be what train.py wrote, or an empty text."""
+    entries = {name: kind for name, kind in (RESUME_ENTRIES | LATER_ENTRIES).items() if name in content}
+    if wrong := wrong_types(content, entries):
+        return ", ".join(wrong)
+    plan = content.get("plan", {})
+    if wrong := wrong_types(plan, PLAN_ENTRIES) if plan else []:
+        return f"plan.{', plan.'.join(wrong)}"
+    losses = content.get("losses", {}).values()
+    if content["step"] < 0 or not math.isfinite(content.get("seconds", 0)):
+        return "step or seconds"
+    return "" if all(isinstance(loss, float) for loss in losses) else "losses"
+
+
+def upgrade(content: dict):
+    """Bring what earlier versions wrote to today's form, in place."""
+    if content.get("evaluated") == -1:
+        content["evaluated"] = None                 # not evaluated yet
+    if "plan" not in content and "optimizers" in content:
+        # Before there were plans, the resolved values took the place of the settings.
+        config = content["config"]
+        max_iters = config.get("max_iters")
+        content["plan"] = {"dtype": config.get("dtype"), "compile": config.get("compile"),
+                           "max_iters": None if max_iters == NOT_KNOWN else max_iters}
+        if max_iters == NOT_KNOWN:
+            del config["max_iters"]
+
+
+# -- restoring ---------------------------------------------------------------------------------------------------------
 
 def build_model(build, stored: dict, n_layer: int):
-    """The model of n_layer blocks that `build()` makes, with the weights `stored`. Raises ValueError where these do not
-    fit. A file may claim any size: no memory is taken before what is really there has been counted."""
+    """The model of n_layer blocks that `build()` makes, with the weights `stored`. Raises ValueError if they do not fit.
+    A file may claim any size: no memory is taken before what is really there has been counted."""
     if n_layer > len(stored):
         raise ValueError(f"n_layer={n_layer}, but there are {len(stored)} tensors")
     with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
-    if lacking := wanted.keys() - stored.keys():
+        shapes = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
+    if lacking := shapes.keys() - stored.keys():
         raise ValueError(f"{min(lacking)} is missing")
     for name, tensor in stored.items():
-        if name not in wanted:
+        if name not in shapes:
             raise ValueError(f"{name!r:.80} is no part of this model")
-        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu" or \
-                not tensor.is_floating_point():
-            raise ValueError(f"{name} is no tensor of floating-point numbers")
-        if tuple(tensor.shape) != wanted[name]:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {wanted[name]}")
+        check_weight(name, tensor, shapes[name])
     storages = [tensor.untyped_storage() for tensor in stored.values()]
-    held = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    if sum(tensor.nbytes for tensor in stored.values()) > 2 * sum(held.values()):       # tied weights count twice
+    bytes_held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if sum(tensor.nbytes for tensor in stored.values()) > 2 * bytes_held:           # tied weights count twice
         raise ValueError("its tensors claim more numbers than it holds")
-    if broken := [name for name, tensor in stored.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{broken[0]} holds numbers that are not finite")
+    for name, tensor in stored.items():             # after that count, since this takes memory
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite")
     model = build()
     model.load_state_dict(stored)
     return model
 
 
-def newest_checkpoint(folder: Path = Path("out")) -> Path:
-    """The most recently written ckpt.pt under `folder`."""
-    found = sorted(folder.glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError(f"no ckpt.pt under {folder}/: train one with python train.py, or name one with --ckpt=PATH")
-    return found[-1]
+def check_weight(name: str, tensor, shape: tuple):
+    """Raise ValueError unless `tensor` is a plain CPU tensor of floating-point numbers in this shape."""
+    plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or not tensor.is_floating_point():
+        raise ValueError(f"{name} is no tensor of floating-point numbers")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {shape}")
 
 
-def check_moments(optimizer):
-    """Raise ValueError unless each parameter has no state or all of AdamW's or Muon's, finite and in its shape (Muon's
-    in that of its group, stacked): load_state_dict does not look."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            shapes = {"average": (len(group["params"]), *p.shape)} if "momentum" in group else \
-                {"step": (), "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
-            state = optimizer.state.get(p)
-            if state and (state.keys() != shapes.keys() or any(
-                    not isinstance(value, torch.Tensor) or tuple(value.shape) != shapes[name] or
-                    value.layout != torch.strided or not value.isfinite().all() for name, value in state.items())):
-                raise ValueError(f"the moments of a parameter of shape {tuple(p.shape)}")
-
-
-def restore_optimizers(optimizers: list, scaler, stored: dict, first: bool):
-    """Put back the optimizers' state, but keep today's settings: load_state_dict would bring back the stored learning
-    rates, betas and decays along with the moments."""
-    threads = torch.get_num_threads()
-    if first and stored.get("threads") != threads:
-        print(f"note     the run was saved by a process of {stored.get('threads')} threads, this one has {threads}: on "
-              "a CPU the figures will differ in their last digits", flush=True)
+def restore_optimizers(optimizers: list, scaler, stored: dict):
+    """Load the optimizers' and the GradScaler's state from a last.pt's content, but keep today's settings. Raises
+    UserError if it does not fit."""
     try:
         for optimizer, content in zip(optimizers, stored["optimizers"], strict=True):
-            settings = [{key: value for key, value in group.items() if key != "params"}
-                        for group in optimizer.param_groups]
-            optimizer.load_state_dict(content)
-            for group, kept in zip(optimizer.param_groups, settings, strict=True):
-                group.update(kept)
-            check_moments(optimizer)
-            for p, values in optimizer.state.items():
-                for key, value in values.items() if hasattr(p, "placements") else ():
-                    if value.shape == p.shape:          # each process takes its share
-                        values[key] = torch.distributed.tensor.distribute_tensor(value, p.device_mesh, p.placements)
+            restore_optimizer(optimizer, content)
         if not all(isinstance(value, (int, float)) for value in stored["scaler"].values()):
-            raise ValueError("the GradScaler's state holds something else than numbers")
+            raise ValueError("the GradScaler's state holds something other than numbers")
         scaler.load_state_dict(stored["scaler"])
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise UserError(f"the checkpoint's optimizer state does not fit this run ({type(error).__name__}: {error})")
+
+
+def restore_optimizer(optimizer, content: dict):
+    """load_state_dict, which would also bring back the stored learning rates, betas and decays; these stay as they are.
+    Every rank of a sharded run takes its share."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(content)
+    for group, todays in zip(optimizer.param_groups, settings, strict=True):
+        group.update(todays)
+    check_optimizer_state(optimizer)
+    for p, values in optimizer.state.items():
+        if not hasattr(p, "placements"):            # not sharded
+            continue
+        for name, value in values.items():
+            if value.shape == p.shape:
+                values[name] = torch.distributed.tensor.distribute_tensor(value, p.device_mesh, p.placements)
+
+
+def check_optimizer_state(optimizer):
+    """Raise ValueError unless every parameter has no state yet, or exactly what optimizer.state_shapes says, in finite
+    numbers: load_state_dict does not look."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p)
+            if not state:
+                continue
+            shapes = optimizer.state_shapes(p, group)
+            if state.keys() != shapes.keys():
+                raise ValueError(f"the state of a parameter of shape {tuple(p.shape)} is {', '.join(map(str, state))}")
+            for name, value in state.items():
+                plain = isinstance(value, torch.Tensor) and value.layout == torch.strided
+                if not plain or tuple(value.shape) != tuple(shapes[name]) or not value.isfinite().all():
+                    raise ValueError(f"{name} of a parameter of shape {tuple(p.shape)}")

@@ -1,151 +1,58 @@
-"""Device, precision, compiling: what is chosen, and why."""
+"""Device, precision and compiling: what is chosen, and why."""
 
 import contextlib
 import copy
+import math
 import os
 import shutil
 import sys
 import time
-from itertools import chain
 
 import torch
 
 from inkling.cli import UserError
 
-
-def choose_device(device: str) -> str:
-    """`auto` becomes cuda, mps or cpu, whichever is there first; a named device is checked."""
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True, "meta": False}
-    if device == "auto":
-        return next(kind for kind in ("cuda", "mps", "cpu") if have[kind])
-    try:
-        kind = torch.device(device).type
-        if not have.get(kind, True):
-            raise UserError(f"device={device}: PyTorch sees no {kind} device here; use --device=auto")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:    # all that PyTorch raises of other devices
-        reason = str(error).splitlines()[0]             # PyTorch lists twenty kinds where it knows none
-        raise UserError(f"device={device}: {'no such device' if reason.startswith('Expected one of') else reason}; "
-             "use auto, cpu, cuda, cuda:N or mps")
-    return device
+COMPILE_PAYS_AFTER = 100        # seconds of uncompiled training still to come: compiling takes 20-75 s the first time
+                                # and about 4 s later, and saves a fifth to a half of a step of the default model
 
 
-def choose_dtype(device: str, dtype: str) -> str:
-    """`auto` becomes bfloat16 (on older NVIDIA cards float16) where a matrix product really is faster with it: some
-    processors and cards accept it and emulate it. Takes a few milliseconds."""
-    if dtype != "auto":
-        return dtype
-    kind = torch.device(device).type
-    if kind == "mps":
-        return "float32"                # autocast on MPS gains little and has known errors
-    half = "bfloat16"
-    if kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        half = "float16"                # with a GradScaler
-
-    def seconds(kind_of_number) -> float:
-        a = torch.ones(512, 512, device=device, dtype=kind_of_number)
-        fastest = float("inf")
-        for _ in range(6):              # the first ones warm up
-            start = time.perf_counter()
-            for _ in range(4):
-                b = a @ a
-            b[0, 0].item()              # waits for the device
-            fastest = min(fastest, time.perf_counter() - start)
-        return fastest
-
-    return half if seconds(getattr(torch, half)) < 0.7 * seconds(torch.float32) else "float32"
-
-
-def autocast(device: str, dtype: str):
-    """A context in which matrix products run in `dtype`, while weights and sums stay in float32."""
-    if dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype))
+def device_type(device: str) -> str:
+    """cuda of cuda:1."""
+    return torch.device(device).type
 
 
 def synchronize(device: str):
-    """Until the device has done what was asked of it."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    elif torch.device(device).type == "mps":
-        torch.mps.synchronize()
-COMPILE_PAYS_AFTER = 100        # seconds of eager training left; compiling takes 20-75 s the first time, later about
-                                # 4, and saves a fifth to a half of a step of the recipe's models
-
-
-def compiler_missing(device: str) -> str:
-    """Why torch.compile cannot work here, or ""."""
-    kind = device.split(":")[0]
-    if kind == "cpu" and not (os.environ.get("CXX") or any(map(shutil.which, ("g++", "clang++", "cl")))):
-        return "there is no C++ compiler"
+    """Wait until the device has done what it was asked to do."""
+    kind = device_type(device)
     if kind == "cuda":
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            return "triton is not installed"
-    return "" if kind in ("cpu", "cuda") else f"it is not ready for {kind}"
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
 
 
-def compile_pays(choice, model, run_once, passes: int, device: str, ranks, deadline) -> bool:
-    """Resolve compile=auto, for all ranks: whether torch.compile would pay over `passes` forward and backward passes,
-    or as many as end before the deadline. `run_once(model)` is one of them, of which nothing remains."""
-    if choice != "auto" or passes <= 0:
-        return choice is True and passes > 0
-    if ranks.tell(compiler_missing(device)):
-        return False
-    times = []
-    for _ in range(3):              # the first ones warm up
-        start = time.perf_counter()
-        run_once(model)
-        synchronize(device)
-        times.append(ranks.tell(time.perf_counter() - start))       # several must all go on, or all stop
-        if times[-1] * passes > 10 * COMPILE_PAYS_AFTER:
-            break
-    return ranks.tell(min(min(times) * passes, deadline.left()) > COMPILE_PAYS_AFTER)
+def first_line(error: Exception) -> str:
+    """What an exception says, in one short line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
-def compile_model(wanted: bool, model, run_once, device: str):
-    """Compile `model` and run it once, so that a failure shows before the run. Returns (what to train with, whether it
-    is compiled, a note for the banner)."""
-    if not wanted:
-        return model, False, "off"
-    if why := compiler_missing(device):
-        return model, False, f"off: {why}"
-    start = time.perf_counter()
+# -- device ------------------------------------------------------------------------------------------------------------
+
+def choose_device(device: str) -> str:
+    """`auto` becomes cuda, mps or cpu, whichever is there first; a named device is checked. Raises UserError."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(kind for kind, is_there in available.items() if is_there)
     try:
-        compiled = torch.compile(model, dynamic=False)
-        run_once(compiled)
-        synchronize(device)
-    except Exception as error:      # a failure to compile, whatever it is, must not end a run
-        torch._dynamo.reset()
-        model.zero_grad(set_to_none=True)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        return model, False, f"failed, so it trains without ({type(error).__name__}: {reason})"
-    return compiled, True, f"on, took {time.perf_counter() - start:.0f} s"
-
-
-def compile_step(step, device: str):
-    """`step` compiled for shapes that stay the same: what generates one token after another is a small matter for a
-    processor, and the way there from Python most of its time. Replayed as a CUDA graph on an NVIDIA card. Where
-    compiling fails, which shows at the first call, it goes on uncompiled and says so on stderr."""
-    cuda = torch.device(device).type == "cuda"
-    how = dict(mode="reduce-overhead") if cuda else dict(options={"cpp_wrapper": True})
-    chosen = torch.compile(step, dynamic=False, **how)
-
-    def run(idx, cache, at):
-        nonlocal chosen
-        if cuda and not getattr(cache.tensors[0][0], "_dynamo_static_input_type", None):
-            for tensor in chain(*cache.tensors):        # or no graph may write to them (as in transformers' caches)
-                torch._dynamo.mark_static_address(tensor, guard=False)
-        try:
-            return chosen(idx, cache, at)
-        except Exception as error:      # a failure to compile, whatever it is, must not end a text
-            if chosen is step:
-                raise
-            chosen, reason = step, (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-            print(f"not compiled: {type(error).__name__}: {reason}", file=sys.stderr, flush=True)
-        return run(idx, cache, at)
-    return run
+        kind = device_type(device)
+        if kind == "meta" or not available.get(kind, True):
+            raise UserError(f"device={device}: PyTorch sees no {kind} device here; use --device=auto")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:    # all that PyTorch raises for other devices
+        reason = first_line(error)
+        if reason.startswith("Expected one of"):        # a list of the twenty kinds that PyTorch knows
+            reason = "no such device"
+        raise UserError(f"device={device}: {reason}; use auto, cpu, cuda, cuda:N or mps")
+    return device
 
 
 def compare_with_cpu(model, x, y, device: str):
@@ -156,13 +63,144 @@ def compare_with_cpu(model, x, y, device: str):
     with torch.no_grad():
         for p in reference.parameters():
             p += 0.1 * torch.randn(p.shape, generator=generator)
-    figures = []
-    for candidate, place in ((copy.deepcopy(reference).to(device), device), (reference, "cpu")):
-        loss = candidate(x[:4].to(place), y[:4].to(place))[1]           # four windows
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in candidate.parameters() if p.grad is not None])
-        figures.append((loss.item(), norm.item()))
-    here, cpu = figures
-    if not all(abs(a - b) <= 0.001 * abs(b) for a, b in zip(here, cpu, strict=True)):
-        print(f"warning  {device} computes something wrong: loss {here[0]:.4f} and gradient norm {here[1]:.4f} of one "
-              f"batch, where the CPU has {cpu[0]:.4f} and {cpu[1]:.4f}; --device=cpu is right, and slower", flush=True)
+    candidate = copy.deepcopy(reference).to(device)
+    loss, norm = loss_and_norm(candidate, x, y, device)
+    cpu_loss, cpu_norm = loss_and_norm(reference, x, y, "cpu")
+    if not (math.isclose(loss, cpu_loss, rel_tol=0.001) and math.isclose(norm, cpu_norm, rel_tol=0.001)):
+        print(f"warning  {device} computes something wrong: loss {loss:.4f} and gradient norm {norm:.4f} of one batch, "
+              f"where the CPU has {cpu_loss:.4f} and {cpu_norm:.4f}; --device=cpu is right, and slower", flush=True)
+
+
+def loss_and_norm(model, x, y, device: str) -> tuple:
+    """Loss and gradient norm of the first four windows of a batch."""
+    loss = model(x[:4].to(device), y[:4].to(device))[1]
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return loss.item(), norm.item()
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+def choose_dtype(device: str, dtype: str) -> str:
+    """`auto` becomes bfloat16 (on older NVIDIA cards float16) where a matrix product is really faster with it: some
+    processors and cards accept it and emulate it. Takes a few milliseconds."""
+    if dtype != "auto":
+        return dtype
+    kind = device_type(device)
+    if kind == "mps":
+        return "float32"                # autocast on MPS gains little and has known errors
+    half = "bfloat16"
+    if kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        half = "float16"                # with a GradScaler
+    if matmul_seconds(device, getattr(torch, half)) < 0.7 * matmul_seconds(device, torch.float32):
+        return half
+    return "float32"
+
+
+def matmul_seconds(device: str, dtype: torch.dtype) -> float:
+    """The fastest of six times that four products of 512 x 512 matrices take."""
+    a = torch.ones(512, 512, device=device, dtype=dtype)
+    fastest = math.inf
+    for _ in range(6):                  # the first ones warm up
+        began = time.perf_counter()
+        for _ in range(4):
+            b = a @ a
+        b[0, 0].item()                  # waits for the device
+        fastest = min(fastest, time.perf_counter() - began)
+    return fastest
+
+
+def autocast(device: str, dtype: str):
+    """A context in which matrix products run in `dtype`, while weights and sums stay in float32."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device_type(device), dtype=getattr(torch, dtype))
+
+
+# -- compiling ---------------------------------------------------------------------------------------------------------
+
+def compiler_missing(device: str) -> str:
+    """Why torch.compile cannot work here, or an empty text."""
+    kind = device_type(device)
+    if kind == "cpu":
+        compilers = map(shutil.which, ("g++", "clang++", "cl"))
+        return "" if os.environ.get("CXX") or any(compilers) else "there is no C++ compiler"
+    if kind == "cuda":
+        try:
+            import triton  # noqa: F401, brought by PyTorch's CUDA builds
+        except ImportError:
+            return "triton is not installed"
+        return ""
+    return f"it is not ready for {kind}"
+
+
+def compile_pays(choice, forward_backward, passes: int, ranks, seconds_left: float) -> bool:
+    """Resolve compile=auto, the same on all ranks: whether torch.compile saves more time than it takes.
+
+    forward_backward: runs one uncompiled forward and backward pass. passes: how many of them are still to come, unless
+    `seconds_left` (infinite without a deadline) ends the run before.
+    """
+    if passes <= 0:
+        return False
+    if choice != "auto":
+        return choice
+    if ranks.broadcast(compiler_missing(ranks.device)):
+        return False
+    times = []
+    for _ in range(3):                  # the first ones warm up
+        began = time.perf_counter()
+        forward_backward()
+        synchronize(ranks.device)
+        times.append(ranks.broadcast(time.perf_counter() - began))      # so that all ranks do the same passes
+        if times[-1] * passes > 10 * COMPILE_PAYS_AFTER:
+            break
+    seconds_to_come = min(min(times) * passes, seconds_left)
+    return ranks.broadcast(seconds_to_come > COMPILE_PAYS_AFTER)
+
+
+def compile_model(model, forward_backward, device: str) -> tuple:
+    """(model to train with, whether it is compiled, a note for the banner). The compiled model runs once,
+    forward_backward(model), so that a failure shows before training; then the uncompiled model is returned."""
+    if why := compiler_missing(device):
+        return model, False, f"off: {why}"
+    began = time.perf_counter()
+    try:
+        compiled = torch.compile(model, dynamic=False)
+        forward_backward(compiled)
+        synchronize(device)
+    except Exception as error:          # a failure to compile, whatever it is, must not end a run
+        torch._dynamo.reset()
+        model.zero_grad(set_to_none=True)
+        return model, False, f"failed, so it trains without ({type(error).__name__}: {first_line(error)})"
+    return compiled, True, f"on, took {time.perf_counter() - began:.0f} s"
+
+
+def compile_step(step, device: str):
+    """`step(ids, cache)`, which generates one token, compiled: the computation is small, and the way to it through
+    Python takes most of the time. On an NVIDIA card it is replayed as a CUDA graph. If compiling fails, which shows at
+    the first call, it continues uncompiled and says so on stderr."""
+    on_cuda = device_type(device) == "cuda"
+    how = dict(mode="reduce-overhead") if on_cuda else dict(options={"cpp_wrapper": True})
+    current = torch.compile(step, dynamic=False, **how)
+
+    def run_step(ids, cache):
+        nonlocal current
+        if on_cuda:
+            mark_static(cache)
+        try:
+            return current(ids, cache)
+        except Exception as error:      # a failure to compile, whatever it is, must not end a text
+            if current is step:
+                raise
+            current = step
+            print(f"not compiled: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
+        return step(ids, cache)
+    return run_step
+
+
+def mark_static(cache):
+    """Tell CUDA graphs that the cache's tensors stay where they are, or no graph may write to them (as transformers
+    does for its static caches)."""
+    for tensor in cache.tensors():
+        if not getattr(tensor, "_dynamo_static_input_type", None):
+            torch._dynamo.mark_static_address(tensor, guard=False)

@@ -1,4 +1,4 @@
-"""Ranks of a run in several processes."""
+"""The processes of a run, in torch.distributed's own words: broadcast, all_reduce, wrap_ddp, fully_shard, gradient_sync."""
 
 import contextlib
 import gc
@@ -12,111 +12,126 @@ from inkling.cli import UserError
 # A norm's gain stays in float32 under autocast; and a block returns its values, a view, which nothing changes in place.
 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-# The newer name of that argument of DistributedDataParallel is unknown to PyTorch 2.11.
+# PyTorch 2.11 does not know the newer name of that argument of DistributedDataParallel.
 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
 
 
 class Ranks:
-    """This process's place among those that torchrun started; one of one otherwise."""
+    """This process's rank among the processes that torchrun started; rank 0 of 1 without it."""
 
     def __init__(self):
         try:
-            self.rank, self.world, self.local = (int(os.environ.get(name, default)) for name, default in
-                                                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+            self.rank = int(os.environ.get("RANK", 0))
+            self.world = int(os.environ.get("WORLD_SIZE", 1))
+            self.local = int(os.environ.get("LOCAL_RANK", 0))
         except ValueError as error:
-            raise UserError(f"RANK, WORLD_SIZE or LOCAL_RANK is set to something that torchrun never sets: {error}")
+            raise UserError(f"RANK, WORLD_SIZE or LOCAL_RANK is set to a value that torchrun never sets: {error}")
         self.first = self.rank == 0
+        self.device = "cpu"
 
     def join(self, backend: str, device: str) -> str:
-        """Meet the other processes; returns the device of this one."""
+        """Join the process group, if there is one. Returns the device of this process."""
+        self.device = device
         if self.world == 1:
             return device
         if torch.device(device).type == "cuda":
-            device = f"cuda:{self.local}"
-            torch.cuda.set_device(device)
+            self.device = f"cuda:{self.local}"
+            torch.cuda.set_device(self.device)
         if backend == "auto":
-            backend = "nccl" if device.startswith("cuda") else "gloo"
+            backend = "nccl" if self.device.startswith("cuda") else "gloo"
         torch.distributed.init_process_group(backend)
-        return device
+        return self.device
 
-    def tell(self, value):
-        """Rank 0's `value`, on every rank."""
+    def leave(self):
+        """Leave the process group; whatever still refers to the wrapped model keeps its threads alive."""
+        if self.world > 1:
+            gc.collect()
+            torch.distributed.destroy_process_group()
+
+    def broadcast(self, value):
+        """Rank 0's `value` (any object), on every rank."""
         if self.world == 1:
             return value
         box = [value]
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def total(self, tensor):
-        """The sum over ranks, in place."""
+    def all_reduce(self, tensor):
+        """The sum of `tensor` over the ranks, in place."""
         if self.world > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def share(self, count: int, batch_size: int) -> tuple:
-        """(sequences, micro-batches): this process's equal share of the `count` sequences of a step, and the number
-        of equal micro-batches of at most batch_size that it makes."""
-        if count % self.world:
-            raise UserError(f"batch_size * gradient_accumulation_steps = {count} must divide by the {self.world} processes")
-        rows = count // self.world
-        return rows, next(n for n in range(-(-rows // batch_size), rows + 1) if rows % n == 0)
+    def share(self, sequences: int, batch_size: int) -> tuple:
+        """(sequences, micro_batches): this rank's equal share of a step's sequences, and the number of equal
+        micro-batches, of at most batch_size sequences, that it is computed in."""
+        if sequences % self.world:
+            raise UserError(f"batch_size * gradient_accumulation_steps = {sequences} must be divisible by the number "
+                            f"of processes, {self.world}")
+        share = sequences // self.world
+        micro_batches = -(-share // batch_size)
+        while share % micro_batches:
+            micro_batches += 1
+        return share, micro_batches
 
-    def copies(self, step_model, device: str):
-        """The model for training: each process has a copy, and their gradients are averaged."""
+    def wrap_ddp(self, model):
+        """The model for training: every rank has a copy, and their gradients are averaged."""
         if self.world == 1:
-            return step_model
-        return torch.nn.parallel.DistributedDataParallel(           # whose buffers are constants
-            step_model, [device] if device.startswith("cuda") else None, broadcast_buffers=False)
+            return model
+        device_ids = [self.device] if self.device.startswith("cuda") else None
+        # Its buffers are constants.
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids, broadcast_buffers=False)
 
-    def shard(self, model, device: str):
-        """The model, of whose weights, gradients and optimizer state each process holds its share, and a block's
-        weights as a whole only while it is at work (PyTorch's fully_shard; arXiv 2304.11277)."""
-        if self.world == 1:
-            return model.to(device)
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-        mesh = torch.distributed.init_device_mesh(torch.device(device).type, (self.world,))
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        register_fsdp_forward_method(model, "next_logits")      # generate's way in
-        return model.to(device)         # what was not cut, such as buffers
-
-    def adding_up(self, step_model, last: bool):
-        """A context for one micro-batch: gradients are averaged over the processes once a step, in its last one."""
-        if hasattr(step_model, "set_requires_gradient_sync"):
-            step_model.set_requires_gradient_sync(last)
-        elif self.world > 1 and not last:
-            return step_model.no_sync()
-        return contextlib.nullcontext()
-
-    def whole(self, value):
-        """Dicts and lists with every sharded tensor in them put together, for the first rank (None for the others); all
-        ranks must ask."""
-        if isinstance(value, dict):
-            return {key: self.whole(part) for key, part in value.items()}
-        if isinstance(value, list):
-            return [self.whole(part) for part in value]
-        if not hasattr(value, "full_tensor"):
-            return value
-        tensor = value.full_tensor()
-        return tensor.cpu() if self.first else None
-
-    def spreading(self) -> dict:
-        """How Muon shares its work: each process treats an equal part of the stacked matrices (n, rows, cols)."""
-        if self.world == 1:
-            return {}
-        def spread(function, stacked):
-            each = -(-len(stacked) // self.world)
-            mine = torch.zeros(each, *stacked.shape[1:], dtype=stacked.dtype, device=stacked.device)
-            part = stacked[self.rank * each:(self.rank + 1) * each]
-            mine[:len(part)] = part
-            every = torch.empty(each * self.world, *stacked.shape[1:], dtype=stacked.dtype, device=stacked.device)
-            torch.distributed.all_gather(list(every.split(each)), function(mine))
-            return every[:len(stacked)]
-        return dict(spread=spread)
-
-    def leave(self):
+    def fully_shard(self, model):
+        """Shard weights, gradients and optimizer state across the ranks: a block's weights are whole only while it
+        computes (PyTorch's fully_shard; arXiv 2304.11277)."""
         if self.world > 1:
-            gc.collect()
-            torch.distributed.destroy_process_group()
+            # Imported here, since it takes half a second that other runs need not wait.
+            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+            mesh = torch.distributed.init_device_mesh(torch.device(self.device).type, (self.world,))
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            register_fsdp_forward_method(model, "next_logits")      # how `generate` enters the model
+        return model.to(self.device)    # what was not sharded, such as buffers
+
+    def gather(self, value):
+        """Dicts and lists with every sharded tensor in them made whole, on the CPU of rank 0 (None on the others). All
+        ranks must call it."""
+        if isinstance(value, dict):
+            return {key: self.gather(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self.gather(inner) for inner in value]
+        if not is_sharded(value):
+            return value
+        whole = value.full_tensor()
+        return whole.cpu() if self.first else None
+
+    def map_stacked(self, function, stacked):
+        """function(stacked) for a function that treats the matrices of stacked (n, rows, cols) one by one: every rank
+        computes an equal part and receives the others'."""
+        if self.world == 1:
+            return function(stacked)
+        size = -(-len(stacked) // self.world)
+        begin = self.rank * size
+        mine = torch.zeros(size, *stacked.shape[1:], dtype=stacked.dtype, device=stacked.device)
+        part = stacked[begin:begin + size]
+        mine[:len(part)] = part
+        results = torch.empty(size * self.world, *stacked.shape[1:], dtype=stacked.dtype, device=stacked.device)
+        torch.distributed.all_gather(list(results.split(size)), function(mine))
+        return results[:len(stacked)]
+
+
+def is_sharded(tensor) -> bool:
+    """Whether this rank holds only its share of the tensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def gradient_sync(model, last: bool):
+    """A context for one micro-batch, forward and backward: ranks average their gradients in a step's last one only."""
+    if hasattr(model, "set_requires_gradient_sync"):        # fully_shard's
+        model.set_requires_gradient_sync(last)
+    elif hasattr(model, "no_sync") and not last:            # DistributedDataParallel's
+        return model.no_sync()
+    return contextlib.nullcontext()
