@@ -1,43 +1,69 @@
-"""Numbers, durations and tables as text."""
+"""Numbers, durations, lines and tables as text."""
 
 import shutil
 import sys
 
+LEAST_IMPORTANT_FIRST = ("norm", "lr", "mfu", "ms", "rate", "bits", "left", "train")
+
 
 def duration(seconds: float) -> str:
+    """3723 seconds as 1h02m."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    if minutes:
+        return f"{minutes}m{seconds:02}s"
+    return f"{seconds}s"
+
+
+def milliseconds(seconds: float) -> str:
+    """0.0123 seconds as 12.3; no decimals from 100 ms on."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:,.1f}"
+    return f"{1000 * seconds:,.0f}"
 
 
 def short(number: float) -> str:
     """1234567 as 1.23M."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}" if number < 1000 * size else f"{number / size:.0f}{letter}"
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= 999.5 * unit:
+            return f"{number / unit:.0f}{letter}"
+        if number >= unit:
+            return f"{number / unit:.3g}{letter}"
     return f"{number:.0f}"
 
 
 def size(number: float) -> str:
     """12345678 bytes as 12.3 MB."""
-    return f"{number / 1e9:,.2f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
+    if number >= 1e9:
+        return f"{number / 1e9:,.2f} GB"
+    return f"{number / 1e6:,.1f} MB"
 
 
-def columns() -> int:
-    """The width of the terminal; none, when the output goes elsewhere."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+def terminal_width() -> int:
+    """The columns of the terminal; without limit when the output goes elsewhere."""
+    if not sys.stdout.isatty():
+        return sys.maxsize
+    return shutil.get_terminal_size().columns
 
 
-def fitted(parts: dict, room: int) -> str:
-    """The parts as one line of at most `room` columns: what matters least is left out first."""
-    for name in ("", "norm", "lr", "mfu", "ms", "rate", "bits", "left", "train"):
-        parts = {key: part for key, part in parts.items() if key != name and part}
-        if len(line := " | ".join(parts.values())) <= room:
+def fit_line(parts: dict, width: int) -> str:
+    """The parts, {name: text}, as one line. While it is wider than `width`, the least important part is dropped."""
+    parts = {name: text for name, text in parts.items() if text}
+    for name in LEAST_IMPORTANT_FIRST:
+        if len(" | ".join(parts.values())) <= width:
             break
-    return line
+        parts.pop(name, None)
+    return " | ".join(parts.values())
 
 
-def aligned(rows: list) -> list:
-    """Rows of texts as lines, the first column flush left and the others flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+def align_columns(rows: list) -> list:
+    """Rows of texts as lines: the first column flush left, the others flush right."""
+    widths = [max(len(text) for text in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(cells))
+    return lines

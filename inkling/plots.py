@@ -1,4 +1,10 @@
-"""Pictures of one run, and of several over one another."""
+"""Compare runs: a table of their losses, and their loss curves in one picture.
+
+    python -m inkling.plots out/a out/b                     # compare.png
+    python -m inkling.plots out/a out/b --by=time --out=losses.png
+
+train.py draws the loss.png of a single run with `plot_run`. Pictures need matplotlib.
+"""
 
 import contextlib
 import csv
@@ -7,50 +13,163 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from inkling.cli import UserError, parse
+from inkling.cli import UserError, parse, run
 from inkling.files import atomic_write
-from inkling.format import aligned, duration, short
+from inkling.format import align_columns, duration, short
+
+
+@dataclass
+class Options:
+    # -- the picture
+    by: Literal["steps", "tokens", "time"] = "steps"    # the horizontal axis; time: minutes of training
+    out: str = "compare.png"            # the file to write
 
 
 def read_log(path: Path) -> list:
-    """The rows of a log.csv as dicts of numbers (empty cells left out). A row that a kill cut short is dropped."""
+    """The rows of a log.csv as dicts of numbers, without empty cells. A row that a kill cut short is dropped."""
     rows = []
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
+            if not row.get("seconds"):                  # the last column: without it the row is not complete
+                continue
             with contextlib.suppress(ValueError, TypeError):
-                if row["seconds"]:                      # the last column: without it the row is not whole
-                    rows.append({key: float(value) for key, value in row.items() if value})
+                rows.append({key: float(value) for key, value in row.items() if value})
     return rows
 
 
+# -- one run ---------------------------------------------------------------------------------------
+
 def plot_run(rows: list, path: Path, title: str, tokens_per_step: int, tokens_per_epoch: int):
-    """Loss against steps, epochs and tokens as a PNG. Needs matplotlib."""
-    from matplotlib.figure import Figure
+    """Draw the losses in a log's rows against steps, tokens and epochs as a PNG.
+    Raises ImportError without matplotlib."""
+    figure, axes = new_figure(title)
+    updates = [row for row in rows if "loss" in row]
+    axes.plot([row["step"] for row in updates], [row["loss"] for row in updates],
+              color="0.75", lw=1, label="one step's batch")
+    evaluations = [row for row in rows if "val_loss" in row]
+    plot_evaluations(axes, evaluations)
+    last_step = max([1, *(row["step"] for row in rows)])
+    axes.set(xlabel="steps", xlim=(-0.03 * last_step, 1.03 * last_step))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    tokens_axis = add_axis(axes, "top", tokens_per_step)
+    tokens_axis.set_xlabel("tokens seen")
+    tokens_axis.xaxis.set_major_formatter(lambda tokens, _: short(tokens) if tokens >= 1 else "0")
+    epochs_axis = add_axis(axes, -0.15, tokens_per_step / tokens_per_epoch)
+    epochs_axis.set_xlabel("epochs")
+    axes.legend()
+    save_figure(figure, path)
+
+
+def plot_evaluations(axes, evaluations: list):
+    """The train and val losses of all evaluations, and a star at the best."""
+    if not evaluations:
+        return
+    steps = [row["step"] for row in evaluations]
+    for split, color in (("train", "tab:blue"), ("val", "tab:orange")):
+        axes.plot(steps, [row[f"{split}_loss"] for row in evaluations], line_style(evaluations),
+                  color=color, label=f"{split}, evaluated")
+    best = min(evaluations, key=lambda row: row["val_loss"])
+    axes.plot(best["step"], best["val_loss"], "*", color="tab:red", ms=12, zorder=5,
+              label=f"best val {best['val_loss']:.4f} at step {best['step']:,.0f}")
+
+
+def add_axis(axes, location, units_per_step: float):
+    """A second horizontal axis that counts something else than steps."""
+    def from_steps(steps):
+        return steps * units_per_step
+
+    def to_steps(units):
+        return units / units_per_step
+
+    return axes.secondary_xaxis(location, functions=(from_steps, to_steps))
+
+
+# -- several runs ----------------------------------------------------------------------------------
+
+def plot_comparison(runs: dict, by: str, path: Path):
+    """Draw the val losses of several runs, {name: rows of its log}, in one PNG, and the train losses thinner.
+    Raises ImportError without matplotlib."""
+    column, unit, label = {
+        "steps": ("step", 1, "steps"),
+        "tokens": ("tokens", 1, "tokens seen"),
+        "time": ("seconds", 60, "minutes of training"),
+    }[by]
+    figure, axes = new_figure("val loss of several runs")
+    for number, (name, rows) in enumerate(runs.items()):
+        evaluations = [row for row in rows if "val_loss" in row]
+        places = [row[column] / unit for row in evaluations]
+        color = f"C{number % 10}"
+        axes.plot(places, [row["train_loss"] for row in evaluations], "--", color=color, lw=0.8, alpha=0.7)
+        axes.plot(places, [row["val_loss"] for row in evaluations], line_style(evaluations),
+                  color=color, lw=1.6, label=name)
+    axes.plot([], [], "--", color="0.5", lw=0.8, label="train")
+    axes.set(xlabel=label)
+    axes.xaxis.set_major_formatter(lambda x, _: short(x) if x >= 1000 else f"{x:g}")
+    axes.legend()
+    save_figure(figure, path)
+
+
+def read_evaluated_run(folder: str) -> list:
+    """The rows of a run's log; at least one of them is an evaluation."""
+    path = Path(folder) / "log.csv"
+    try:
+        rows = read_log(path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder} holds no run: cannot read {path}: {reason}")
+    if not any({"train_loss", "val_loss"} <= row.keys() for row in rows):
+        raise UserError(f"{path} holds no evaluation yet")
+    return rows
+
+
+def table_row(name: str, rows: list) -> tuple:
+    """One run in the table of `main`."""
+    evaluations = [row for row in rows if "val_loss" in row]
+    best = min(evaluations, key=lambda row: row["val_loss"])
+    last = rows[-1]
+    rate = "-"
+    if last["seconds"] and last["tokens"]:
+        rate = short(last["tokens"] / last["seconds"])
+    return (name, f"{best['val_loss']:.4f}", f"{best['step']:,.0f}", f"{evaluations[-1]['val_loss']:.4f}",
+            f"{last['step']:,.0f}", short(last["tokens"]), duration(last["seconds"]), rate)
+
+
+def main(argv: list) -> int:
+    parsed = parse(Options, argv, __doc__, takes="runs")
+    options = Options(**parsed.values)
+    if not parsed.words:
+        raise UserError("name the folders of runs to compare, such as out/a out/b")
+    runs = {folder.rstrip("/"): read_evaluated_run(folder) for folder in parsed.words}
+    table = [("run", "best val", "at step", "last val", "steps", "tokens", "training", "tokens/s")]
+    table += [table_row(name, rows) for name, rows in runs.items()]
+    for line in align_columns(table):
+        print(line)
+    try:
+        plot_comparison(runs, options.by, Path(options.out))
+    except ImportError:
+        print("\nno picture: pip install matplotlib")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {options.out}: {getattr(error, 'strerror', None) or error}")
+    else:
+        print(f"\n{options.out}: val losses by {options.by}")
+    return 0
+
+
+# -- both ------------------------------------------------------------------------------------------
+
+def new_figure(title: str) -> tuple:
+    from matplotlib.figure import Figure  # optional, and slow to import
 
     figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
     axes = figure.subplots()
-    steps = [row for row in rows if "loss" in row]
-    evaluations = [row for row in rows if "val_loss" in row]
-    axes.plot([row["step"] for row in steps], [row["loss"] for row in steps], color="0.75", lw=1,
-              label="one step's batch")
-    for name, color in (("train", "tab:blue"), ("val", "tab:orange")):
-        axes.plot([row["step"] for row in evaluations], [row[f"{name}_loss"] for row in evaluations],
-                  ".-" if len(evaluations) <= 50 else "-", color=color, label=f"{name}, evaluated")
-    if evaluations:
-        best = min(evaluations, key=lambda row: row["val_loss"])
-        axes.plot(best["step"], best["val_loss"], "*", color="tab:red", ms=12, zorder=5,
-                  label=f"best val {best['val_loss']:.4f} at step {best['step']:,.0f}")
-    end = max([1, *(row["step"] for row in rows)])
-    axes.set(title=title, xlabel="steps", ylabel="loss (nats per token)", xlim=(-0.03 * end, 1.03 * end))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    above, below = (axes.secondary_xaxis(place, functions=(lambda s, f=factor: s * f, lambda x, f=factor: x / f))
-                    for place, factor in (("top", tokens_per_step), (-0.15, tokens_per_step / tokens_per_epoch)))
-    above.set_xlabel("tokens seen")
-    below.set_xlabel("epochs")
-    above.xaxis.set_major_formatter(lambda tokens, _: short(tokens) if tokens >= 1 else "0")
+    axes.set(title=title, ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
-    save_figure(figure, path)
+    return figure, axes
+
+
+def line_style(evaluations: list) -> str:
+    """Dots on the line, unless there are too many of them."""
+    return ".-" if len(evaluations) <= 50 else "-"
 
 
 def save_figure(figure, path: Path):
@@ -60,65 +179,5 @@ def save_figure(figure, path: Path):
         file.write(image.getvalue())
 
 
-@dataclass
-class Options:
-    # -- what is drawn
-    by: Literal["steps", "tokens", "time"] = "steps"    # the horizontal axis; time: of training
-    out: str = "compare.png"            # the picture
-
-
-def plot_comparison(runs: dict, by: str, path: Path):
-    """The val losses of {name: rows of its log} over one another, the train losses thinner, as a PNG. Needs
-    matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    column, unit, label = {"steps": ("step", 1, "steps"), "tokens": ("tokens", 1, "tokens seen"),
-                           "time": ("seconds", 60, "minutes of training")}[by]
-    for number, (name, rows) in enumerate(runs.items()):
-        evaluations = [row for row in rows if "val_loss" in row]
-        places = [row[column] / unit for row in evaluations]
-        color = f"C{number % 10}"
-        axes.plot(places, [row["train_loss"] for row in evaluations], "--", color=color, lw=0.8, alpha=0.7)
-        axes.plot(places, [row["val_loss"] for row in evaluations], ".-" if len(places) <= 50 else "-", color=color,
-                  lw=1.6, label=name)
-    axes.plot([], [], "--", color="0.5", lw=0.8, label="train")
-    axes.set(title="val loss of several runs", xlabel=label, ylabel="loss (nats per token)")
-    axes.xaxis.set_major_formatter(lambda x, _: short(x) if x >= 1000 else f"{x:g}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save_figure(figure, path)
-
-
-def main(argv: list) -> int:
-    parsed = parse(Options, argv, __doc__, takes="runs")
-    options = Options(**parsed.values)
-    if not parsed.words:
-        raise UserError("name the folders of runs to compare, such as out/a out/b")
-    runs, table = {}, [("run", "best val", "at step", "last val", "steps", "tokens", "training", "tokens/s")]
-    for word in parsed.words:
-        path = Path(word) / "log.csv"
-        try:
-            rows = read_log(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{word} holds no run: cannot read {path}: {getattr(error, 'strerror', None) or error}")
-        evaluations = [row for row in rows if {"train_loss", "val_loss"} <= row.keys()]
-        if not evaluations:
-            raise UserError(f"{path} holds no evaluation yet")
-        runs[word.rstrip("/")] = rows
-        best, last = min(evaluations, key=lambda row: row["val_loss"]), rows[-1]
-        rate = short(last["tokens"] / last["seconds"]) if last["seconds"] and last["tokens"] else "-"
-        table.append((word.rstrip("/"), f"{best['val_loss']:.4f}", f"{best['step']:,.0f}",
-                      f"{evaluations[-1]['val_loss']:.4f}", f"{last['step']:,.0f}", short(last["tokens"]),
-                      duration(last["seconds"]), rate))
-    for line in aligned(table):
-        print(line)
-    try:
-        plot_comparison(runs, options.by, Path(options.out))
-        print(f"\n{options.out}: val losses by {options.by}")
-    except ImportError:
-        print("\nno picture: pip install matplotlib")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {options.out}: {getattr(error, 'strerror', None) or error}")
-    return 0
+if __name__ == "__main__":
+    run(main)

@@ -1,6 +1,8 @@
-"""The former place of `python -m inkling.plots`."""
+"""This program has moved: python -m inkling.plots."""
 
+import shlex
 import sys
 
-print(f"support/report.py has moved: python -m inkling.plots {' '.join(sys.argv[1:])}".rstrip(), file=sys.stderr)
+command = shlex.join(["python", "-m", "inkling.plots", *sys.argv[1:]])
+print(f"support/report.py has moved: {command}", file=sys.stderr)
 sys.exit(2)

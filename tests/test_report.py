@@ -5,29 +5,71 @@ import math
 import os
 import re
 import struct
+import subprocess
 import sys
 import threading
-import types
+from types import SimpleNamespace
 
 import pytest
-from conftest import TOY, flags, inside, one_line_error, trained
+from conftest import ROOT, TOY, inside, one_line_error, trained
 
-from inkling.format import duration, fitted, short
-from inkling.plots import main as compare_main
-from inkling.plots import plot_comparison as compare
-from inkling.plots import plot_run as draw
-from inkling.plots import read_log
-from inkling.report import COLUMNS, Report
-from train import GPT, Config, main
+from inkling import plots
+from inkling.cli import UserError
+from inkling.format import duration, fit_line, milliseconds, short
+from inkling.plots import plot_comparison, plot_run, read_log
+from inkling.report import COLUMNS, LogFile, Report, check_loggers, evaluations_left
+from train import GPT, Config
+
+NOT_STOPPED = SimpleNamespace(signal=0, asked=False)
+TERMINATED = SimpleNamespace(signal=15, asked=True)
+OUT_OF_TIME = SimpleNamespace(signal=0, asked=True)
 
 
-def run_with_picture(data_dir, out, **settings):
-    return inside(main, *flags(**TOY | dict(data_dir=data_dir, out_dir=out) | settings))
+class FakeStopwatch:
+    """Shows what a test sets."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.pause = 0.0
+
+    def seconds(self) -> float:
+        return self.now
+
+    def pause_seconds(self) -> float:
+        return self.pause
 
 
-def test_lines_tell_what_was_asked_and_what_came_of_it(data_dir, tmp_path):
-    said = trained(data_dir, tmp_path / "run", learning_rate=0.005).stdout
+@pytest.fixture
+def make_run(tmp_path):
+    """make_run(max_iters=9, state={"step": 4}): what a Report sees of a run: toy settings, 128 tokens per step."""
+    def make_run(state=None, plan=None, first=True, **settings):
+        cfg = Config(**TOY | {"out_dir": str(tmp_path)} | settings)
+        state = {"step": 0, "evaluated": None, "best_step": 0, "best_val_loss": math.inf, "losses": {}} | (state or {})
+        plan = {"device": "cpu", "dtype": "float32", "compile": False, "max_iters": cfg.max_iters} | (plan or {})
+        split = {"tokens": 1001, "bytes": 2002}
+        return SimpleNamespace(
+            cfg=cfg, state=SimpleNamespace(**state), plan=SimpleNamespace(**plan),
+            ranks=SimpleNamespace(rank=0, world=1, first=first), model=GPT(cfg, 20),
+            meta={"splits": {"train": split, "val": split}, "vocab_size": 20}, stopwatch=FakeStopwatch(),
+            tokens_per_step=128, tokens_per_epoch=992, first_step=state["step"])
+    return make_run
+
+
+@pytest.fixture(scope="module")
+def toy_run(data_dir, tmp_path_factory):
+    """(folder, finished process) of one toy run, in a folder with a space in its name."""
+    folder = tmp_path_factory.mktemp("out") / "my run"
+    return folder, trained(data_dir, folder, learning_rate=0.005)
+
+
+# -- a whole run --------------------------------------------------------------------------------------
+
+def test_lines_tell_what_was_asked_and_what_came_of_it(toy_run):
+    folder, process = toy_run
+    assert process.returncode == 0, process.stderr
+    said = process.stdout
     lines = said.splitlines()
+    assert [line.split()[0] for line in lines[:6]] == ["data", "model", "steps", "settings", "writes", "machine"]
     assert "settings dataset=toy" in said
     assert "learning_rate=0.005" in said
     vocabulary = int(lines[0].rpartition(" ")[2])
@@ -36,13 +78,13 @@ def test_lines_tell_what_was_asked_and_what_came_of_it(data_dir, tmp_path):
     assert [line.split()[1] for line in lines if line.startswith("eval ")] == ["0/6", "3/6", "6/6"]
     assert said.count("--- sample at step") == 3
     assert len({line.index("| lr") for line in lines if line.startswith("step ")}) == 1      # aligned
-    assert f"python sample.py --out_dir={tmp_path / 'run'}" in lines[-1]
+    assert lines[-1] == f"next     python sample.py --out_dir='{folder}'"       # can be typed as it is
 
 
-def test_the_log_holds_every_figure(data_dir, tmp_path):
-    trained(data_dir, tmp_path / "run")
-    rows = read_log(tmp_path / "run" / "log.csv")
-    assert (tmp_path / "run" / "log.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+def test_the_log_holds_every_figure(toy_run):
+    folder, _ = toy_run
+    rows = read_log(folder / "log.csv")
+    assert (folder / "log.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     evaluations = [row for row in rows if "val_loss" in row]
     assert [row["step"] for row in evaluations] == [0, 3, 6]
@@ -52,84 +94,356 @@ def test_the_log_holds_every_figure(data_dir, tmp_path):
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
 
 
+def test_columns_keep_their_order():
+    """Old log.csv files and other programs' scripts have it."""
+    assert COLUMNS == ["step", "tokens", "loss", "lr", "norm", "train_loss", "val_loss", "val_bits_per_byte",
+                       "ms", "tokens_per_second", "seconds"]
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_missing_logger_is_named_before_an_old_run_is_moved(data_dir, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.csv").write_text("an old run")
+    flag = {"wandb": "wandb_log", "tensorboard": "tensorboard"}[package]
+    one_line_error(trained(data_dir, tmp_path / "run", **{flag: True}), f"pip install {package}")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+# -- the banner ---------------------------------------------------------------------------------------
+
+def test_the_banner_of_a_resumed_run_names_its_step_and_no_first_loss(make_run, tmp_path, capsys):
+    Report(make_run(max_iters=6000, state={"step": 1200}), tmp_path).banner()
+    out = capsys.readouterr().out
+    assert f"writes   {tmp_path}/, resuming at step 1,200\n" in out
+    assert "steps    6,000 of 128 tokens, 7.8 to an epoch\n" in out
+
+
+@pytest.mark.parametrize("settings", [{"init": "torch"}, {"init_from": "gpt2"}], ids=str)
+def test_the_first_loss_is_promised_only_where_it_is_known(make_run, tmp_path, capsys, settings):
+    Report(make_run(**settings), tmp_path).banner()
+    assert "first loss" not in capsys.readouterr().out
+
+
+def test_the_settings_are_those_the_user_changed(make_run, tmp_path, capsys):
+    run = make_run()
+    run.cfg = Config(dataset="toy", n_layer=2, out_dir="somewhere", dry_run=True)
+    Report(run, tmp_path).banner()
+    assert "settings dataset=toy, n_layer=2 (all others at their defaults)\n" in capsys.readouterr().out
+    run.cfg = Config()
+    Report(run, tmp_path).banner()
+    assert "settings " not in capsys.readouterr().out
+
+
+def test_a_run_by_the_clock_does_not_know_its_steps_yet(make_run, tmp_path, capsys):
+    run = make_run(plan={"max_iters": None}, max_minutes=5.0)
+    report = Report(run, tmp_path)
+    report.banner()
+    report.step(12, 2.0, 0.5, 0.01)
+    report.evaluation(12, {"train": 2.0, "val": 2.0}, True)
+    out = capsys.readouterr().out
+    assert "steps    as many as 5 min allow, of 128 tokens" in out
+    step_line, eval_line = out.splitlines()[-2:]
+    assert step_line.startswith("step 12/? | loss 2.000 | lr 1.0e-02 | norm  0.50 | ")
+    assert step_line.endswith(" | 5 min left")
+    assert eval_line.startswith("eval 12/? | train 2.0000 | val 2.0000 | ")
+
+
+def test_compiling_is_announced_before_the_machine_is_described(make_run, tmp_path, capsys):
+    run = make_run(plan={"dtype": "bfloat16"})
+    report = Report(run, tmp_path)
+    report.compiling()
+    report.machine("on, took 9 s")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("compile  up to a minute on two cores")
+    assert second == "machine  cpu, 1 threads; bfloat16; compile on, took 9 s"
+
+
+# -- lines while it trains ----------------------------------------------------------------------------
+
+def test_a_line_of_progress(make_run, tmp_path, capsys):
+    run = make_run(max_iters=100, eval_interval=10, state={"evaluated": 0})
+    report = Report(run, tmp_path)
+    run.stopwatch.now = 10.0
+    run.stopwatch.pause = 100.0
+    report.step(5, 1.0, 1.0, 0.1)               # 2 s a step; evaluations at 10, 20, ..., 100 remain
+    time_left = duration(95 * 2 + 10 * 100)
+    assert capsys.readouterr().out == ("step   5/100 | loss 1.000 | lr 1.0e-01 | norm  1.00 | 2,000 ms |    64 tok/s | "
+                                       f"{time_left} left\n")
+    run.stopwatch.now = 11.0
+    report.step(9, 1.0, 1.0, 0.1)               # 4 steps in 1 s
+    assert "|   250 ms |   512 tok/s |" in capsys.readouterr().out
+
+
+def test_an_evaluation_says_what_is_best(make_run, tmp_path, capsys):
+    run = make_run(state={"best_val_loss": 1.25, "best_step": 3})
+    report = Report(run, tmp_path)
+    report.evaluation(3, {"train": 1.0, "val": 1.25}, True)
+    report.evaluation(6, {"train": 1.0, "val": 1.5}, False)
+    assert capsys.readouterr().out.splitlines() == [
+        "eval 3/6 | train 1.0000 | val 1.2500 | 0.902 bits per byte | best so far",     # 1.25 / ln 2 * 1001 / 2002
+        "eval 6/6 | train 1.0000 | val 1.5000 | 1.082 bits per byte | best 1.2500 at step 3"]
+
+
+def test_a_sample_cannot_act_on_the_terminal(make_run, tmp_path, capsys):
+    Report(make_run(), tmp_path).sample(3, "\n one\x1b[2J\ntwo\n")
+    assert capsys.readouterr().out == "--- sample at step 3\none\\x1b[2J\ntwo\n---\n"
+
+
+@pytest.mark.parametrize("interval", [1, 3, 4, 10, 50])
+@pytest.mark.parametrize("max_iters", [0, 1, 9, 10, 12])
+def test_the_evaluations_left_are_those_of_the_loop(interval, max_iters):
+    evaluated = None
+    evaluations = 0
+    so_far = {}
+    for step in range(max_iters + 1):
+        so_far[step, evaluated] = evaluations
+        if step == max_iters or step % interval == 0:       # as in train()
+            evaluated = step
+            evaluations += 1
+            so_far[step, evaluated] = evaluations
+    for (step, evaluated), done in so_far.items():
+        assert evaluations_left(max_iters, interval, step, evaluated) == evaluations - done, (step, evaluated)
+
+
+def test_ranks_other_than_the_first_say_and_write_nothing(make_run, tmp_path, capsys):
+    run = make_run(first=False)
+    report = Report(run, tmp_path)
+    report.banner()
+    report.compiling()
+    report.machine("off")
+    report.open()
+    report.step(1, 2.0, 0.5, 0.01)
+    report.evaluation(1, {"train": 2.0, "val": 2.0}, True)
+    report.sample(1, "a text")
+    report.warn("a warning")
+    report.not_finite(ValueError("bad"))
+    report.finish(NOT_STOPPED, {"ckpt.pt": "could not write"})
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+# -- log.csv, loss.png and loggers --------------------------------------------------------------------
+
+HEAD = ",".join(COLUMNS)
+
+
 def test_a_row_that_a_kill_cut_short_is_dropped(tmp_path):
     path = tmp_path / "log.csv"
-    path.write_text(",".join(COLUMNS) + "\n1,128,4.1,0.01,0.5,,,,20,6400,0.1\n2,256,4.0,0.0", encoding="utf-8")
+    path.write_text(f"{HEAD}\n1,128,4.1,0.01,0.5,,,,20,6400,0.1\n2,256,4.0,0.0", encoding="utf-8")
     assert [row["step"] for row in read_log(path)] == [1]
 
 
-def test_the_picture_is_a_png_and_is_drawn_anew_at_each_evaluation_but_the_first(data_dir, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr("inkling.report.plot_run", lambda rows, *rest: drawn.append(len(rows)) or draw(rows, *rest))
-    run_with_picture(data_dir, tmp_path / "run")
-    assert drawn == [5, 9]              # after the rows of 3 and of 6 updates; one point needs no picture
-    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize(("first_step", "evaluated", "kept"), [
+    (0, None, []), (2, None, ["1", "2"]), (4, 3, ["1", "2", "3", "eval 3", "4"]), (3, 0, ["1", "2", "3"]),
+    (9, 3, ["1", "2", "3", "eval 3", "4"])])
+def test_a_resumed_log_loses_the_rows_that_will_be_written_again(tmp_path, first_step, evaluated, kept):
+    rows = [f"{step},{128 * step},4.1,0.01,0.5,,,,20.0,6400.0,{step}.0" for step in (1, 2, 3, 4)]
+    rows.insert(3, "3,384,,,,4.2,4.3,6.2,,,3.0")
+    path = tmp_path / "log.csv"
+    path.write_text("\n".join([HEAD, *rows, "5,640,4"]), encoding="utf-8")
+    log_file = LogFile(path, first_step, evaluated)
+    log_file.write({"step": 7, "seconds": 1})
+    log_file.close()
+    head, *lines = path.read_text(encoding="utf-8").splitlines()
+    assert head == HEAD
+    assert lines.pop() == "7,,,,,,,,,,1"
+    assert lines == [row for row in rows if ("eval " * (",4.3," in row) + row.partition(",")[0]) in kept]
 
 
-def test_overfitting_is_said_at_the_end(data_dir, tmp_path):
-    said = trained(data_dir, tmp_path / "run", max_iters=12, eval_interval=2, learning_rate=2, head_lr=3,
-                   schedule="constant").stdout
-    rose = read_log(tmp_path / "run" / "log.csv")
-    losses = [row["val_loss"] for row in rose if "val_loss" in row]
-    assert ("the val loss has risen" in said) == (losses[-1] > min(losses) + 0.01)
-    assert losses[-1] > min(losses) + 0.01, "the settings of this test should make the loss rise"
+def test_a_log_that_cannot_be_written_is_a_users_mistake(tmp_path):
+    (tmp_path / "log.csv").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*log\.csv"):
+        LogFile(tmp_path / "log.csv", 0, None)
 
 
-def test_wandb_and_tensorboard_get_the_figures_of_the_log(data_dir, tmp_path, monkeypatch):
-    logged, scalars, begun = [], [], {}
+def test_a_full_disk_costs_the_row_and_not_the_run(make_run, tmp_path, capsys):
+    class FullDisk:
+        def write(self, row):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            pass
+
+    report = Report(make_run(), tmp_path)
+    report.log_file = FullDisk()
+    logged = []
+    report.loggers = [SimpleNamespace(log=lambda step, row: logged.append(step))]
+    report.step(1, 2.0, 0.5, 0.01)
+    assert "could not write log.csv: No space left on device" in capsys.readouterr().out
+    assert logged == [1]
+
+
+def test_the_picture_is_a_png_and_is_drawn_at_each_evaluation_but_the_first(make_run, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    rows_drawn = []
+
+    def draw(rows, *arguments):
+        rows_drawn.append(len(rows))
+        plot_run(rows, *arguments)
+
+    monkeypatch.setattr("inkling.report.plot_run", draw)
+    losses = {"train": 2.0, "val": 2.0}
+    report = Report(make_run(), tmp_path)
+    report.open()
+    report.evaluation(0, losses, True)                  # one point needs no picture
+    report.step(1, 2.0, 0.5, 0.01)
+    assert rows_drawn == []
+    report.evaluation(1, losses, True)
+    assert rows_drawn == [3]
+    report.close()
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    report = Report(make_run(max_minutes=5.0), tmp_path)
+    report.open()
+    report.evaluation(0, losses, True)                  # unless the time that pictures take is to be known
+    assert rows_drawn == [3, 1]
+    report.close()
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (ImportError("matplotlib"), ""), (PermissionError(13, "Permission denied"), "loss.png: Permission denied\n")])
+def test_a_run_never_ends_for_want_of_a_picture(make_run, tmp_path, monkeypatch, capsys, error, said):
+    def fail(*_):
+        raise error
+
+    report = Report(make_run(), tmp_path)
+    report.open()
+    monkeypatch.setattr("inkling.report.plot_run", fail)
+    report.evaluation(3, {"train": 2.0, "val": 2.0}, True)
+    report.close()
+    after_the_line = capsys.readouterr().out.partition("\n")[2]
+    assert after_the_line.endswith(said)
+    assert bool(after_the_line) == bool(said)
+
+
+def test_wandb_and_tensorboard_get_the_figures_of_the_log(make_run, tmp_path, monkeypatch):
+    logged = []
+    scalars = []
+    begun = {}
     closed = []
-    run = types.SimpleNamespace(log=lambda row, step: logged.append((step, row)), finish=lambda: closed.append("wandb"))
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **how: begun.update(how) or run))
-    board = types.SimpleNamespace(
-        SummaryWriter=lambda folder: types.SimpleNamespace(add_scalar=lambda *row: scalars.append(row),
-                                                          close=lambda: closed.append("tensorboard")))
+    wandb_run = SimpleNamespace(log=lambda row, step: logged.append((step, row)),
+                                finish=lambda: closed.append("wandb"))
+    wandb = SimpleNamespace(init=lambda **how: begun.update(how) or wandb_run)
+    writer = SimpleNamespace(add_scalar=lambda *row: scalars.append(row), close=lambda: closed.append("tensorboard"))
+    board = SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
-    trained(data_dir, tmp_path / "run", wandb_log=True, wandb_project="tests", wandb_run_name="one", tensorboard=True)
-    rows = read_log(tmp_path / "run" / "log.csv")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run = make_run(wandb_log=True, wandb_project="tests", wandb_run_name="one", tensorboard=True, dtype="auto")
+    check_loggers(run.cfg)
+    report = Report(run, tmp_path)
+    report.open()
+    report.step(1, 2.0, 0.5, 0.01)
+    report.evaluation(1, {"train": 2.0, "val": 1.5}, True)
+    report.finish(NOT_STOPPED, {})
+    rows = read_log(tmp_path / "log.csv")
     assert (begun["project"], begun["name"]) == ("tests", "one")
     assert begun["config"]["n_layer"] == 2
-    assert [step for step, _ in logged] == [row["step"] for row in rows]
-    for key in ("loss", "val_loss"):
+    assert begun["config"]["dtype"] == "float32"        # what "auto" came to
+    assert [step for step, _ in logged] == [row["step"] for row in rows] == [1, 1]
+    for key in ("loss", "val_loss", "tokens"):
         assert [row[key] for _, row in logged if key in row] == [row[key] for row in rows if key in row]
     assert len(scalars) == sum(len(row) - 1 for row in rows)
     assert sorted(closed) == ["tensorboard", "wandb"]
 
 
-@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
-def test_a_logger_that_is_not_installed_is_named(data_dir, tmp_path, monkeypatch, package):
+def test_an_evaluation_alone_needs_no_logger(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    flag = {"wandb": "wandb_log", "tensorboard": "tensorboard"}[package]
-    one_line_error(trained(data_dir, tmp_path / "run", **{flag: True}), f"pip install {package}")
+    check_loggers(Config(wandb_log=True, eval_only=True))
+    check_loggers(Config())
+    with pytest.raises(UserError, match="pip install wandb"):
+        check_loggers(Config(wandb_log=True, dry_run=True))
 
 
-def test_evaluation_and_saving_do_not_count_as_training(data_dir, tmp_path, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("inkling.report.time.perf_counter", lambda: now[0])
-    meta = {"splits": dict.fromkeys(("train", "val"), {"tokens": 1, "bytes": 1})}
-    report = Report(Config(), tmp_path, False, None, meta,
-                    dict(step=0, seconds=7.0, evaluated=-1), "cpu")
-    report.begin("off", [], None)
-    now[0] += 2
-    with report.paused():
-        now[0] += 50
-    now[0] += 1
-    assert report.seconds() == 10.0
+# -- the end ------------------------------------------------------------------------------------------
+
+def finished(run, out_dir, capsys, stop=NOT_STOPPED, unsaved=None) -> str:
+    assert Report(run, out_dir).finish(stop, unsaved or {}) is None
+    return capsys.readouterr().out
 
 
-def test_ranks_other_than_the_first_say_and_write_nothing(tmp_path, capsys):
-    meta = {"splits": dict.fromkeys(("train", "val"), {"tokens": 1, "bytes": 1})}
-    report = Report(Config(), tmp_path, False, None, meta,
-                    dict(step=0, seconds=0.0, evaluated=-1), "cpu")
-    report.compiling(True)
-    report.begin("off", [], None)
-    report.update(1, 2.0, 0.5, 0.01)
-    report.evaluation(1, {"train": 2.0, "val": 2.0}, True)
-    report.sample(1, lambda: "a text")
-    report.finish(types.SimpleNamespace(signal=0, asked=False), {})
-    assert capsys.readouterr() == ("", "")
-    assert not list(tmp_path.iterdir())
+DONE = {"step": 6, "evaluated": 6, "best_val_loss": 2.5, "best_step": 6, "losses": {"train": 2.0, "val": 2.5}}
 
+
+def test_a_finished_run_says_what_came_of_it(make_run, tmp_path, capsys):
+    (tmp_path / "ckpt.pt").touch()
+    (tmp_path / "last.pt").touch()
+    run = make_run(state=DONE)
+    run.first_step = 0
+    run.stopwatch.now = 3.0
+    lines = finished(run, tmp_path, capsys).splitlines()
+    assert lines[0] == "done     6 steps in 3s of training; best val loss 2.5000 at step 6"
+    assert re.fullmatch(r"speed    768 tokens at 256 tok/s; whole process 0s(, [\d.]+ [GM]B of memory)?", lines[1])
+    assert lines[2:] == [f"files    {tmp_path}/: ckpt.pt (best weights), last.pt (to resume)",
+                         f"next     python sample.py --out_dir={tmp_path}"]
+
+
+@pytest.mark.parametrize(("last", "overfits"), [(2.505, False), (2.515, True)])
+def test_overfitting_is_said_at_the_end(make_run, tmp_path, capsys, last, overfits):
+    state = DONE | {"losses": {"train": 1.0, "val": last}, "best_step": 3}
+    said = finished(make_run(state=state), tmp_path, capsys)
+    assert ("the val loss has risen to 2.5150 since then: the model is overfitting" in said) == overfits
+
+
+@pytest.mark.parametrize(("state", "stop", "said"), [
+    ({"step": 4, "evaluated": 3}, TERMINATED, "step 4 of 6: the same command with --init_from=resume continues; "),
+    ({"step": 4, "evaluated": None}, TERMINATED, "step 4 of 6: the same"),
+    ({"step": 4, "evaluated": 3}, OUT_OF_TIME, "step 4 of 6 (time limit max_minutes=5 reached): the same command"),
+    ({"step": 6, "evaluated": 3}, TERMINATED, "step 6 of 6: the same command with --init_from=resume runs its last "
+                                              "evaluation; ")])
+def test_a_stopped_run_says_what_resuming_does(make_run, tmp_path, capsys, state, stop, said):
+    out = finished(make_run(state=state, max_minutes=5.0), tmp_path, capsys, stop)
+    assert out.startswith(f"stopped  at {said}")
+    assert out.endswith(f"; python sample.py --ckpt={tmp_path}/last.pt samples from the current weights\n")
+    assert out.count("\n") == 1
+
+
+def test_a_run_stopped_before_its_length_was_known(make_run, tmp_path, capsys):
+    run = make_run(state={"step": 2, "evaluated": 0}, plan={"max_iters": None}, max_minutes=5.0)
+    assert finished(run, tmp_path, capsys, TERMINATED).startswith("stopped  at step 2: the same command")
+
+
+def test_a_run_that_was_complete_when_it_was_stopped_says_so(make_run, tmp_path, capsys):
+    out = finished(make_run(state=DONE), tmp_path, capsys, TERMINATED)
+    assert "done     6 steps in" in out
+    assert "stopped" not in out
+
+
+@pytest.mark.parametrize(("stop", "reason"), [
+    (NOT_STOPPED, "patience=2"), (OUT_OF_TIME, "time limit max_minutes=5 reached; --init_from=resume continues"),
+    (TERMINATED, "interrupted; --init_from=resume continues")])
+def test_a_run_cut_short_after_an_evaluation_says_why(make_run, tmp_path, capsys, stop, reason):
+    run = make_run(state=DONE, max_iters=1000, patience=2, max_minutes=5.0)
+    assert f"done     6 steps of 1,000 ({reason}) in 0s" in finished(run, tmp_path, capsys, stop)
+
+
+def test_a_finished_run_that_is_resumed_has_nothing_to_do(make_run, tmp_path, capsys):
+    run = make_run(state=DONE)
+    assert "note     nothing was left to do: a larger --max_iters" in finished(run, tmp_path, capsys)
+    run.first_step = 3
+    assert "nothing was left to do" not in finished(run, tmp_path, capsys)
+
+
+def test_what_could_not_be_saved_is_said_at_the_end(make_run, tmp_path, capsys):
+    problems = {"ckpt.pt": "", "last.pt": "could not write last.pt: No space left on device"}
+    out = finished(make_run(state=DONE), tmp_path, capsys, unsaved=problems)
+    assert out.startswith("unsaved  could not write last.pt: No space left on device\n")
+    assert out.count("unsaved") == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"eval_only": True}], ids=str)
+def test_what_is_not_finite_is_said_in_one_line(make_run, tmp_path, capsys, settings):
+    report = Report(make_run(**settings), tmp_path)
+    report.not_finite(ArithmeticError("the val loss of step 3 is not finite"))
+    out, err = capsys.readouterr()
+    kept = "" if settings else f"{tmp_path}/last.pt holds the run as of its last save. "
+    assert out == ""
+    assert err == (f"stopped: the val loss of step 3 is not finite. {kept}Try a lower --learning_rate, "
+                   "--grad_clip=1.0, more --warmup_iters or --dtype=float32\n")
+
+
+# -- numbers as text ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (61, "1m01s"), (3600, "1h00m"),
                                                (86_400, "24h00m")])
@@ -137,80 +451,48 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize(("number", "text"), [(999, "999"), (1000, "1k"), (10_745_088, "10.7M"),
-                                              (1_557_611_200, "1.56B")])
+@pytest.mark.parametrize(("seconds", "text"), [(0.01234, "12.3"), (0.1, "100"), (2, "2,000")])
+def test_milliseconds(seconds, text):
+    assert milliseconds(seconds) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(999, "999"), (1000, "1k"), (10_745_088, "10.7M"), (999_900, "1000k"),
+                                              (1_557_611_200, "1.56B"), (3e12, "3000B")])
 def test_short_numbers(number, text):
     assert short(number) == text
 
 
-@pytest.fixture
-def made(tmp_path):
-    """made(max_iters=9)(step=4): a report on a run of toy settings that stands there, with nothing begun."""
-    def made(**settings):
-        def at(**stands):
-            state = dict(step=0, evaluated=-1, best_step=0, best_val_loss=math.inf, losses={}, seconds=0.0) | stands
-            splits = dict.fromkeys(("train", "val"), dict(tokens=1000, bytes=1000))
-            cfg = Config(**TOY | dict(out_dir=str(tmp_path)) | settings)
-            return Report(cfg, tmp_path, True, GPT(cfg, 20), dict(splits=splits, vocab_size=20), state, "cpu")
-        return at
-    return made
+# -- on a terminal ------------------------------------------------------------------------------------
 
-
-def test_the_banner_comes_before_compiling_which_is_announced(data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "compiler_missing", lambda device: "")
-    monkeypatch.setattr(runtime, "compile", lambda wanted, model, *rest: print("NOW") or (model, False, "tried"))
-    for wanted in (True, False):
-        said = trained(data_dir, tmp_path / f"{wanted}", compile=wanted).stdout.splitlines()
-        labels = [line.split()[0] for line in said[:said.index("NOW")]]
-        assert labels == ["data", "model", "steps", "settings", "writes"] + ["compile"] * wanted
-        assert said[said.index("NOW") + 1] == "machine  cpu, 1 threads; float32; compile tried"
-
-
-def test_the_time_left_counts_the_evaluations_to_come(made, monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr("inkling.report.time.perf_counter", lambda: now[0])
-    report = made(max_iters=100, eval_interval=10)(evaluated=0)
-    report.begin("off", [], None)
-    for _ in range(2):                                  # two evaluations of 100 s
-        with report.paused():
-            now[0] += 100
-            report.evaluation(0, dict(train=1.0, val=1.0), True)
-    now[0] += 10
-    report.update(5, 1.0, 1.0, 0.1)                     # 2 s a step; evaluations at 10, 20, ..., 100 remain
-    assert capsys.readouterr().out.splitlines()[-1].endswith(f"{duration(95 * 2 + 10 * 100)} left")
-
-
-@pytest.mark.parametrize(("stands", "said"), [
-    (dict(step=4, evaluated=3), "at step 4 of 6: the same command with --init_from=resume goes on;"),
-    (dict(step=6, evaluated=3), "at step 6 of 6: the same command with --init_from=resume makes up for its last eval")])
-def test_a_stopped_run_says_what_resuming_does(made, capsys, stands, said):
-    report = made()(**stands)
-    assert report.finish(types.SimpleNamespace(signal=15, asked=True, exit_code=143), {}) == 143
-    out = capsys.readouterr().out
-    assert f"stopped  {said}" in out
-    assert "done " not in out
-
-
-def test_a_run_that_was_complete_when_it_was_stopped_says_so(made, capsys):
-    report = made()(step=6, evaluated=6, best_val_loss=2.5, best_step=6, losses=dict(val=2.5), seconds=3.0)
-    assert report.finish(types.SimpleNamespace(signal=15, asked=True, exit_code=143), {}) == 143
-    out = capsys.readouterr().out
-    assert "done     6 steps in 3s of training; best val loss 2.5000 at step 6" in out
-    assert "figures  768 tokens at 256 a second; this process took 0s and " in out
-    assert "stopped" not in out
-
-
-def test_the_next_command_can_be_typed_whatever_the_folder_is_called(data_dir, tmp_path):
-    said = trained(data_dir, tmp_path / "my run").stdout
-    assert said.splitlines()[-1] == f"next     python sample.py --out_dir='{tmp_path / 'my run'}'"
+def test_what_matters_least_is_left_out_first():
+    parts = {"step": "step 1/2", "loss": "loss 1.0", "lr": "lr 1e-3", "norm": "norm 1", "mfu": "", "left": "1s left"}
+    assert fit_line(parts, 100) == "step 1/2 | loss 1.0 | lr 1e-3 | norm 1 | 1s left"
+    assert fit_line(parts, 47) == "step 1/2 | loss 1.0 | lr 1e-3 | 1s left"
+    assert fit_line(parts, 30) == "step 1/2 | loss 1.0 | 1s left"
+    assert fit_line(parts, 5) == "step 1/2 | loss 1.0"
 
 
 @pytest.fixture
-def terminal(data_dir, tmp_path, monkeypatch):
-    """terminal(80): the lines that a toy run draws on a terminal so wide; a carriage return ends one too."""
+def terminal(make_run, tmp_path, monkeypatch):
+    """terminal(80): the lines that a run draws on a terminal so wide; a carriage return ends one too."""
     pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
 
-    def terminal(width: int, **settings):
+    def draw_run():
+        run = make_run(max_iters=600, dataset="a_set")
+        report = Report(run, tmp_path)
+        report.banner()
+        report.machine("off")
+        report.open()
+        report.evaluation(0, {"train": 3.0, "val": 3.0}, True)
+        for step in (10, 20, 600):
+            run.stopwatch.now += 0.5
+            report.step(step, 2.0, 0.5, 0.01)
+        run.state.step = 600
+        run.state.best_val_loss = 2.0
+        report.evaluation(600, {"train": 2.0, "val": 2.0}, True)
+        report.finish(NOT_STOPPED, {})
+
+    def terminal(width: int) -> list:
         monkeypatch.delenv("COLUMNS", raising=False)
         shown, seen = pty.openpty()
         fcntl.ioctl(seen, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
@@ -227,41 +509,34 @@ def terminal(data_dir, tmp_path, monkeypatch):
             monkeypatch.setattr(sys, "stdout", screen)
             monkeypatch.setattr(sys, "__stdout__", screen)              # whose width shutil asks for
             monkeypatch.setitem(sys.modules, "matplotlib", None)
-            code = main(flags(**TOY | dict(data_dir=data_dir, out_dir=tmp_path / "run") | settings))
+            draw_run()
             monkeypatch.undo()
         reader.join()
         os.close(shown)
-        assert code == 0
         return re.split(r"[\r\n]+", b"".join(parts).decode())
     return terminal
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
 @pytest.mark.parametrize("bar", [True, False])
-def test_a_terminal_shows_one_line_that_fits(terminal, data_dir, tmp_path, monkeypatch, width, bar):
+def test_a_terminal_shows_one_line_that_fits(terminal, tmp_path, monkeypatch, width, bar):
     if bar:
         pytest.importorskip("tqdm")
     else:
         monkeypatch.setitem(sys.modules, "tqdm", None)
-    drawn = terminal(width, dataset="toy")
-    paths = str(tmp_path), str(data_dir)                # a word that is too long stays whole
-    assert not [line for line in drawn if len(line) > width and not any(path in line for path in paths)]
-    assert not [line for line in drawn if "\x1b" in line]                                   # no colours, NO_COLOR or no
-    last = [line for line in drawn if line.startswith("step 6/6 | loss ")]
+    drawn = terminal(width)
+    # A word that is too long stays whole.
+    assert not [line for line in drawn if len(line) > width and str(tmp_path) not in line]
+    assert not [line for line in drawn if "\x1b" in line]               # no colours, NO_COLOR or no
+    last = [line for line in drawn if line.startswith("step 600/600 | loss ")]
     assert last
     assert all(line.endswith("|") == bar for line in last)
     parts = {40: [], 80: ["tok/s", "left"], 200: ["lr ", "norm ", "ms", "tok/s", "left"]}[width]
     assert all(part in last[0] for part in parts)
-    assert any(line.startswith("eval 6/6 | ") and "best" in line for line in drawn)
+    assert any(line.startswith("eval 600/600 | ") and "best" in line for line in drawn)
 
 
-def test_what_matters_least_is_left_out_first():
-    parts = dict(step="step 1/2", loss="loss 1.0", lr="lr 1e-3", norm="norm 1", mfu="", left="1s left")
-    assert fitted(parts, 100) == "step 1/2 | loss 1.0 | lr 1e-3 | norm 1 | 1s left"
-    assert fitted(parts, 47) == "step 1/2 | loss 1.0 | lr 1e-3 | 1s left"
-    assert fitted(parts, 30) == "step 1/2 | loss 1.0 | 1s left"
-    assert fitted(parts, 5) == "step 1/2 | loss 1.0"
-
+# -- pictures -----------------------------------------------------------------------------------------
 
 @pytest.fixture
 def figures(monkeypatch):
@@ -272,28 +547,36 @@ def figures(monkeypatch):
     return drawn
 
 
-def rows(losses: list, every: int = 10, rate: float = 1000.0) -> list:
-    return [dict(step=every * n, tokens=every * n * 100, seconds=every * n * 100 / rate, train_loss=loss - 0.1,
-                 val_loss=loss) for n, loss in enumerate(losses)]
+def log_of(losses: list, every: int = 10, rate: float = 1000.0) -> list:
+    rows = []
+    for number, loss in enumerate(losses):
+        step = every * number
+        rows.append({"step": step, "tokens": 100 * step, "seconds": 100 * step / rate, "train_loss": loss - 0.1,
+                     "val_loss": loss})
+    return rows
 
 
 @pytest.mark.parametrize("losses", [[4.0], [4.0, 2.0, 3.0]], ids=str)
 def test_the_picture_marks_the_best_and_never_shows_a_fraction_of_a_step(figures, tmp_path, losses):
-    draw(rows(losses), tmp_path / "loss.png", "a run", 100, 5000)
+    plot_run(log_of(losses), tmp_path / "loss.png", "a run", 100, 5000)
     axes = figures[0].axes[0]
     star = next(line for line in axes.lines if line.get_label().startswith("best val"))
     assert (star.get_xdata()[0], star.get_ydata()[0]) == (10 * losses.index(min(losses)), min(losses))
     left, right = axes.get_xlim()
     assert left < 0
     assert max(1, 10 * (len(losses) - 1)) < right < 1.1 * max(1, 10 * (len(losses) - 1))
-    figures[0].canvas.draw()
+    figures[0].draw_without_rendering()
     assert all(float(tick.get_text().replace("−", "-")) % 1 == 0 for tick in axes.get_xticklabels())
-    assert {child.get_xlabel() for child in axes.child_axes} == {"tokens seen", "epochs"}
+    above, below = axes.child_axes
+    assert (above.get_xlabel(), below.get_xlabel()) == ("tokens seen", "epochs")
+    assert above.get_xlim()[1] == pytest.approx(right * 100)
+    assert below.get_xlim()[1] == pytest.approx(right * 100 / 5000)
 
 
 @pytest.mark.parametrize(("by", "place"), [("steps", 20), ("tokens", 2000), ("time", 2000 / 500 / 60)])
 def test_runs_are_drawn_over_one_another(figures, tmp_path, by, place):
-    compare({"a": rows([4.0, 3.0, 2.0]), "b": rows([4.0, 3.5, 3.0], rate=500.0)}, by, tmp_path / "compare.png")
+    runs = {"a": log_of([4.0, 3.0, 2.0]), "b": log_of([4.0, 3.5, 3.0], rate=500.0)}
+    plot_comparison(runs, by, tmp_path / "compare.png")
     lines = {line.get_label(): line for line in figures[0].axes[0].lines}
     assert list(lines["b"].get_ydata()) == [4.0, 3.5, 3.0]
     assert lines["b"].get_xdata()[-1] == pytest.approx(place)
@@ -302,35 +585,57 @@ def test_runs_are_drawn_over_one_another(figures, tmp_path, by, place):
     assert trains[0].get_color() == lines["b"].get_color() != lines["a"].get_color()
 
 
-def test_compare_as_it_is_typed(run, data_dir, tmp_path):
-    for name, settings in (("a", {}), ("b", dict(max_iters=4, learning_rate=0.02))):
-        assert trained(data_dir, tmp_path / "out" / name, **settings).returncode == 0
-    done = run("inkling/report.py", "out/a", "out/b/", "--by=tokens", "--out=both.png")
+def write_log(folder, losses: list):
+    folder.mkdir(parents=True)
+    log_file = LogFile(folder / "log.csv", 0, None)
+    for row in log_of(losses):
+        log_file.write(row)
+    log_file.close()
+
+
+def test_a_comparison_as_it_is_typed(tmp_path, monkeypatch):
+    write_log(tmp_path / "out" / "a", [4.0, 3.0, 2.0])
+    write_log(tmp_path / "out" / "b", [4.0, 3.5, 3.75, 3.625])
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run([sys.executable, "-m", "inkling.plots", "out/a", "out/b/", "--by=tokens", "--out=both.png"],
+                          text=True, capture_output=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     head, *table = done.stdout.splitlines()[:3]
     assert head.split()[:3] == ["run", "best", "val"]
-    for line, name, steps in zip(table, ("a", "b"), (6, 4), strict=True):
-        best = min((row for row in read_log(tmp_path / "out" / name / "log.csv") if "val_loss" in row),
-                   key=lambda row: row["val_loss"])
-        assert line.split()[:3] == [f"out/{name}", f"{best['val_loss']:.4f}", f"{best['step']:.0f}"]
-        assert line.split()[4:6] == [str(steps), f"{steps * 128}"]
+    assert table[0].split() == ["out/a", "2.0000", "20", "2.0000", "20", "2k", "2s", "1k"]
+    assert table[1].split() == ["out/b", "3.5000", "10", "3.6250", "30", "3k", "3s", "1k"]
     if "no picture" not in done.stdout:
         assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_compare_says_in_one_line_what_it_cannot_do(tmp_path, data_dir, monkeypatch):
+def test_the_old_command_says_the_new_one():
+    done = subprocess.run([sys.executable, ROOT / "support" / "report.py", "out/a", "out/my run", "--by=time"],
+                          text=True, capture_output=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "support/report.py has moved: python -m inkling.plots out/a 'out/my run' --by=time\n"
+
+
+def test_a_comparison_says_in_one_line_what_it_cannot_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     (tmp_path / "empty").mkdir()
     (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "log.csv").write_text(",".join(COLUMNS) + "\n")
-    one_line_error(inside(compare_main, "none"), "none holds no run", "none/log.csv")
-    one_line_error(inside(compare_main, "empty"), "empty holds no run")
-    one_line_error(inside(compare_main, "begun"), "no evaluation yet")
-    one_line_error(inside(compare_main), "name the folders")
-    one_line_error(inside(compare_main, "begun", "--by=epochs"), "steps, tokens, time")
-    assert inside(compare_main, "--help").stdout.count("--") >= 2
-    trained(data_dir, tmp_path / "run")
-    done = inside(compare_main, "run")
+    (tmp_path / "begun" / "log.csv").write_text(HEAD + "\n")
+    one_line_error(inside(plots.main, "none"), "none holds no run", "none/log.csv")
+    one_line_error(inside(plots.main, "empty"), "empty holds no run")
+    one_line_error(inside(plots.main, "begun"), "no evaluation yet")
+    one_line_error(inside(plots.main), "name the folders")
+    one_line_error(inside(plots.main, "begun", "--by=epochs"), "steps, tokens, time")
+    assert inside(plots.main, "--help").stdout.count("--") >= 2
+    write_log(tmp_path / "run", [4.0, 3.0])
+    done = inside(plots.main, "run")
     assert done.returncode == 0
     assert "pip install matplotlib" in done.stdout
+
+
+def test_a_comparison_that_cannot_be_written_is_a_users_mistake(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    write_log(tmp_path / "run", [4.0, 3.0])
+    one_line_error(inside(plots.main, "run", "--out=missing/compare.png"), "cannot write missing/compare.png")
