@@ -30,8 +30,15 @@ from inkling.checkpoint import RunFolder, build_model, file_stamp, load_checkpoi
 from inkling.cli import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError, at_least
 from inkling.clock import Deadline, Stopwatch
 from inkling.dataset import check_ids, open_data, random_order, windows_at_once
-from inkling.device import (autocast, choose_device, choose_dtype, compare_with_cpu, compile_model, compile_pays,
-                            device_type)
+from inkling.device import (
+    autocast,
+    choose_device,
+    choose_dtype,
+    compare_with_cpu,
+    compile_model,
+    compile_pays,
+    device_type,
+)
 from inkling.distributed import Ranks, gradient_sync
 from inkling.dry_run import dry_run
 from inkling.report import Report, check_loggers
@@ -1091,7 +1098,8 @@ def train(cfg: Config, out_dir: Path, origin: Origin | None = None) -> int:
     report.banner()
     compile_and_wrap(run, report, deadline.seconds_left())
     if cfg.dry_run:
-        dry_run(run, report, out_dir, update, partial(estimate_loss, run, eval_iters=1), partial(sample_text, run))
+        evaluate = partial(estimate_loss, run, eval_iters=1)
+        dry_run(run, report, out_dir, update, evaluate, partial(sample_text, run), run.compile_seconds)
         return leave(run, 0)
 
     report.open()
