@@ -1,4 +1,5 @@
-"""Inkling: train a GPT from raw text. The whole model and the whole training loop, to be read from top to bottom.
+"""Inkling: train a GPT from raw text. The whole model and the whole training loop, to be read from
+top to bottom.
 
     python train.py                                         # the bundled fables
     python train.py config/shakespeare_char.py              # settings from a config file
@@ -6,9 +7,10 @@
     python train.py config/shakespeare_char.py --init_from=resume
     torchrun --standalone --nproc_per_node=4 train.py       # four processes train one model
 
-Writes to out/NAME: ckpt.pt, the weights with the best validation loss, for sample.py; last.pt, everything needed to
-resume; log.csv and loss.png. Ctrl-C finishes the step, saves last.pt and exits. Exit codes: 0 done, 2 wrong input, 3 a
-loss that is not finite, 4 the last save failed, 130 and 143 stopped. README.zh.md: 中文说明
+Writes to out/NAME: ckpt.pt, the weights with the best validation loss, for sample.py; last.pt,
+everything needed to resume; log.csv and loss.png. Ctrl-C finishes the step, saves last.pt and
+exits. Exit codes: 0 done, 2 wrong input, 3 a loss that is not finite, 4 the last save failed, 130
+and 143 stopped. README.zh.md: 中文说明
 """
 
 import math
@@ -46,8 +48,11 @@ from inkling.stopping import Guard, NotFinite, Stop, explain_failures
 from inkling.tokenizer import Tokenizer, prompt_ids, stored_tokenizer
 from prepare import ensure_set
 
-# ---------------------------------------------------------------------------------------------------
-# Settings. `python train.py --help` prints these lines; config files and --key=value flags set them.
+# --------------------------------------------------------------------------------------------------
+# Settings. `python train.py --help` prints these lines; config files and --key=value set them.
+
+
+BelowOne = Annotated[float, at_least(0).below(1)]
 
 
 @dataclass
@@ -55,7 +60,7 @@ class ModelConfig:
     """What the weights of a checkpoint depend on: a run that starts from one takes these over."""
 
     # -- model
-    block_size: Annotated[int, at_least(1).at_most(2**20)] = 256    # context: the most tokens that predict the next
+    block_size: Annotated[int, at_least(1).at_most(2**20)] = 256  # context: the most tokens that predict the next
     n_layer: PositiveInt = 3            # blocks
     n_head: PositiveInt = 2             # attention heads (queries)
     n_kv_head: NonNegativeInt = 0       # key-value heads, shared by groups of queries (GQA); 0: n_head
@@ -77,8 +82,8 @@ class ModelConfig:
     logit_cap: NonNegativeFloat = 15.0  # bound on the logits: cap z / sqrt(z^2 + cap^2); 0: none
     shortcuts: bool = True              # learned mixing of the embedding into each block, and of the first block's
                                         # values into later ones (value residual, arXiv 2410.17897)
-    ngrams: Annotated[int, at_least(0).at_most(16)] = 5     # N: n-grams of 2 to N tokens add vectors to the
-                                        # embedding; 0: off
+    ngrams: Annotated[int, at_least(0).at_most(16)] = 5  # N: n-grams of 2 to N tokens add vectors to the embedding; 0:
+                                        # off
     ngram_rows: PositiveInt = 65536     # rows of the hashed n-gram table
     pad_vocab_to: PositiveInt = 1       # round the embedding's rows up to a multiple; 64 is faster on a GPU
 
@@ -91,9 +96,10 @@ class Config(ModelConfig):
     dataset: str = "fables"             # folder under data/; a built-in data set is prepared on first use
     data_dir: str = ""                  # folder that holds the data sets; empty: data/ beside this file
     out_dir: str = ""                   # folder of the run; empty: out/<config file's name>, or out/<dataset>
-    init_from: str = "scratch"          # scratch | resume | auto: resume if it can | PATH.pt | gpt2[-medium|-large|-xl]
+    init_from: str = "scratch"          # scratch | resume | auto: resume if it can | PATH.pt |
+                                        # gpt2[-medium|-large|-xl]
     seed: NonNegativeInt = 1337         # for the initial weights, the batches and dropout
-    max_iters: Annotated[int, at_least(0).below(2**31)] = 150   # optimizer steps
+    max_iters: Annotated[int, at_least(0).below(2**31)] = 150  # optimizer steps
     max_epochs: NonNegativeFloat = 0.0  # passes over the training tokens; above 0 it sets max_iters
     max_minutes: NonNegativeFloat = 0.0  # time limit in minutes; a new run fits max_iters to it; 0: none
     dry_run: bool = False               # estimate memory, time and files from three real steps; write nothing
@@ -117,11 +123,10 @@ class Config(ModelConfig):
     # -- batches
     batch_size: PositiveInt = 24        # sequences per micro-batch
     gradient_accumulation_steps: PositiveInt = 1  # micro-batches per step, shared by all processes
-    sampling: Literal["epoch", "fixed", "random"] = "epoch"     # epoch: each window once, shifted every epoch; fixed:
-                                        # the same windows every epoch; random: random places
+    sampling: Literal["epoch", "fixed", "random"] = "epoch"  # epoch: each window once, shifted every epoch; fixed: the
+                                        # same windows every epoch; random: random places
     # -- regularization and initial weights
-    dropout: Annotated[float, at_least(0).at_most(0.99)] = 0.0  # dropout rate on the embedding and on what attention
-                                        # and MLP output
+    dropout: BelowOne = 0.0             # dropout rate on the embedding and on what attention and MLP output
     attn_dropout: bool = False          # the same rate on the attention weights, too
     init: Literal["zero", "gpt2", "torch", "kaiming"] = "zero"  # initial weights; zero: outputs start at 0
     # -- optimizer
@@ -134,10 +139,10 @@ class Config(ModelConfig):
     weight_decay: NonNegativeFloat = 0.4  # times the learning rate; of the blocks' matrices (muon) or all (adamw)
     cautious: bool = True               # muon decays only where decay and update agree (arXiv 2411.16085)
     decay_all: bool = False             # weight decay on every parameter
-    momentum: Annotated[float, at_least(0).at_most(0.99999)] = 0.95     # muon's; reached from 0.85 in 100 steps
-    beta1: Annotated[float, at_least(0).at_most(0.99999)] = 0.8         # AdamW: decay rate of its average of gradients
-    beta2: Annotated[float, at_least(0).at_most(0.99999)] = 0.95        # AdamW: the same for their squares
-    adam_eps: Annotated[float, at_least(1e-30).at_most(1)] = 1e-10      # AdamW's epsilon
+    momentum: BelowOne = 0.95           # muon's; reached from 0.85 in 100 steps
+    beta1: BelowOne = 0.8               # AdamW: decay rate of its average of gradients
+    beta2: BelowOne = 0.95              # AdamW: the same for their squares
+    adam_eps: Annotated[float, at_least(1e-30).at_most(1)] = 1e-10  # AdamW's epsilon
     grad_clip: NonNegativeFloat = 0.0   # bound on the norm of the gradient; 0: none
     # -- learning rate over time: one factor for every rate above
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # linear: flat, then down
@@ -181,20 +186,21 @@ class Config(ModelConfig):
 MODEL_FIELDS = {model_field.name for model_field in fields(ModelConfig)}
 FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer"}          # what a resumed run cannot change
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model. Shapes: B sequences, T tokens, C = n_embd.
 
 
 def make_norm(cfg: Config):
-    """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467), with or without a learned gain."""
+    """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467), with or without a learned
+    gain."""
     if cfg.norm == "layernorm":
-        return nn.LayerNorm(cfg.n_embd, cfg.norm_eps, elementwise_affine=cfg.norm_gain, bias=cfg.bias)
-    return nn.RMSNorm(cfg.n_embd, cfg.norm_eps, elementwise_affine=cfg.norm_gain)
+        return nn.LayerNorm(cfg.n_embd, cfg.norm_eps, cfg.norm_gain, cfg.bias)
+    return nn.RMSNorm(cfg.n_embd, cfg.norm_eps, cfg.norm_gain)
 
 
 def rotation_table(cfg: Config):
-    """cos and sin, (block_size, head_dim / 2), of the angle by which each position turns each pair of dimensions.
-    Pairs beyond rope_fraction do not turn."""
+    """cos and sin, (block_size, head_dim / 2), of the angle by which each position turns each pair
+    of dimensions. Pairs beyond rope_fraction do not turn."""
     pairs = cfg.n_embd // cfg.n_head // 2
     turning = round(cfg.rope_fraction * pairs)
     frequency = torch.zeros(pairs)
@@ -204,7 +210,8 @@ def rotation_table(cfg: Config):
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (i, i + head_dim / 2) of x (B, T, heads, head_dim) by angles (T, head_dim / 2)."""
+    """Turn the pairs (i, i + head_dim / 2) of x (B, T, heads, head_dim) by angles (T, head_dim /
+    2)."""
     cos = cos[:, None]                  # (T, 1, head_dim / 2): the same for all heads
     sin = sin[:, None]
     a, b = x.chunk(2, dim=-1)
@@ -212,13 +219,14 @@ def rotate(x, cos, sin):
 
 
 class NGrams(nn.Embedding):
-    """A vector for each of the last 2, 3, ... `longest` tokens: such short n-grams say much about the next token, and
-    attention needs long to learn them. All share one table, in the rows that their hashes point to. Bigrams: record 62
-    of modded-nanogpt; longer n-grams: arXiv 2501.16975.
+    """A vector for each of the last 2, 3, ... `longest` tokens: such short n-grams say much about
+    the next token, and attention needs long to learn them. All share one table, in the rows that
+    their hashes point to. Bigrams: record 62 of modded-nanogpt; longer n-grams: arXiv 2501.16975.
 
-    Take the ids 5, 7, 9. At the 9, the pair (7, 9) has the key 9 * FACTOR + 8, and the triple (5, 7, 9) the key
-    (9 * FACTOR + 8) * FACTOR + 6, each modulo PRIME: ids count from 1, so that 0 can stand for "before the text".
-    A key's vector is row key % rows of the table, and the 9 receives the sum of both.
+    Take the ids 5, 7, 9. At the 9, the pair (7, 9) has the key 9 * FACTOR + 8, and the triple (5,
+    7, 9) the key (9 * FACTOR + 8) * FACTOR + 6, each modulo PRIME: ids count from 1, so that 0 can
+    stand for "before the text". A key's vector is row key % rows of the table, and the 9 receives
+    the sum of both.
     """
 
     FACTOR = 1_540_483_477              # Rabin and Karp's rolling hash
@@ -229,7 +237,8 @@ class NGrams(nn.Embedding):
         self.longest = longest
 
     def forward(self, ids, positions):
-        """The sums (B, T, C) of the vectors of the n-grams that end at `positions` (T,) of ids (B, S)."""
+        """The sums (B, T, C) of the vectors of the n-grams that end at `positions` (T,) of ids (B,
+        S)."""
         key = ids[:, positions].long()
         keys = []
         for distance in range(1, self.longest):
@@ -237,12 +246,13 @@ class NGrams(nn.Embedding):
             id_before = (ids[:, earlier.clamp(min=0)] + 1) * (earlier >= 0)     # 0 before the text
             key = (key * self.FACTOR + id_before) % self.PRIME
             keys.append(key)
-        rows = torch.stack(keys, dim=2) % self.num_embeddings                   # (B, T, longest - 1)
+        rows = torch.stack(keys, dim=2) % self.num_embeddings       # (B, T, longest - 1)
         return super().forward(rows).sum(dim=2)
 
 
 class Attention(nn.Module):
-    """Causal self-attention; with n_kv_head < n_head, groups of queries share them (GQA, arXiv 2305.13245)."""
+    """Causal self-attention; with n_kv_head < n_head, groups of queries share them (GQA, arXiv
+    2305.13245)."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
@@ -262,7 +272,8 @@ class Attention(nn.Module):
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if mixes_values else None
 
     def forward(self, x, rotation, v_first, cache=None):
-        """x (B, T, C), normed, and the first block's values; returns the output (B, T, C) and this block's values."""
+        """x (B, T, C), normed, and the first block's values; returns the output (B, T, C) and this
+        block's values."""
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.n_head, self.head_dim)        # (B, T, n_head, head_dim)
         k = self.k(x).view(B, T, self.n_kv_head, self.head_dim)     # (B, T, n_kv_head, head_dim)
@@ -281,8 +292,9 @@ class Attention(nn.Module):
         return self.out(y), v
 
     def attend(self, q, k, v, cache):
-        """softmax(q k^T / sqrt(head_dim)) v, for q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim): each
-        query sees the keys up to its own position. Returns (B, n_head, T, head_dim)."""
+        """softmax(q k^T / sqrt(head_dim)) v, for q (B, n_head, T, head_dim), k and v (B, n_kv_head,
+        T, head_dim): each query sees the keys up to its own position. Returns (B, n_head, T,
+        head_dim)."""
         mask = None
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
@@ -291,8 +303,8 @@ class Attention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         if q.device.type == "cpu":      # in causal blocks, where a CPU is faster with them
             return cpu.attention(q, k, v, mask, is_causal, dropout_p)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p,
-                                              enable_gqa=self.n_kv_head != self.n_head)
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, dropout_p, is_causal, enable_gqa=self.n_kv_head != self.n_head)
 
 
 def relu_squared(x):
@@ -322,7 +334,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP; each reads the residual stream x through a norm and adds to it, as in GPT-2."""
+    """Attention, then an MLP; each reads the residual stream x through a norm and adds to it, as in
+    GPT-2."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
@@ -334,7 +347,8 @@ class Block(nn.Module):
         self.embed_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if cfg.shortcuts else None
 
     def forward(self, x, x_first, rotation, v_first, cache=None):
-        """x and x_first, the embedding, (B, T, C); returns x and this block's values, for later blocks."""
+        """x and x_first, the embedding, (B, T, C); returns x and this block's values, for later
+        blocks."""
         if self.embed_mix is not None:
             mix = self.embed_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x_first
@@ -345,8 +359,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer. Its switches span GPT-2 (OpenAI, 2019), Llama (arXiv 2302.13971) and the fast recipe
-    of the modded-nanogpt speedruns (github.com/KellerJordan/modded-nanogpt)."""
+    """A decoder-only transformer. Its switches span GPT-2 (OpenAI, 2019), Llama (arXiv 2302.13971)
+    and the fast recipe of the modded-nanogpt speedruns (github.com/KellerJordan/modded-nanogpt)."""
 
     def __init__(self, cfg: Config, vocab_size: int):
         super().__init__()
@@ -371,16 +385,19 @@ class GPT(nn.Module):
     @torch.no_grad()
     def initialize(self):
         """Draw the initial weights. cfg.init says how; n-gram vectors always begin at 0."""
-        outputs = {block.attn.out for block in self.blocks} | {block.mlp.down for block in self.blocks}
+        adds_to_stream = set()
+        for block in self.blocks:
+            adds_to_stream |= {block.attn.out, block.mlp.down}
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)) and self.cfg.init != "torch":
-                self.initialize_module(module, adds_to_stream=module in outputs)
+                self.initialize_module(module, module in adds_to_stream)
         if self.ngrams is not None:
             nn.init.zeros_(self.ngrams.weight)
 
     def initialize_module(self, module, adds_to_stream: bool):
-        """gpt2: normal, std 0.02, less for the matrices that add to the stream. kaiming: uniform (arXiv 1502.01852).
-        zero: those matrices and the head at 0, the other matrices normal; embeddings keep PyTorch's std of 1."""
+        """gpt2: normal, std 0.02, less for the matrices that add to the stream. kaiming: uniform
+        (arXiv 1502.01852). zero: those matrices and the head at 0, the other matrices normal;
+        embeddings keep PyTorch's std of 1."""
         init = self.cfg.init
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
@@ -395,30 +412,38 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=math.sqrt(0.33 / module.in_features))
 
     def forward(self, ids, targets=None):
-        """Logits (B, T, vocab_size) for ids (B, T) and, given targets (B, T), the mean cross-entropy in nats."""
+        """Logits (B, T, vocab_size) for ids (B, T) and, given targets (B, T), the mean
+        cross-entropy in nats."""
         T = ids.size(1)
         positions = torch.arange(T, device=ids.device)
-        rotation = None if self.cos is None else (self.cos[:T], self.sin[:T])
         x = self.embed(ids, ids, positions)
-        x = self.transform(x, rotation)
+        x = self.transform(x, self.rotation(slice(T)))
         logits = self.logits(x)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def embed(self, ids, text, positions):
-        """The residual stream (B, T, C) of ids (B, T), which stand at `positions` (T,) of text (B, S)."""
+        """The residual stream (B, T, C) of ids (B, T), which stand at `positions` (T,) of text (B,
+        S)."""
         x = self.wte(ids)
         if self.ngrams is not None:
             x = x + self.ngrams(text, positions)
         kind = ids.device.type
         if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))    # a stream in 16 bits halves the element-wise traffic
+            # A stream in 16 bits halves the element-wise traffic.
+            x = x.to(torch.get_autocast_dtype(kind))
         if self.wpe is not None:
             x = x + self.wpe(positions).to(x.dtype)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         return self.dropout(x)
+
+    def rotation(self, positions):
+        """cos and sin (T, head_dim / 2) of `positions`, a slice or a tensor (T,); None without rope."""
+        if self.cos is None:
+            return None
+        return self.cos[positions], self.sin[positions]
 
     def transform(self, x, rotation, cache=None):
         """The stream x (B, T, C) through all blocks and the last norm."""
@@ -437,32 +462,35 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def logits(self, x):
-        """float32 logits (..., vocab_size) of features x (..., C), without the rows that pad the vocabulary."""
+        """float32 logits (..., vocab_size) of features x (..., C), without the rows that pad the
+        vocabulary."""
         z = self.head(x)[..., :self.vocab_size].float()
         cap = self.cfg.logit_cap
         if cap:
             z = z * cap * torch.rsqrt(z * z + cap * cap)
         return z
 
-    # -- generation: the keys and values of earlier tokens are cached, so that each token is computed once
+    # -- generation: keys and values are cached, so that each token is computed once
 
     def next_logits(self, ids, cache):
-        """Logits (B, vocab_size) of the token after ids (B, T), the tokens at cache.positions; see Cache.advance."""
-        rotation = None if self.cos is None else (self.cos[cache.positions], self.sin[cache.positions])
+        """Logits (B, vocab_size) of the token after ids (B, T), the tokens at cache.positions; see
+        Cache.advance."""
         text = cache.add_ids(ids)
         x = self.embed(ids, text, cache.positions)
-        x = self.transform(x, rotation, cache)
+        x = self.transform(x, self.rotation(cache.positions), cache)
         return self.logits(x[:, -1])
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens: int, pick, step=None):
-        """Continue the prompts ids (B, T >= 1), yielding the ids (B,) of one new position at a time.
+        """Continue the prompts ids (B, T >= 1), yielding the ids (B,) of one new position at a
+        time.
 
-        pick: logits (B, vocab_size) -> ids (B,). step: a compiled next_logits for one token at a time; it is recompiled
-        for every cache size, so sizes are rounded up to 128.
+        pick: logits (B, vocab_size) -> ids (B,). step: a compiled next_logits for one token at a
+        time; it is recompiled for every cache size, so sizes are rounded up to 128.
 
-        When the context is full, the last half of the window is kept and its keys and values are recomputed in one
-        pass: in a rolling cache they would still depend on tokens that have been dropped."""
+        When the context is full, the last half of the window is kept and its keys and values are
+        recomputed in one pass: in a rolling cache they would still depend on tokens that have been
+        dropped."""
         block_size = self.cfg.block_size
         window = new = ids[:, -block_size:]
         size = min(block_size, 128 * math.ceil((window.size(1) + max_new_tokens) / 128))
@@ -481,10 +509,11 @@ class GPT(nn.Module):
 
 
 class Cache:
-    """Keys and values of the tokens so far: two tensors (B, n_kv_head, size, head_dim) per block; and, for n-grams, the
-    tokens themselves, ids (B, size).
+    """Keys and values of the tokens so far: two tensors (B, n_kv_head, size, head_dim) per block;
+    and, for n-grams, the tokens themselves, ids (B, size).
 
-    length: how many tokens there are, those that the model is computing included. positions (T,): the places of these.
+    length: how many tokens there are, those that the model is computing included. positions (T,):
+    the places of these.
     """
 
     def __init__(self, cfg: Config, batch_size: int, size: int, device, dtype):
@@ -503,8 +532,9 @@ class Cache:
         self.fixed_shape = False
 
     def advance(self, count: int, fixed_shape: bool = False):
-        """Make the next `count` places those of the tokens to come. fixed_shape: attention looks at all places, with a
-        mask, instead of those in use: compiled code needs shapes that do not change."""
+        """Make the next `count` places those of the tokens to come. fixed_shape: attention looks at
+        all places, with a mask, instead of those in use: compiled code needs shapes that do not
+        change."""
         self.positions = torch.arange(self.length, self.length + count, device=self.ids.device)
         self.length += count
         self.fixed_shape = fixed_shape
@@ -516,14 +546,15 @@ class Cache:
         return self.ids[:, :self.visible]
 
     def extend(self, layer: int, keys, values):
-        """Store keys and values (B, n_kv_head, T, head_dim) at the positions; returns those of all visible places."""
+        """Store keys and values (B, n_kv_head, T, head_dim) at the positions; returns those of all
+        visible places."""
         self.keys[layer].index_copy_(2, self.positions, keys)
         self.values[layer].index_copy_(2, self.positions, values)
         return self.keys[layer][:, :, :self.visible], self.values[layer][:, :, :self.visible]
 
     def mask(self):
-        """Which visible places each position sees, (T, visible). None where no mask is needed: one token sees every
-        place in use, and the first tokens of a text see the usual triangle."""
+        """Which visible places each position sees, (T, visible). None where no mask is needed: one
+        token sees every place in use, and the first tokens of a text see the usual triangle."""
         count = len(self.positions)
         if not self.fixed_shape and count in (1, self.visible):
             return None
@@ -534,11 +565,13 @@ class Cache:
 
 
 def draw(logits, temperature: float, uniform=None):
-    """Ids (B,) drawn from softmax(logits (B, vocab_size) / temperature); at temperature 0 the most likely ones.
-    uniform (B,): numbers in [0, 1) that decide: the id is the first at which the summed probabilities exceed them."""
+    """Ids (B,) drawn from softmax(logits (B, vocab_size) / temperature); at temperature 0 the most
+    likely ones. uniform (B,): numbers in [0, 1) that decide: the id is the first at which the
+    summed probabilities exceed them."""
     if temperature < 1e-30:                             # 0, or what float32 takes for 0
         return logits.argmax(-1)
-    p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)   # safe near temperature 0
+    logits = logits - logits.amax(-1, keepdim=True)     # so that no temperature makes them infinite
+    p = torch.softmax(logits / temperature, -1)
     # In float32 the many small probabilities of a large vocabulary would be lost in their sum.
     dtype = torch.float32 if p.device.type == "mps" else torch.float64
     sums = p.cumsum(-1, dtype=dtype)
@@ -547,22 +580,25 @@ def draw(logits, temperature: float, uniform=None):
     threshold = uniform.to(sums)[:, None] * sums[:, -1:]
     return torch.searchsorted(sums, threshold, right=True)[:, 0]
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Optimizers and the learning rate
 
 
 class ScheduledOptimizer:
-    """What a run asks of an optimizer besides PyTorch's own methods. Every group has the base_lr that is scheduled."""
+    """What a run asks of an optimizer besides PyTorch's own methods. Every group has the base_lr
+    that is scheduled."""
 
-    found_inf = None                    # a tensor; where it is 1, a step changes nothing (Guard, on a GPU)
+    found_inf = None            # on a GPU: a tensor; while it is 1, a step changes nothing (see Guard)
 
     def set_rates(self, factor: float, step: int):
-        """Set what varies over time for update number `step`: `factor` of every group's full rate."""
+        """Set what varies over time for update number `step`: `factor` of every group's full
+        rate."""
         for group in self.param_groups:
             group["lr"] = group["base_lr"] * factor
 
     def state_shapes(self, p, group: dict) -> dict:
-        """The tensors that the optimizer keeps for parameter p of a group, by name, and their shapes."""
+        """The tensors that the optimizer keeps for parameter p of a group, by name, and their
+        shapes."""
         raise TypeError(f"{type(self).__name__} does not say what its state looks like")
 
     def compile_update(self):
@@ -581,8 +617,9 @@ class AdamW(ScheduledOptimizer, torch.optim.AdamW):
 
 
 def orthogonalize(m, steps: int = 5):
-    """Bring the singular values of each matrix of m (n, rows, cols) near 1, to 0.65-1.2, by a quintic Newton-Schulz
-    iteration in m's precision. Coefficients: Keller Jordan, kellerjordan.github.io/posts/muon."""
+    """Bring the singular values of each matrix of m (n, rows, cols) near 1, to 0.65-1.2, by a
+    quintic Newton-Schulz iteration in m's precision. Coefficients: Keller Jordan,
+    kellerjordan.github.io/posts/muon."""
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = m.size(1) > m.size(2)
     x = m.mT if is_tall else m
@@ -600,24 +637,26 @@ def nesterov(grad, average, momentum, dtype):
 
 
 def apply_update(w, update, lr, decay, cautious: bool):
-    """The matrices w (n, rows, cols) after a step along `update`, with weight decay; cautious: only of the weights that
-    the update shrinks anyway (arXiv 2411.16085)."""
+    """The matrices w (n, rows, cols) after a step along `update`, with weight decay; cautious: only
+    of the weights that the update shrinks anyway (arXiv 2411.16085)."""
     update = update.float() * max(1, w.size(1) / w.size(2)) ** 0.5
     decayed = w * (update * w > 0) if cautious else w
     return w - lr * (update + decay * decayed)
 
 
 class Muon(ScheduledOptimizer, torch.optim.Optimizer):
-    """Momentum, orthogonalized, for the blocks' matrices (Jordan et al. 2024). Matrices of equal shape are stacked, so
-    that the iteration is a few batched products, which the processes of a run share among them (`map_stacked`)."""
+    """Momentum, orthogonalized, for the blocks' matrices (Jordan et al. 2024). Matrices of equal
+    shape are stacked, so that the iteration is a few batched products, which the processes of a run
+    share among them (`map_stacked`)."""
 
     def __init__(self, params, lr: float, weight_decay: float, momentum: float, cautious: bool,
-                 dtype: torch.dtype = torch.float32, map_stacked=lambda function, stacked: function(stacked)):
+                 dtype: torch.dtype = torch.float32, map_stacked=None):
         by_shape = {}
         for p in params:
             by_shape.setdefault(tuple(p.shape), []).append(p)
-        defaults = dict(lr=lr, base_lr=lr, weight_decay=weight_decay, momentum=momentum, cautious=cautious)
-        super().__init__([{"params": matrices} for matrices in by_shape.values()], defaults)
+        groups = [{"params": matrices} for matrices in by_shape.values()]
+        super().__init__(groups, dict(
+            lr=lr, base_lr=lr, weight_decay=weight_decay, momentum=momentum, cautious=cautious))
         self.full_momentum = momentum
         self.dtype = dtype
         self.map_stacked = map_stacked
@@ -664,7 +703,10 @@ class Muon(ScheduledOptimizer, torch.optim.Optimizer):
                 lr = lr.masked_fill(is_bad, 0)
                 momentum = momentum.masked_fill(is_bad, 1)
             update = self.nesterov(grad, state["average"], momentum, self.dtype)
-            update = self.map_stacked(self.orthogonalize, update)
+            if self.map_stacked is None:
+                update = self.orthogonalize(update)
+            else:
+                update = self.map_stacked(self.orthogonalize, update)
             w = self.apply_update(w, update, lr, decay, group["cautious"])
             torch._foreach_copy_(params, list(w.unbind()))
 
@@ -680,7 +722,7 @@ def adamw_from_table(table: list, cfg: Config, device: str) -> AdamW:
     return AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=fused)
 
 
-def make_adamw(model: GPT, cfg: Config, device: str, **_) -> list:
+def make_adamw(model: GPT, cfg: Config, device: str, dtype: str, map_stacked) -> list:
     """AdamW for everything; gains, biases and mixing weights do not decay."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     small = [p for p in model.parameters() if p.dim() < 2]
@@ -691,7 +733,7 @@ def make_adamw(model: GPT, cfg: Config, device: str, **_) -> list:
     return [adamw_from_table(table, cfg, device)]
 
 
-def make_muon(model: GPT, cfg: Config, device: str, dtype: str = "float32", **muon_options) -> list:
+def make_muon(model: GPT, cfg: Config, device: str, dtype: str, map_stacked) -> list:
     """Muon for the blocks' matrices, AdamW for all else."""
     embeddings = [module.weight for module in (model.wte, model.wpe) if module is not None]
     ngrams = [] if model.ngrams is None else [model.ngrams.weight]
@@ -703,24 +745,30 @@ def make_muon(model: GPT, cfg: Config, device: str, dtype: str = "float32", **mu
         (head, cfg.head_lr, 0.0),
         (small, cfg.scalar_lr, 0.0),
     ]
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    muon_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    muon = Muon(matrices, cfg.learning_rate, cfg.weight_decay, cfg.momentum, cfg.cautious, muon_dtype, **muon_options)
+    muon = Muon(
+        [p for p in model.blocks.parameters() if p.dim() == 2],
+        lr=cfg.learning_rate,
+        weight_decay=cfg.weight_decay,
+        momentum=cfg.momentum,
+        cautious=cfg.cautious,
+        dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32,
+        map_stacked=map_stacked)
     return [adamw_from_table(table, cfg, device), muon]
 
 
-# Each makes the optimizers (ScheduledOptimizer) in which every parameter of the model is exactly once.
+# By the name that cfg.optimizer gives. Each function returns the ScheduledOptimizers in which every
+# parameter of the model is exactly once. dtype: the run's precision; map_stacked: see Muon.
 OPTIMIZERS = {"muon": make_muon, "adamw": make_adamw}
 
 
-def make_optimizers(model: GPT, cfg: Config, device: str, dtype: str = "float32", **muon_options) -> list:
-    """The optimizers of cfg.optimizer. dtype: the run's precision; muon_options: see Muon."""
-    return OPTIMIZERS[cfg.optimizer](model, cfg, device, dtype=dtype, **muon_options)
+def make_optimizers(model: GPT, cfg: Config, device: str, dtype="float32", map_stacked=None) -> list:
+    return OPTIMIZERS[cfg.optimizer](model, cfg, device, dtype, map_stacked)
 
 
 def lr_factor(step: int, cfg: Config, max_iters: int | None) -> float:
-    """The fraction of the full learning rates at update number `step` (from 0), down to min_lr / learning_rate.
-    max_iters: the steps of the run; None: not known yet, and so at the full rate after the warm-up."""
+    """The fraction of the full learning rates at update number `step` (from 0), down to min_lr /
+    learning_rate. max_iters: the steps of the run; None: not known yet, and so at the full rate
+    after the warm-up."""
     if not cfg.decay_lr:
         return 1.0
     if step < cfg.warmup_iters:
@@ -742,7 +790,7 @@ def schedule_height(step: int, cfg: Config, end: int) -> float:
     return 1.0
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Batches
 
 
@@ -754,11 +802,12 @@ def epoch_order(seed: int, epoch: int, windows: int, tokens: int):
 
 
 def window_starts(step: int, cfg: Config, tokens: int):
-    """Where the windows of update number `step` start: batch_size * gradient_accumulation_steps places, determined by
-    the seed, the step and the number of tokens alone, so a resumed run needs no saved position.
+    """Where the windows of update number `step` start: batch_size * gradient_accumulation_steps
+    places, determined by the seed, the step and the number of tokens alone, so a resumed run needs
+    no saved position.
 
-    An epoch visits floor(tokens / block_size) windows that do not overlap, in the text taken as a circle from a random
-    start (sampling=fixed: from its beginning)."""
+    An epoch visits floor(tokens / block_size) windows that do not overlap, in the text taken as a
+    circle from a random start (sampling=fixed: from its beginning)."""
     count = cfg.batch_size * cfg.gradient_accumulation_steps
     if cfg.sampling == "random":
         rng = np.random.default_rng([cfg.seed, 0, step])
@@ -774,18 +823,19 @@ def window_starts(step: int, cfg: Config, tokens: int):
 
 
 def get_batch(data, starts, block_size: int, vocab_size: int, split: str, device: str):
-    """Inputs and targets, (len(starts), block_size) each: windows of the memory-mapped ids `data`; the targets are one
-    token ahead. Raises UserError for ids that the model has no row for."""
-    ids = data[(starts[:, None] + np.arange(block_size + 1)) % len(data)]
+    """Inputs and targets, (len(starts), block_size) each: windows of the memory-mapped ids `data`;
+    the targets are one token ahead. Raises UserError for ids that the model has no row for."""
+    places = starts[:, None] + np.arange(block_size + 1)            # (windows, block_size + 1)
+    ids = data[places % len(data)]
     check_ids(ids, vocab_size, split)
     ids = torch.from_numpy(ids.astype(np.int64))
     if device.startswith("cuda"):
-        ids = ids.pin_memory()                          # so that the copy runs while the GPU computes
+        ids = ids.pin_memory()          # so that the copy runs while the GPU computes
     ids = ids.to(device, non_blocking=True)
     return ids[:, :-1], ids[:, 1:]
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A run, and what one step needs
 
 
@@ -794,7 +844,8 @@ class Origin:
     """What a run starts from: by default from scratch.
 
     checkpoint: the content of last.pt, when `resuming`, or of a checkpoint whose weights are taken.
-    known: entries of the Plan that are decided already. stamp: last.pt's when it was read, None if it does not matter.
+    known: entries of the Plan that are decided already. stamp: last.pt's when it was read, None if
+    it does not matter.
     """
 
     checkpoint: dict | None = None
@@ -805,13 +856,14 @@ class Origin:
 
 @dataclass
 class Plan:
-    """What the start of a run decides, given the settings and this machine. It is stored in last.pt, and a resumed run
-    takes it from there: precision and compiling are not measured again."""
+    """What the start of a run decides, given the settings and this machine. It is stored in
+    last.pt, and a resumed run takes it from there: precision and compiling are not measured
+    again."""
 
     device: str
     dtype: str                          # float32, bfloat16 or float16
     compile: Literal["auto", True, False]   # auto: not decided yet
-    max_iters: int | None               # steps of the whole run; None: max_minutes has not measured the pace yet
+    max_iters: int | None               # of the whole run; None: max_minutes has no pace yet
     sequences: int                      # of a step, for this process
     micro_batches: int                  # of a step, for this process
 
@@ -839,7 +891,7 @@ class Run:
     meta: dict                          # what meta.json says of them
     tokenizer: Tokenizer
     model: GPT
-    step_model: nn.Module               # the model for training: compiled, or wrapped for several processes
+    step_model: nn.Module               # the model as it trains: compiled, or wrapped by DDP
     optimizers: list
     scaler: torch.amp.GradScaler        # of float16; otherwise it does nothing
     guard: Guard
@@ -858,14 +910,18 @@ class Run:
         return len(self.data["train"]) // self.cfg.block_size * self.cfg.block_size
 
     def batches(self, step: int):
-        """This process's micro-batches of update number `step`: pairs x, y (sequences / micro_batches, block_size)."""
+        """This process's micro-batches of update number `step`: pairs x, y (sequences /
+        micro_batches, block_size)."""
+        starts = window_starts(step, self.cfg, len(self.data["train"]))
         first = self.ranks.rank * self.plan.sequences
-        starts = window_starts(step, self.cfg, len(self.data["train"]))[first:first + self.plan.sequences]
-        for micro_starts in starts.reshape(self.plan.micro_batches, -1):
+        mine = starts[first:first + self.plan.sequences]
+        for micro_starts in mine.reshape(self.plan.micro_batches, -1):
             yield self.get_batch("train", micro_starts)
 
     def get_batch(self, split: str, starts):
-        return get_batch(self.data[split], starts, self.cfg.block_size, self.model.vocab_size, split, self.plan.device)
+        """The windows of a split at `starts`; see the function of this name."""
+        return get_batch(self.data[split], starts, self.cfg.block_size, self.model.vocab_size, split,
+                         self.plan.device)
 
     def forward_backward(self, model=None):
         """One forward and backward pass over the first micro-batch; its gradients are discarded."""
@@ -877,8 +933,8 @@ class Run:
 
 
 def start(cfg: Config, origin: Origin | None = None) -> Run:
-    """A run that is ready for its first update: data, model, optimizers, and where it stands. Nothing is compiled or
-    written. Raises UserError."""
+    """A run that is ready for its first update: data, model, optimizers, and where it stands.
+    Nothing is compiled or written. Raises UserError."""
     cli.check(cfg)
     origin = origin or Origin()
     ranks = Ranks()
@@ -888,7 +944,7 @@ def start(cfg: Config, origin: Origin | None = None) -> Run:
     data, meta = open_data(folder, cfg.block_size)
     tokenizer = stored_tokenizer(folder, meta)
     check_origin(origin, cfg, tokenizer, meta)
-    prompt_ids(tokenizer, cfg.sample_start, "--sample_start")       # a wrong prompt should fail now, not later
+    prompt_ids(tokenizer, cfg.sample_start, "--sample_start")       # a wrong prompt fails now, not later
     plan = make_plan(cfg, ranks, device, len(data["train"]), origin.known)
 
     torch.manual_seed(cfg.seed)
@@ -907,9 +963,10 @@ def start(cfg: Config, origin: Origin | None = None) -> Run:
         state = State(**{name: origin.checkpoint[name] for name in asdict(state)})
         seconds = origin.checkpoint["seconds"]
         restore_optimizers(optimizers, scaler, origin.checkpoint)
-    guard = Guard(ranks, optimizers, scaler, device, plan.dtype)
-    run = Run(cfg, plan, state, ranks, data, meta, tokenizer, model, model, optimizers, scaler, guard,
-              Stopwatch(device, seconds), first_step=state.step)
+    run = Run(cfg, plan, state, ranks, data, meta, tokenizer, model, step_model=model,
+              optimizers=optimizers, scaler=scaler, first_step=state.step,
+              guard=Guard(ranks, optimizers, scaler, device, plan.dtype),
+              stopwatch=Stopwatch(device, seconds))
     if device_type(device) not in ("cpu", "cuda") and ranks.first:
         compare_with_cpu(model, *next(run.batches(0)), device)
     return run
@@ -926,11 +983,13 @@ def configure_torch(device: str):
 def check_origin(origin: Origin, cfg: Config, tokenizer: Tokenizer, meta: dict):
     """Raise UserError if the checkpoint that a run starts from belongs to other data."""
     if origin.checkpoint and origin.checkpoint["tokenizer"] != tokenizer.stored:
-        raise UserError(f"data set {cfg.dataset} has another tokenizer than the checkpoint: prepare it with the "
-                        "checkpoint's own (prepare.py --tokenizer=PATH/ckpt.pt; gpt2 and byte fit every text)")
+        raise UserError(
+            f"data set {cfg.dataset} has another tokenizer than the checkpoint: prepare it with the checkpoint's "
+            "own (prepare.py --tokenizer=PATH/ckpt.pt; gpt2 and byte fit every text)")
     text = text_checksum(meta)
     if origin.resuming and origin.checkpoint.get("text", text) != text:
-        raise UserError(f"data set {cfg.dataset} has changed since the run began: restore it, or start from scratch")
+        raise UserError(
+            f"data set {cfg.dataset} has changed since the run began: restore it, or start from scratch")
 
 
 def text_checksum(meta: dict) -> str:
@@ -940,40 +999,35 @@ def text_checksum(meta: dict) -> str:
 
 def make_plan(cfg: Config, ranks: Ranks, device: str, tokens: int, known: dict) -> Plan:
     """Decide what the settings leave open, except for what is known."""
-    sequences, micro_batches = ranks.share(cfg.batch_size * cfg.gradient_accumulation_steps, cfg.batch_size)
+    sequences_per_step = cfg.batch_size * cfg.gradient_accumulation_steps
+    sequences, micro_batches = ranks.share(sequences_per_step, cfg.batch_size)
+    max_iters = cfg.max_iters
     if cfg.max_epochs:
         windows = tokens // cfg.block_size
-        max_iters = max(1, int(cfg.max_epochs * windows / (cfg.batch_size * cfg.gradient_accumulation_steps)))
-    else:
-        max_iters = cfg.max_iters
+        max_iters = max(1, int(cfg.max_epochs * windows / sequences_per_step))
     if "max_iters" in known and (known["max_iters"] is not None or cfg.max_minutes):
         max_iters = known["max_iters"]
-    elsewhere = device_type(known.get("device", device)) != device_type(device)
-    if elsewhere:                       # what was measured on another kind of device does not hold here
-        known = {}
-    dtype = ranks.broadcast(choose_dtype(device, known.get("dtype", cfg.dtype)))
-    return Plan(device, dtype, known.get("compile", cfg.compile), max_iters, sequences, micro_batches)
+    if device_type(known.get("device", device)) != device_type(device):
+        known = {}                      # what another kind of device measured does not hold here
+    dtype = choose_dtype(device, known.get("dtype", cfg.dtype))
+    compile_choice = known.get("compile", cfg.compile)
+    return Plan(device, ranks.broadcast(dtype), compile_choice, max_iters, sequences, micro_batches)
 
 
 def compile_and_wrap(run: Run, report: Report | None = None, seconds_left: float = math.inf):
     """Compile the model where torch.compile pays, and wrap it for several processes."""
     plan = run.plan
-    if run.cfg.eval_only:
-        passes = 0
-    elif plan.max_iters is None:
-        passes = math.inf
-    else:
-        passes = (plan.max_iters - run.state.step) * plan.micro_batches
+    passes = passes_to_come(run)
     note = "off"
-    if passes > 0:
+    if passes:
         plan.compile = compile_pays(plan.compile, run.forward_backward, passes, run.ranks, seconds_left)
-    if passes > 0 and plan.compile:
+    if passes and plan.compile:
         if report:
             report.compiling()
         began = time.perf_counter()
         run.step_model, plan.compile, note = compile_model(run.model, run.forward_backward, plan.device)
         run.compile_seconds = time.perf_counter() - began
-    if passes > 0 and plan.compile:
+    if passes and plan.compile:
         for optimizer in run.optimizers:
             optimizer.compile_update()
     if not run.cfg.shard:
@@ -982,18 +1036,28 @@ def compile_and_wrap(run: Run, report: Report | None = None, seconds_left: float
         report.machine(note)
 
 
-# ---------------------------------------------------------------------------------------------------
+def passes_to_come(run: Run) -> float:
+    """How many forward and backward passes this process has before it; infinite if not known."""
+    if run.cfg.eval_only:
+        return 0
+    if run.plan.max_iters is None:
+        return math.inf
+    return max(0, run.plan.max_iters - run.state.step) * run.plan.micro_batches
+
+
+# --------------------------------------------------------------------------------------------------
 # One step, and the evaluation of the model
 
 
 def update(run: Run, step: int) -> tuple:
     """One optimizer step: forward and backward over this process's micro-batches, clip, update.
 
-    Returns (mean loss, gradient norm), 0-d tensors on the device: on a GPU nothing here waits for it. Raises NotFinite.
+    Returns (mean loss, gradient norm), 0-d tensors on the device: on a GPU nothing here waits for
+    it. Raises NotFinite.
     """
-    cfg, plan = run.cfg, run.plan
-    torch.manual_seed(dropout_seed(cfg.seed, step, run.ranks.rank))     # so that resuming needs no stored random state
-    factor = lr_factor(step, cfg, plan.max_iters)
+    plan = run.plan
+    torch.manual_seed(dropout_seed(run.cfg.seed, step, run.ranks.rank))
+    factor = lr_factor(step, run.cfg, plan.max_iters)
     for optimizer in run.optimizers:
         optimizer.set_rates(factor, step)
     loss = torch.zeros((), device=plan.device)
@@ -1015,6 +1079,7 @@ def update(run: Run, step: int) -> tuple:
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Dropout's random numbers depend on these alone, so resuming needs no stored random state."""
     return np.random.SeedSequence([seed, 2, step, rank]).generate_state(1).item()
 
 
@@ -1029,7 +1094,8 @@ def clip_gradients(run: Run):
 
 
 def eval_windows(tokens: int, cfg: Config, most: int):
-    """Starts of the evaluation windows: every whole one of the split, or `most` of them, evenly spaced."""
+    """Starts of the evaluation windows: every whole one of the split, or `most` of them, evenly
+    spaced."""
     windows = (tokens - 1) // cfg.block_size
     count = min(windows, most)
     return np.arange(count) * windows // count * cfg.block_size
@@ -1037,8 +1103,9 @@ def eval_windows(tokens: int, cfg: Config, most: int):
 
 @torch.no_grad()
 def estimate_loss(run: Run, stop: Stop | None = None, eval_iters: int | None = None) -> dict | None:
-    """Mean loss in nats per token of both splits, over fixed windows that the processes share: all of val's and as many
-    of train's, or 16 eval_iters of each (None: as cfg says). Returns None if `stop` asks for an end."""
+    """Mean loss in nats per token of both splits, over fixed windows that the processes share: all
+    of val's and as many of train's, or 16 eval_iters of each (None: as cfg says). Returns None if
+    `stop` asks for an end."""
     eval_iters = run.cfg.eval_iters if eval_iters is None else eval_iters
     most = 16 * eval_iters or (len(run.data["val"]) - 1) // run.cfg.block_size
     losses = {}
@@ -1053,12 +1120,13 @@ def estimate_loss(run: Run, stop: Stop | None = None, eval_iters: int | None = N
 def mean_loss(run: Run, split: str, starts, stop: Stop | None) -> float | None:
     """Mean loss over the windows at `starts`, some at a time; None if `stop` asks for an end."""
     size = windows_at_once(run.cfg.block_size, run.model.vocab_size)
-    total = torch.zeros(2)                              # sum of the windows' losses, number of windows
+    total = torch.zeros(2)              # the sum of the windows' losses, and their number
     for first in range(0, len(starts), size * run.ranks.world):
         if stop and stop.asked:
             return None
         mine = starts[first + size * run.ranks.rank:][:size]
-        # A process with no window left computes one anyway: with sharding, the others need its weights.
+        # A process with no window left computes one anyway: with sharding, the others need its
+        # weights.
         x, y = run.get_batch(split, mine if len(mine) else starts[:1])
         with autocast(run.plan.device, run.plan.dtype):
             loss = run.model(x, y)[1].item()
@@ -1070,7 +1138,7 @@ def mean_loss(run: Run, split: str, starts, stop: Stop | None) -> float | None:
 def sample_text(run: Run) -> str:
     """A short continuation of sample_start by the current weights."""
     cfg, device = run.cfg, run.plan.device
-    prompt = torch.from_numpy(prompt_ids(run.tokenizer, cfg.sample_start, "--sample_start"))[None].to(device)
+    prompt = torch.from_numpy(prompt_ids(run.tokenizer, cfg.sample_start, "--sample_start"))
     generator = torch.Generator().manual_seed(cfg.seed + run.state.step)
     uniform = iter(torch.rand(cfg.sample_tokens, 1, generator=generator))
 
@@ -1078,17 +1146,19 @@ def sample_text(run: Run) -> str:
         return draw(logits, cfg.sample_temperature, next(uniform).to(device))
 
     run.model.eval()
-    ids = [token.item() for token in run.model.generate(prompt, cfg.sample_tokens, pick)]
+    tokens = run.model.generate(prompt[None].to(device), cfg.sample_tokens, pick)
+    ids = [token.item() for token in tokens]
     run.model.train()
     return cfg.sample_start + run.tokenizer.decode(ids)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run
 
 
 def train(cfg: Config, out_dir: Path, origin: Origin | None = None) -> int:
-    """A whole run: train as cfg says, evaluate, sample, and save to out_dir. Returns the exit code."""
+    """A whole run: train as cfg says, evaluate, sample, and save to out_dir. Returns the exit
+    code."""
     origin = origin or Origin()
     deadline = Deadline(0 if cfg.dry_run else cfg.max_minutes)
     check_loggers(cfg)
@@ -1156,7 +1226,8 @@ def fit_steps_to_time(run: Run, report: Report, deadline: Deadline):
 
 
 def is_finished(run: Run) -> bool:
-    """After the last step, after `patience` evaluations without a better val loss, or after the one of eval_only."""
+    """After the last step, after `patience` evaluations without a better val loss, or after the one
+    of eval_only."""
     cfg, state = run.cfg, run.state
     if cfg.eval_only or is_last_step(run):
         return True
@@ -1180,8 +1251,8 @@ def evaluation_is_due(run: Run) -> bool:
 
 
 def evaluate_and_save(run: Run, report: Report, stop: Stop):
-    """Where it is due, evaluate and sample, and save the best weights. Training's stopwatch stands still meanwhile.
-    Raises NotFinite for a val loss that is not."""
+    """Where it is due, evaluate and sample, and save the best weights. Training's stopwatch stands
+    still meanwhile. Raises NotFinite for a val loss that is not."""
     cfg, state = run.cfg, run.state
     evaluating = evaluation_is_due(run)
     sampling = state.step % cfg.sample_interval == 0 if cfg.sample_interval else evaluating
@@ -1189,7 +1260,8 @@ def evaluate_and_save(run: Run, report: Report, stop: Stop):
         return
     with run.stopwatch.paused():
         if evaluating:
-            save(run, report, "last.pt", keep=cfg.keep)     # an evaluation can take long, and be interrupted
+            # Before, since an evaluation can take long, and be interrupted.
+            save(run, report, "last.pt", keep=cfg.keep)
             # Several processes must stop together, so they evaluate to the end.
             losses = estimate_loss(run, stop if run.ranks.world == 1 else None)
             if losses is None:
@@ -1220,8 +1292,8 @@ def record_evaluation(run: Run, report: Report, losses: dict):
 
 
 def report_and_save(run: Run, report: Report, loss, norm, stop: Stop):
-    """After an update: look for reasons to stop, log, and save last.pt where that is due. On a GPU this is the only
-    place that waits for the device, and it does so at these steps only."""
+    """After an update: look for reasons to stop, log, and save last.pt where that is due. On a GPU
+    this is the only place that waits for the device, and it does so at these steps only."""
     cfg, step = run.cfg, run.state.step
     log_now = step % cfg.log_interval == 0 or is_last_step(run)
     save_now = cfg.save_interval > 0 and step % cfg.save_interval == 0
@@ -1238,7 +1310,8 @@ def report_and_save(run: Run, report: Report, loss, norm, stop: Stop):
 
 
 def save(run: Run, report: Report, name: str, keep: int = 0):
-    """Save last.pt or ckpt.pt; if that fails, the run says so, continues, and tries again at the next save."""
+    """Save last.pt or ckpt.pt; if that fails, the run says so, continues, and tries again at the
+    next save."""
     if run.folder is None or not (run.ranks.first or run.cfg.shard):
         return
     content = checkpoint_content(run)
@@ -1275,15 +1348,16 @@ def resume_content(run: Run) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models from checkpoints, and the command line
 
 
 def load(path, device: str = "cpu") -> tuple:
-    """(model, tokenizer) for use from Python, in eval mode. path: a checkpoint, a run's folder, gpt2, ...
+    """(model, tokenizer) for use from Python, in eval mode. path: a checkpoint, a run's folder,
+    gpt2, ...
 
-    `for ids in model.generate(prompt, 100, lambda logits: draw(logits, 0.8))` continues a prompt of ids (B, T). Raises
-    UserError."""
+    `for ids in model.generate(prompt, 100, lambda logits: draw(logits, 0.8))` continues a prompt of
+    ids (B, T). Raises UserError."""
     in_folder = Path(path, "ckpt.pt")
     if os.path.isfile(in_folder):
         path = in_folder
@@ -1303,8 +1377,8 @@ def read_checkpoint(source) -> dict:
 
 
 def restore_model(content: dict, source, cfg: Config | None = None) -> tuple:
-    """(model, tokenizer) of a checkpoint's content, on the CPU in float32. cfg: replaces its own settings. Raises
-    UserError, naming the `source`, where its parts do not fit together."""
+    """(model, tokenizer) of a checkpoint's content, on the CPU in float32. cfg: replaces its own
+    settings. Raises UserError, naming the `source`, where its parts do not fit together."""
     cfg = cfg or Config(**cli.from_dict(Config, content["config"], source))
     try:
         if broken_rules := cli.problems(cfg):
@@ -1312,9 +1386,9 @@ def restore_model(content: dict, source, cfg: Config | None = None) -> tuple:
         tokenizer = Tokenizer(content["tokenizer"])
         vocab_size = content["vocab_size"]
         if tokenizer.vocab_size != vocab_size:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}")
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, not {vocab_size}")
         weights = dict(content["model"])
-        if cfg.positions == "learned":                  # block_size may have been lowered
+        if cfg.positions == "learned":  # block_size may have been lowered
             weights["wpe.weight"] = weights["wpe.weight"][:cfg.block_size]
         model = build_model(lambda: GPT(cfg, vocab_size), weights, cfg.n_layer)
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
@@ -1323,14 +1397,16 @@ def restore_model(content: dict, source, cfg: Config | None = None) -> tuple:
 
 
 def find_origin(cfg: Config, parsed: cli.Parsed, out_dir: Path) -> tuple:
-    """(cfg, Origin): what init_from asks for, and the settings with those of the checkpoint where these rule."""
+    """(cfg, Origin): what init_from asks for, and the settings with those of the checkpoint where
+    these rule."""
     last = out_dir / "last.pt"
     stamp = file_stamp(last) if cfg.init_from in ("auto", "resume") else None
     if cfg.init_from == "resume" or (cfg.init_from == "auto" and stamp):
         content = load_checkpoint(last, resumable=True)
         values, changed = cli.merge(Config, content["config"], parsed, FIXED_FIELDS, last)
         print_changes(changed)
-        return Config(**values), Origin(content, True, known_plan(content["plan"], parsed.typed), stamp)
+        known = known_plan(content["plan"], parsed.typed)
+        return Config(**values), Origin(content, True, known, stamp)
     known = {}
     if cfg.max_minutes and "max_iters" not in parsed.typed:
         known["max_iters"] = None                       # until the pace is known
@@ -1339,7 +1415,8 @@ def find_origin(cfg: Config, parsed: cli.Parsed, out_dir: Path) -> tuple:
     # The model comes from the checkpoint, everything else from the files and flags given now.
     content = read_checkpoint(cfg.init_from)
     typed = replace(parsed, typed=parsed.typed & MODEL_FIELDS)
-    values, changed = cli.merge(Config, content["config"], typed, MODEL_FIELDS, cfg.init_from, lower={"block_size"})
+    values, changed = cli.merge(
+        Config, content["config"], typed, MODEL_FIELDS, cfg.init_from, lower={"block_size"})
     print_changes(changed)
     model_settings = {name: values[name] for name in MODEL_FIELDS | {"init"}}
     return replace(cfg, **model_settings), Origin(content, known=known)
@@ -1347,8 +1424,14 @@ def find_origin(cfg: Config, parsed: cli.Parsed, out_dir: Path) -> tuple:
 
 def known_plan(plan: dict, typed: set) -> dict:
     """The entries of a stored plan that no flag typed now decides anew."""
-    decides = {"max_iters": {"max_iters", "max_epochs"}, "dtype": {"dtype"}, "compile": {"compile"}, "device": set()}
-    return {name: plan[name] for name, flags in decides.items() if name in plan and not flags & typed}
+    known = dict(plan)
+    if typed & {"max_iters", "max_epochs"}:
+        known.pop("max_iters", None)
+    if "dtype" in typed:
+        known.pop("dtype", None)
+    if "compile" in typed:
+        known.pop("compile", None)
+    return known
 
 
 def print_changes(changed: dict):
@@ -1365,7 +1448,7 @@ def main(argv: list) -> int:
     out_dir = Path(cfg.out_dir or Path("out") / name)
     cfg, origin = find_origin(cfg, parsed, out_dir)
     if "max_iters" in parsed.typed and "max_epochs" not in parsed.typed:
-        cfg = replace(cfg, max_epochs=0.0)              # a flag beats the config file and the checkpoint
+        cfg = replace(cfg, max_epochs=0.0)      # a flag beats the config file and the checkpoint
     cfg = replace(cfg, out_dir=str(out_dir))
     cli.check(cfg)
     with explain_failures(out_dir):

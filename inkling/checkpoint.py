@@ -1,6 +1,8 @@
-"""A run's folder and its checkpoints: claimed, saved atomically, loaded without running code, restored.
+"""A run's folder and its checkpoints: claimed, saved atomically, loaded without running code,
+restored.
 
-ckpt.pt holds weights, settings and the tokenizer; last.pt the optimizers' state and the plan as well, to resume from.
+ckpt.pt holds weights, settings and the tokenizer; last.pt the optimizers' state and the plan as
+well, to resume from.
 """
 
 import contextlib
@@ -18,7 +20,8 @@ from inkling.files import atomic_write, lock_folder
 
 CHECKPOINT_FORMAT = 1
 NOT_KNOWN = 2**31               # max_iters in a last.pt from before plans, where max_minutes had not measured the pace
-# The entries of every checkpoint, of those that can be resumed, and those that newer ones have, with their types.
+# The entries of every checkpoint, of those that can be resumed, and those that newer ones have,
+# with their types.
 ENTRIES = {"config": dict, "tokenizer": dict, "model": dict, "vocab_size": int, "step": int}
 RESUME_ENTRIES = {"evaluated": int | None, "best_step": int, "best_val_loss": float, "losses": dict, "seconds": float,
                   "optimizers": list, "scaler": dict}
@@ -41,10 +44,11 @@ class RunFolder:
         self.lock = None
 
     def claim(self, resuming: bool, expected: tuple | None = None):
-        """Lock the folder. A new run first moves an old one to NAME.1, or the next free number, so nothing is lost.
+        """Lock the folder. A new run first moves an old one to NAME.1, or the next free number, so
+        nothing is lost.
 
-        expected: the stamp of last.pt when it was read, or None if it does not matter; another process may have resumed
-        the run since. Raises UserError."""
+        expected: the stamp of last.pt when it was read, or None if it does not matter; another
+        process may have resumed the run since. Raises UserError."""
         self.lock = lock_folder(self.path)
         if expected is not None and file_stamp(self.path / "last.pt") != expected:
             raise UserError(f"{self.path}/last.pt has changed since this process read it, because another one has "
@@ -62,8 +66,8 @@ class RunFolder:
         return any((self.path / name).exists() for name in ("last.pt", "ckpt.pt", "log.csv"))
 
     def save(self, content: dict, name: str, keep: int = 0) -> str:
-        """Save a checkpoint as `name`, and with `keep` also as NAME-STEP.pt, of which the latest `keep` stay. Returns an
-        empty text, or what went wrong: the old file is whole then."""
+        """Save a checkpoint as `name`, and with `keep` also as NAME-STEP.pt, of which the latest
+        `keep` stay. Returns an empty text, or what went wrong: the old file is whole then."""
         self.unsaved[name] = save_checkpoint(content, self.path / name, content["step"], keep)
         return self.unsaved[name]
 
@@ -120,8 +124,9 @@ def save_checkpoint(content: dict, path: Path, step: int = 0, keep: int = 0) -> 
 
 
 def keep_numbered(path: Path, step: int, keep: int):
-    """Give the file a second name, NAME-STEP.pt, which stays when a new file takes its place, and delete all but the
-    latest `keep` of those. Where links exist, a second name for the same content takes neither time nor space."""
+    """Give the file a second name, NAME-STEP.pt, which stays when a new file takes its place, and
+    delete all but the latest `keep` of those. Where links exist, a second name for the same content
+    takes neither time nor space."""
     numbered = path.with_name(f"{path.stem}-{step}.pt")
     numbered.unlink(missing_ok=True)
     try:
@@ -139,8 +144,8 @@ def keep_numbered(path: Path, step: int, keep: int):
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 def load_checkpoint(path: Path, resumable: bool = False) -> dict:
-    """The content of a checkpoint, on the CPU; `resumable`: of a last.pt. Raises UserError for a file that is damaged,
-    hostile or not ours; nothing in it is ever run."""
+    """The content of a checkpoint, on the CPU; `resumable`: of a last.pt. Raises UserError for a
+    file that is damaged, hostile or not ours; nothing in it is ever run."""
     path = Path(path)
     content = read_zip_of_tensors(path, resumable)
     whole = isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT
@@ -180,8 +185,8 @@ def read_zip_of_tensors(path: Path, resumable: bool):
 
 
 def check_zip(path: Path):
-    """Raise ValueError for an archive that torch.save did not write or that is damaged: torch.load does not look at the
-    checksums, so a flipped bit would go unnoticed."""
+    """Raise ValueError for an archive that torch.save did not write or that is damaged: torch.load
+    does not look at the checksums, so a flipped bit would go unnoticed."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -228,8 +233,9 @@ def upgrade(content: dict):
 # -- restoring ---------------------------------------------------------------------------------------------------------
 
 def build_model(build, stored: dict, n_layer: int):
-    """The model of n_layer blocks that `build()` makes, with the weights `stored`. Raises ValueError if they do not fit.
-    A file may claim any size: no memory is taken before what is really there has been counted."""
+    """The model of n_layer blocks that `build()` makes, with the weights `stored`. Raises
+    ValueError if they do not fit. A file may claim any size: no memory is taken before what is
+    really there has been counted."""
     if n_layer > len(stored):
         raise ValueError(f"n_layer={n_layer}, but there are {len(stored)} tensors")
     with torch.device("meta"):
@@ -253,7 +259,8 @@ def build_model(build, stored: dict, n_layer: int):
 
 
 def check_weight(name: str, tensor, shape: tuple):
-    """Raise ValueError unless `tensor` is a plain CPU tensor of floating-point numbers in this shape."""
+    """Raise ValueError unless `tensor` is a plain CPU tensor of floating-point numbers in this
+    shape."""
     plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not plain or not tensor.is_floating_point():
         raise ValueError(f"{name} is no tensor of floating-point numbers")
@@ -262,8 +269,8 @@ def check_weight(name: str, tensor, shape: tuple):
 
 
 def restore_optimizers(optimizers: list, scaler, stored: dict):
-    """Load the optimizers' and the GradScaler's state from a last.pt's content, but keep today's settings. Raises
-    UserError if it does not fit."""
+    """Load the optimizers' and the GradScaler's state from a last.pt's content, but keep today's
+    settings. Raises UserError if it does not fit."""
     try:
         for optimizer, content in zip(optimizers, stored["optimizers"], strict=True):
             restore_optimizer(optimizer, content)
@@ -275,8 +282,8 @@ def restore_optimizers(optimizers: list, scaler, stored: dict):
 
 
 def restore_optimizer(optimizer, content: dict):
-    """load_state_dict, which would also bring back the stored learning rates, betas and decays; these stay as they are.
-    Every rank of a sharded run takes its share."""
+    """load_state_dict, which would also bring back the stored learning rates, betas and decays;
+    these stay as they are. Every rank of a sharded run takes its share."""
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(content)
     for group, todays in zip(optimizer.param_groups, settings, strict=True):
@@ -291,8 +298,8 @@ def restore_optimizer(optimizer, content: dict):
 
 
 def check_optimizer_state(optimizer):
-    """Raise ValueError unless every parameter has no state yet, or exactly what optimizer.state_shapes says, in finite
-    numbers: load_state_dict does not look."""
+    """Raise ValueError unless every parameter has no state yet, or exactly what
+    optimizer.state_shapes says, in finite numbers: load_state_dict does not look."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state.get(p)

@@ -1,4 +1,5 @@
-"""Settings of a program: a dataclass filled from config files and --key=value flags, its rules, and `--help`.
+"""Settings of a program: a dataclass filled from config files and --key=value flags, its rules, and
+`--help`.
 
 A program declares its settings once, as a dataclass with a type, a default and a comment per field:
 
@@ -11,11 +12,12 @@ A program declares its settings once, as a dataclass with a type, a default and 
         def rules(self) -> dict:
             return {"temperature=0 ignores top_p": self.temperature or self.top_p == 1}
 
-and calls `parse(Options, argv, doc)`. The declared type (bool, int, float, str, Literal[...], or tuple[str, ...] for a
-flag that may be repeated) decides how a value is read; nothing is evaluated. Only a config file named by the user
-runs as Python. `check` reports every broken rule at once.
+and calls `parse(Options, argv, doc)`. The declared type (bool, int, float, str, Literal[...], or
+tuple[str, ...] for a flag that may be repeated) decides how a value is read; nothing is evaluated.
+Only a config file named by the user runs as Python. `check` reports every broken rule at once.
 
-A user's mistake raises UserError. The programs print it in one line and exit with code 2; a library caller can catch it.
+A user's mistake raises UserError. The programs print it in one line and exit with code 2; a library
+caller can catch it.
 """
 
 import difflib
@@ -42,8 +44,8 @@ LARGEST_INT = 2**62                     # larger integers overflow in numpy and 
 
 
 class UserError(Exception):
-    """A mistake in what the user gave. The message names the value, the rule and the way out; `code` is the exit code
-    of a program that it ends."""
+    """A mistake in what the user gave. The message names the value, the rule and the way out;
+    `code` is the exit code of a program that it ends."""
 
     def __init__(self, message: str, code: int = 2):
         super().__init__(" ".join(str(message).split()))
@@ -99,8 +101,8 @@ Seed = Annotated[int, at_least(0).below(2**31)]
 
 
 def problems(settings) -> list:
-    """Every rule that the dataclass `settings` breaks, in a sentence each with the values: the ranges beside its fields,
-    then its own `rules()`, a dict from sentence to whether it holds."""
+    """Every rule that the dataclass `settings` breaks, in a sentence each with the values: the
+    ranges beside its fields, then its own `rules()`, a dict from sentence to whether it holds."""
     found = []
     for name, annotation in typing.get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
@@ -124,17 +126,19 @@ def program() -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters and unpaired surrogates escaped, so that it cannot act on a terminal."""
+    """`text` with control characters and unpaired surrogates escaped, so that it cannot act on a
+    terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def exit_code(main, argv: list) -> int:
-    """Call a program's main and return its exit code; a UserError is printed to stderr in one line."""
+    """Call a program's main and return its exit code; a UserError is printed to stderr in one
+    line."""
     try:
         return main(argv) or 0
     except UserError as error:
-        # A wrong setting stops all processes of a run. torchrun ends the others as soon as one has failed, so they
-        # wait for that instead of repeating the message.
+        # A wrong setting stops all processes of a run. torchrun ends the others as soon as one has
+        # failed, so they wait for that instead of repeating the message.
         if error.code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(3)
         print(f"{program()}: {printable(error)}", file=sys.stderr, flush=True)
@@ -144,7 +148,8 @@ def exit_code(main, argv: list) -> int:
 
 
 def run(main) -> NoReturn:
-    """Run a program: UTF-8 wherever it prints, and no traceback for a user's mistake, Ctrl-C or a closed pipe."""
+    """Run a program: UTF-8 wherever it prints, and no traceback for a user's mistake, Ctrl-C or a
+    closed pipe."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")
     try:
@@ -164,7 +169,8 @@ class BadValue(ValueError):
 
 @dataclass
 class Parsed:
-    """A command line: `values` of every field it sets, `typed` the names given as flags and not in files."""
+    """A command line: `values` of every field it sets, `typed` the names given as flags and not in
+    files."""
 
     values: dict = field(default_factory=dict)
     typed: set = field(default_factory=set)
@@ -184,7 +190,8 @@ def nearest(name: str, known) -> str:
 
 
 def nearest_config(word: str) -> str:
-    """`; did you mean config/NAME.py?` for the config file whose name comes closest, or an empty text."""
+    """`; did you mean config/NAME.py?` for the config file whose name comes closest, or an empty
+    text."""
     known = {path.name: path for path in sorted(Path("config").glob("*.py"))}
     close = difflib.get_close_matches(os.path.basename(word), known, n=1)
     return f"; did you mean {known[close[0]]}?" if close else ""
@@ -263,7 +270,8 @@ def read_int(value) -> int | float:
 # -- config files and flags --------------------------------------------------------------------------------------------
 
 def read_config_file(path: str, kinds: dict) -> dict:
-    """The fields that a Python config file assigns. Names that start with `_` and imported modules are its own."""
+    """The fields that a Python config file assigns. Names that start with `_` and imported modules
+    are its own."""
     try:
         names = runpy.run_path(path)
     except OSError as error:
@@ -309,9 +317,9 @@ def read_flag(word: str, kinds: dict) -> tuple:
 
 
 def parse(options: type, argv: list, doc: str, takes: str = "config files") -> Parsed:
-    """Read `argv`, config files and flags: a flag overrides every file, later files and flags override earlier ones.
-    Unless takes="config files", words without dashes are returned as they are. `--help` prints `doc` and the fields
-    and exits with 0."""
+    """Read `argv`, config files and flags: a flag overrides every file, later files and flags
+    override earlier ones. Unless takes="config files", words without dashes are returned as they
+    are. `--help` prints `doc` and the fields and exits with 0."""
     kinds = field_types(options)
     parsed = Parsed()
     for word in argv:
@@ -349,7 +357,8 @@ def find_config_file(word: str) -> str:
 # -- stored settings ---------------------------------------------------------------------------------------------------
 
 def from_dict(options: type, stored: dict, source) -> dict:
-    """Checked field values of `options` from a plain dict that was stored, such as a checkpoint's config."""
+    """Checked field values of `options` from a plain dict that was stored, such as a checkpoint's
+    config."""
     kinds = field_types(options)
     values = {}
     for name, value in stored.items():
@@ -363,8 +372,9 @@ def from_dict(options: type, stored: dict, source) -> dict:
 
 
 def merge(options: type, stored: dict, parsed: Parsed, fixed: set, source, lower: Iterable = ()) -> tuple:
-    """(values, changed): the stored settings with the flags typed now, and what these change. A config file changes
-    nothing, unless it lowers one of `lower`. Changing a `fixed` field raises UserError, unless it lowers one of those."""
+    """(values, changed): the stored settings with the flags typed now, and what these change. A
+    config file changes nothing, unless it lowers one of `lower`. Changing a `fixed` field raises
+    UserError, unless it lowers one of those."""
     values = {field.name: field.default for field in fields(options)} | from_dict(options, stored, source)
     lowered = {name for name in lower if name in parsed.values and parsed.values[name] < values[name]}
     changed = {name: parsed.values[name] for name in sorted(parsed.typed | lowered)
@@ -379,8 +389,8 @@ def merge(options: type, stored: dict, parsed: Parsed, fixed: set, source, lower
 # -- --help ------------------------------------------------------------------------------------------------------------
 
 def comments(options: type) -> list:
-    """[(group, field name, comment)] in the order of the class's source, then of its parents': the comments are the one
-    place where fields are described."""
+    """[(group, field name, comment)] in the order of the class's source, then of its parents': the
+    comments are the one place where fields are described."""
     rows = []
     for owner in options.__mro__:
         if "__dataclass_fields__" not in vars(owner):
@@ -397,8 +407,9 @@ def comments(options: type) -> list:
 
 
 def help_text(options: type, doc: str, width: int = 0) -> str:
-    """What --help prints: the prose of `doc`, the fields in their groups, and last the examples, which are the indented
-    paragraphs of `doc`. width: columns to wrap at; 0: those of the terminal, 80 in a pipe."""
+    """What --help prints: the prose of `doc`, the fields in their groups, and last the examples,
+    which are the indented paragraphs of `doc`. width: columns to wrap at; 0: those of the terminal,
+    80 in a pipe."""
     width = width or min(120, max(50, shutil.get_terminal_size().columns))
     column = 36 if width >= 100 else 30                 # where the comments begin
     kinds = field_types(options)

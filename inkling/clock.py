@@ -1,4 +1,5 @@
-"""The time of a run: a stopwatch that counts training alone, and the end that --max_minutes sets."""
+"""The time of a run: a stopwatch that counts training alone, and the end that --max_minutes
+sets."""
 
 import time
 from contextlib import contextmanager
@@ -42,12 +43,14 @@ class Stopwatch:
             self.paused_seconds += self.running_since - began
 
     def pause_seconds(self) -> float:
-        """Seconds that an evaluation takes, with its saves and its sample: the mean so far, 0 before the first."""
+        """Seconds that an evaluation takes, with its saves and its sample: the mean so far, 0
+        before the first."""
         return self.paused_seconds / max(1, self.evaluations)
 
 
 class Deadline:
-    """The end of a run's `minutes` of wall-clock time (0: none), and the number of steps that fit before it."""
+    """The end of a run's `minutes` of wall-clock time (0: none), and the number of steps that fit
+    before it."""
 
     def __init__(self, minutes: float):
         self.end = time.monotonic() + 60 * minutes if minutes else float("inf")
@@ -59,8 +62,9 @@ class Deadline:
     def steps_that_fit(self, step: int, stopwatch: Stopwatch, eval_interval: int) -> int | None:
         """The number of steps of the whole run; None as long as the pace is not known.
 
-        The pace is measured over ten steps after three of warm-up, or over fewer if they take a twentieth of the time.
-        Evaluations are expected to take what they took so far, and a thirtieth of the time is kept in reserve.
+        The pace is measured over ten steps after three of warm-up, or over fewer if they take a
+        twentieth of the time. Evaluations are expected to take what they took so far, and a
+        thirtieth of the time is kept in reserve.
         """
         synchronize(stopwatch.device)
         seconds = stopwatch.seconds()

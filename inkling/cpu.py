@@ -1,4 +1,5 @@
-"""What a CPU computes faster in another way than PyTorch's: put into a model from outside by `accelerate`, and attention.
+"""What a CPU computes faster in another way than PyTorch's: put into a model from outside by
+`accelerate`, and attention.
 
 Figures: bench/RESULTS.md. Elsewhere, and where it would not be faster, everything is PyTorch's.
 """
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 
 
 def accelerate(model: nn.Module) -> nn.Module:
-    """Give the linear layers and dropouts of a model on a CPU their faster ways, in place. Weights and their names stay
-    what they are."""
+    """Give the linear layers and dropouts of a model on a CPU their faster ways, in place. Weights
+    and their names stay what they are."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear
@@ -20,8 +21,9 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 
 def runs_compiled_for_one_token(x, rows: int) -> bool:
-    """Whether x holds one token's features in compiled code without gradient: a loop that the compiler writes over a
-    matrix reads it at the memory's pace, in 16 bits too, where the libraries' routines are made for many rows."""
+    """Whether x holds one token's features in compiled code without gradient: a loop that the
+    compiler writes over a matrix reads it at the memory's pace, in 16 bits too, where the
+    libraries' routines are made for many rows."""
     return (rows == 1 and x.device.type == "cpu" and torch.compiler.is_compiling() and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu"))
 
@@ -51,8 +53,8 @@ class Linear(nn.Linear):
                 and not torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled())
 
     def as_columns(self, x, rows: int):
-        """Up to 16 rows in float32 go as columns through the matrix, taken as a batch of four: that reads it at the
-        memory's pace, where BLAS's usual way may reach a third of it."""
+        """Up to 16 rows in float32 go as columns through the matrix, taken as a batch of four: that
+        reads it at the memory's pace, where BLAS's usual way may reach a third of it."""
         in_four = self.out_features // 4 * 4
         columns = x.reshape(rows, -1).mT                                            # (in_features, rows)
         quarters = self.weight[:in_four].view(4, -1, self.in_features)
@@ -75,7 +77,8 @@ class Dropout(nn.Dropout):
 def dropout(x, p: float):
     """Zero each element with probability p, in steps of 1/256, and scale the others up.
 
-    A CPU draws F.dropout's numbers one by one; eight of them out of one 64-bit integer are about 3 times faster."""
+    A CPU draws F.dropout's numbers one by one; eight of them out of one 64-bit integer are about 3
+    times faster."""
     zeroed = round(256 * p)
     if zeroed == 0 or x.device.type != "cpu":
         return F.dropout(x, p)
@@ -87,8 +90,9 @@ def dropout(x, p: float):
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 def attention(q, keys, values, mask, is_causal: bool, dropout_p: float):
-    """F.scaled_dot_product_attention of q (B, n_head, T, head_dim) with keys and values (B, n_kv_head, S, head_dim);
-    mask (T, S) or None. Written out in 16 bits, with dropout, and for the single query of compiled generation."""
+    """F.scaled_dot_product_attention of q (B, n_head, T, head_dim) with keys and values (B,
+    n_kv_head, S, head_dim); mask (T, S) or None. Written out in 16 bits, with dropout, and for the
+    single query of compiled generation."""
     B, n_head, T, _ = q.shape
     n_kv_head = keys.size(1)
     whole_sequence = is_causal and keys.size(2) == T and n_kv_head == n_head
@@ -101,12 +105,13 @@ def attention(q, keys, values, mask, is_causal: bool, dropout_p: float):
 
 
 def in_blocks(q, keys, values, dropout_p: float = 0.0):
-    """Causal attention of q, keys and values (B, n_head, T, head_dim) in blocks of queries, each with the keys that it
-    may see.
+    """Causal attention of q, keys and values (B, n_head, T, head_dim) in blocks of queries, each
+    with the keys that it may see.
 
-    In 16 bits it is faster than PyTorch's flash path for CPUs: 1.3 times at (32, 2, 256, 128), forward and backward, and
-    2.1 times at (48, 2, 64, 64); compiled 1.7 and 2.7 times (without AMX). In float32 it is not. With dropout, which
-    takes PyTorch off that path, it is 2 times faster in float32 and 3 in bfloat16 at (32, 6, 256, 64)."""
+    In 16 bits it is faster than PyTorch's flash path for CPUs: 1.3 times at (32, 2, 256, 128),
+    forward and backward, and 2.1 times at (48, 2, 64, 64); compiled 1.7 and 2.7 times (without
+    AMX). In float32 it is not. With dropout, which takes PyTorch off that path, it is 2 times
+    faster in float32 and 3 in bfloat16 at (32, 6, 256, 64)."""
     T = q.size(2)
     q = q * q.size(3)**-0.5             # before the product, which might overflow float16
     size = max(64, T // 8)              # at most eight blocks, since each is compiled
@@ -121,8 +126,8 @@ def in_blocks(q, keys, values, dropout_p: float = 0.0):
 
 
 def one_query(q, keys, values, mask):
-    """Attention of a single query q (1, n_head, 1, head_dim) with keys and values (1, n_kv_head, S, head_dim), as
-    products and sums that the compiler turns into loops; mask (1, S)."""
+    """Attention of a single query q (1, n_head, 1, head_dim) with keys and values (1, n_kv_head, S,
+    head_dim), as products and sums that the compiler turns into loops; mask (1, S)."""
     _, n_head, _, head_dim = q.shape
     n_kv_head = keys.size(1)
     grouped = q.view(n_kv_head, n_head // n_kv_head, 1, head_dim).float()       # queries that share keys

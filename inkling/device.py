@@ -38,7 +38,8 @@ def first_line(error: Exception) -> str:
 # -- device ------------------------------------------------------------------------------------------------------------
 
 def choose_device(device: str) -> str:
-    """`auto` becomes cuda, mps or cpu, whichever is there first; a named device is checked. Raises UserError."""
+    """`auto` becomes cuda, mps or cpu, whichever is there first; a named device is checked. Raises
+    UserError."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         return next(kind for kind, is_there in available.items() if is_there)
@@ -56,8 +57,9 @@ def choose_device(device: str) -> str:
 
 
 def compare_with_cpu(model, x, y, device: str):
-    """Warn when loss or gradient norm of a batch differ from the CPU's by more than a thousandth: back ends other than
-    CUDA had operations that were silently wrong. The weights compared are a copy with noise, since many start at 0."""
+    """Warn when loss or gradient norm of a batch differ from the CPU's by more than a thousandth:
+    back ends other than CUDA had operations that were silently wrong. The weights compared are a
+    copy with noise, since many start at 0."""
     reference = copy.deepcopy(model).float().to("cpu").train(False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -82,8 +84,8 @@ def loss_and_norm(model, x, y, device: str) -> tuple:
 # -- precision ---------------------------------------------------------------------------------------------------------
 
 def choose_dtype(device: str, dtype: str) -> str:
-    """`auto` becomes bfloat16 (on older NVIDIA cards float16) where a matrix product is really faster with it: some
-    processors and cards accept it and emulate it. Takes a few milliseconds."""
+    """`auto` becomes bfloat16 (on older NVIDIA cards float16) where a matrix product is really
+    faster with it: some processors and cards accept it and emulate it. Takes a few milliseconds."""
     if dtype != "auto":
         return dtype
     kind = device_type(device)
@@ -135,10 +137,11 @@ def compiler_missing(device: str) -> str:
 
 
 def compile_pays(choice, forward_backward, passes: int, ranks, seconds_left: float) -> bool:
-    """Resolve compile=auto, the same on all ranks: whether torch.compile saves more time than it takes.
+    """Resolve compile=auto, the same on all ranks: whether torch.compile saves more time than it
+    takes.
 
-    forward_backward: runs one uncompiled forward and backward pass. passes: how many of them are still to come, unless
-    `seconds_left` (infinite without a deadline) ends the run before.
+    forward_backward: runs one uncompiled forward and backward pass. passes: how many of them are
+    still to come, unless `seconds_left` (infinite without a deadline) ends the run before.
     """
     if passes <= 0:
         return False
@@ -159,8 +162,9 @@ def compile_pays(choice, forward_backward, passes: int, ranks, seconds_left: flo
 
 
 def compile_model(model, forward_backward, device: str) -> tuple:
-    """(model to train with, whether it is compiled, a note for the banner). The compiled model runs once,
-    forward_backward(model), so that a failure shows before training; then the uncompiled model is returned."""
+    """(model to train with, whether it is compiled, a note for the banner). The compiled model runs
+    once, forward_backward(model), so that a failure shows before training; then the uncompiled
+    model is returned."""
     if why := compiler_missing(device):
         return model, False, f"off: {why}"
     began = time.perf_counter()
@@ -176,9 +180,10 @@ def compile_model(model, forward_backward, device: str) -> tuple:
 
 
 def compile_step(step, device: str):
-    """`step(ids, cache)`, which generates one token, compiled: the computation is small, and the way to it through
-    Python takes most of the time. On an NVIDIA card it is replayed as a CUDA graph. If compiling fails, which shows at
-    the first call, it continues uncompiled and says so on stderr."""
+    """`step(ids, cache)`, which generates one token, compiled: the computation is small, and the
+    way to it through Python takes most of the time. On an NVIDIA card it is replayed as a CUDA
+    graph. If compiling fails, which shows at the first call, it continues uncompiled and says so on
+    stderr."""
     on_cuda = device_type(device) == "cuda"
     how = dict(mode="reduce-overhead") if on_cuda else dict(options={"cpp_wrapper": True})
     current = torch.compile(step, dynamic=False, **how)
@@ -199,8 +204,8 @@ def compile_step(step, device: str):
 
 
 def mark_static(cache):
-    """Tell CUDA graphs that the cache's tensors stay where they are, or no graph may write to them (as transformers
-    does for its static caches)."""
+    """Tell CUDA graphs that the cache's tensors stay where they are, or no graph may write to them
+    (as transformers does for its static caches)."""
     for tensor in cache.tensors():
         if not getattr(tensor, "_dynamo_static_input_type", None):
             torch._dynamo.mark_static_address(tensor, guard=False)

@@ -1,4 +1,5 @@
-"""The processes of a run, in torch.distributed's own words: broadcast, all_reduce, wrap_ddp, fully_shard, gradient_sync."""
+"""The processes of a run, in torch.distributed's own words: broadcast, all_reduce, wrap_ddp,
+fully_shard, gradient_sync."""
 
 import contextlib
 import gc
@@ -9,7 +10,8 @@ import torch
 
 from inkling.cli import UserError
 
-# A norm's gain stays in float32 under autocast; and a block returns its values, a view, which nothing changes in place.
+# A norm's gain stays in float32 under autocast; and a block returns its values, a view, which
+# nothing changes in place.
 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 # PyTorch 2.11 does not know the newer name of that argument of DistributedDataParallel.
@@ -43,7 +45,8 @@ class Ranks:
         return self.device
 
     def leave(self):
-        """Leave the process group; whatever still refers to the wrapped model keeps its threads alive."""
+        """Leave the process group; whatever still refers to the wrapped model keeps its threads
+        alive."""
         if self.world > 1:
             gc.collect()
             torch.distributed.destroy_process_group()
@@ -63,8 +66,8 @@ class Ranks:
         return tensor
 
     def share(self, sequences: int, batch_size: int) -> tuple:
-        """(sequences, micro_batches): this rank's equal share of a step's sequences, and the number of equal
-        micro-batches, of at most batch_size sequences, that it is computed in."""
+        """(sequences, micro_batches): this rank's equal share of a step's sequences, and the number
+        of equal micro-batches, of at most batch_size sequences, that it is computed in."""
         if sequences % self.world:
             raise UserError(f"batch_size * gradient_accumulation_steps = {sequences} must be divisible by the number "
                             f"of processes, {self.world}")
@@ -83,8 +86,8 @@ class Ranks:
         return torch.nn.parallel.DistributedDataParallel(model, device_ids, broadcast_buffers=False)
 
     def fully_shard(self, model):
-        """Shard weights, gradients and optimizer state across the ranks: a block's weights are whole only while it
-        computes (PyTorch's fully_shard; arXiv 2304.11277)."""
+        """Shard weights, gradients and optimizer state across the ranks: a block's weights are
+        whole only while it computes (PyTorch's fully_shard; arXiv 2304.11277)."""
         if self.world > 1:
             # Imported here, since it takes half a second that other runs need not wait.
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -97,8 +100,8 @@ class Ranks:
         return model.to(self.device)    # what was not sharded, such as buffers
 
     def gather(self, value):
-        """Dicts and lists with every sharded tensor in them made whole, on the CPU of rank 0 (None on the others). All
-        ranks must call it."""
+        """Dicts and lists with every sharded tensor in them made whole, on the CPU of rank 0 (None
+        on the others). All ranks must call it."""
         if isinstance(value, dict):
             return {key: self.gather(inner) for key, inner in value.items()}
         if isinstance(value, list):
@@ -109,8 +112,8 @@ class Ranks:
         return whole.cpu() if self.first else None
 
     def map_stacked(self, function, stacked):
-        """function(stacked) for a function that treats the matrices of stacked (n, rows, cols) one by one: every rank
-        computes an equal part and receives the others'."""
+        """function(stacked) for a function that treats the matrices of stacked (n, rows, cols) one
+        by one: every rank computes an equal part and receives the others'."""
         if self.world == 1:
             return function(stacked)
         size = -(-len(stacked) // self.world)
@@ -129,7 +132,8 @@ def is_sharded(tensor) -> bool:
 
 
 def gradient_sync(model, last: bool):
-    """A context for one micro-batch, forward and backward: ranks average their gradients in a step's last one only."""
+    """A context for one micro-batch, forward and backward: ranks average their gradients in a
+    step's last one only."""
     if hasattr(model, "set_requires_gradient_sync"):        # fully_shard's
         model.set_requires_gradient_sync(last)
     elif hasattr(model, "no_sync") and not last:            # DistributedDataParallel's

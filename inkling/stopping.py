@@ -1,4 +1,5 @@
-"""What ends a run early: signals, the deadline, numbers that are not finite, memory and processes that are gone."""
+"""What ends a run early: signals, the deadline, numbers that are not finite, memory and processes
+that are gone."""
 
 import contextlib
 import os
@@ -14,14 +15,17 @@ from inkling.distributed import Ranks
 
 
 class NotFinite(Exception):
-    """A loss, or a gradient, that is not a finite number. The message says which, and of which step."""
+    """A loss, or a gradient, that is not a finite number. The message says which, and of which
+    step."""
 
 
 class Guard:
-    """Keeps losses and gradients that are not finite out of the weights, on every rank at the same step.
+    """Keeps losses and gradients that are not finite out of the weights, on every rank at the same
+    step.
 
-    On a GPU the verdict stays on the device, as the optimizers' `found_inf`, which turns this update and all later ones
-    into no-ops; the host reads it in `verify`, since reading it earlier would hold up the next step.
+    On a GPU the verdict stays on the device, as the optimizers' `found_inf`, which turns this
+    update and all later ones into no-ops; the host reads it in `verify`, since reading it earlier
+    would hold up the next step.
     """
 
     def __init__(self, ranks: Ranks, optimizers: list, scaler, device: str, dtype: str):
@@ -29,13 +33,15 @@ class Guard:
         self.optimizers = optimizers
         self.scaler = scaler
         self.has_scaler = dtype == "float16"
-        # float16's GradScaler reads from the device at every step anyway; only fused AdamW and ours know found_inf.
+        # float16's GradScaler reads from the device at every step anyway; only fused AdamW and ours
+        # know found_inf.
         self.immediate = self.has_scaler or device_type(device) != "cuda"
         self.found_inf = torch.zeros((), device=device)
 
     def check(self, loss, norm, step: int) -> bool:
-        """Whether to apply the update with this loss and gradient norm (0-d tensors). False: float16 gradients have
-        overflowed, which is normal: the GradScaler lowers its scale, and every optimizer skips this step.
+        """Whether to apply the update with this loss and gradient norm (0-d tensors). False:
+        float16 gradients have overflowed, which is normal: the GradScaler lowers its scale, and
+        every optimizer skips this step.
 
         Raises NotFinite, or on a GPU makes the update a no-op and lets `verify` raise it."""
         norm_is_finite = torch.isfinite(norm)
@@ -52,16 +58,19 @@ class Guard:
         return not self.has_scaler or norm_is_finite.item()
 
     def verify(self, step: int):
-        """Read the verdict of all updates so far from the device; `step` is the last one's number. Raises NotFinite."""
+        """Read the verdict of all updates so far from the device; `step` is the last one's number.
+        Raises NotFinite."""
         if self.found_inf.item() > 0:
             late = "" if self.immediate else ", or of a step shortly before it,"
             raise NotFinite(f"the loss or gradient of step {step}{late} is not finite; its update was not applied")
 
 
 class Stop:
-    """A request to stop after the step in progress: SIGINT, SIGTERM or the deadline. A second SIGINT stops at once.
+    """A request to stop after the step in progress: SIGINT, SIGTERM or the deadline. A second
+    SIGINT stops at once.
 
-    asked: whether this process has noticed a reason. agreed: whether all processes have taken it over, in `agree`.
+    asked: whether this process has noticed a reason. agreed: whether all processes have taken it
+    over, in `agree`.
     """
 
     def __init__(self, deadline: Deadline):
@@ -93,8 +102,8 @@ class Stop:
         return self.time_is_over or self.signal != 0
 
     def agree(self, ranks: Ranks):
-        """Take over the reasons of all ranks, so that all stop at the same step and with the same exit code. All ranks
-        must call it."""
+        """Take over the reasons of all ranks, so that all stop at the same step and with the same
+        exit code. All ranks must call it."""
         reasons = [self.asked and self.time_is_over, self.signal == signal.SIGINT, self.signal == signal.SIGTERM]
         if ranks.world > 1:
             counts = torch.tensor(reasons, dtype=torch.float32, device=ranks.device)
