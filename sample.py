@@ -5,7 +5,7 @@
     python sample.py --ckpt=ckpt.pt --start=FILE:prompt.txt --stop="\\n\\n"
     python sample.py --prompts=lines.txt --json > samples.jsonl
     python sample.py --interactive              # type, read, type again
-    python sample.py --score=chapter.txt        # loss of the model on this text
+    python sample.py --score=chapter.txt        # the loss of this text
 
 A checkpoint holds the model, its settings and its tokenizer: one file is all you need to copy.
 """
