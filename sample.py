@@ -50,7 +50,7 @@ AnySeed = Annotated[int, at_least(0)]
 @dataclass
 class Options:
     # -- which model
-    ckpt: str = ""                      # checkpoint file or folder of a run; empty: ckpt.pt of out_dir
+    ckpt: str = ""                      # checkpoint or folder of a run; empty: ckpt.pt of out_dir
     out_dir: str = ""                   # folder of the run; empty: the latest one under out/
     init_from: Literal["resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "resume"    # resume:
                                         # your own model; others: OpenAI's weights, from the Hugging
@@ -97,15 +97,14 @@ class Options:
 # -- choosing tokens -------------------------------------------------------------------------------
 
 def select_top_k(logits, k: int):
-    """The k largest of logits (B, vocab_size) and their ids, both (B, k) and in the order of the
-    ids."""
+    """The k largest of logits (B, vocab_size) and their ids, both (B, k), in the order of ids."""
     ids = logits.topk(k).indices.sort().values
     return logits.gather(-1, ids), ids
 
 
 def keep_top_p(logits, top_p: float):
-    """Nucleus sampling (arXiv 1904.09751): all logits at -inf but the smallest set of largest ones
-    whose probabilities reach top_p > 0."""
+    """Nucleus sampling (arXiv 1904.09751): keep the smallest set of largest logits (B, V) whose
+    probabilities reach top_p > 0. All others become -inf."""
     ordered, places = logits.sort(descending=True)
     p = ordered.softmax(-1)
     reached_before = p.cumsum(-1) - p
@@ -115,8 +114,8 @@ def keep_top_p(logits, top_p: float):
 
 
 def keep_min_p(logits, min_p: float):
-    """Logits with those at -inf that have less than min_p > 0 of the largest probability (arXiv
-    2407.01082)."""
+    """Keep the logits (B, V) with at least min_p > 0 of the largest probability (arXiv 2407.01082).
+    All others become -inf."""
     threshold = logits.amax(-1, keepdim=True) + math.log(min_p)
     return logits.masked_fill(logits < threshold, -torch.inf)
 
@@ -163,8 +162,8 @@ class Picker:
         chooses = [self.steps >= wait for wait in self.waits]
         ids = self.choose_ids(logits, chooses)
         if not all(chooses):
-            row_chooses = torch.tensor(chooses, device=self.device)
-            ids = torch.where(row_chooses, ids, self.prompt_rests[self.steps])
+            mask = torch.tensor(chooses, device=self.device)
+            ids = torch.where(mask, ids, self.prompt_rests[self.steps])
         if self.seen is not None:
             self.seen.scatter_(1, ids[:, None], True)
         if self.options.json:
@@ -173,8 +172,7 @@ class Picker:
         return ids
 
     def choose_ids(self, logits, chooses: list):
-        """Sample an id (B,) for each row by the options. An id of vocab_size means that the logits
-        were NaN."""
+        """Sample an id for each row, as the options say; where the logits are NaN, vocab_size."""
         options = self.options
         if self.seen is not None:
             logits = penalize(logits, self.seen, options.repetition_penalty)
@@ -250,8 +248,7 @@ class Sample:
             self.finish = "length"
 
     def settled_length(self) -> int:
-        """The number of characters that can be shown: what may turn out to begin a stop text has to
-        wait."""
+        """How many characters can be shown: what may turn out to begin a stop text has to wait."""
         if self.finish:
             return len(self.text)
         return len(self.text) - max((overlap(self.text, stop) for stop in self.stops), default=0)
@@ -279,20 +276,18 @@ def overlap(text: str, stop: str) -> int:
 
 
 def unescape(stop: str) -> str:
-    """A stop text as typed, with line breaks and tabs for \\n and \\t, which few shells can
-    type."""
+    """A stop text as typed, with line breaks and tabs in place of \\n and \\t."""
     return stop.replace("\\n", "\n").replace("\\t", "\t")
 
 
 class Printer:
-    """Prints samples in their order: the first unfinished one as it grows, the others when their
-    turn comes."""
+    """Prints samples in order: the first unfinished one as it grows, the others in their turn."""
 
     def __init__(self, options: Options, several: bool):
         self.options = options
         self.several = several
         self.waiting = []
-        self.printed = None     # characters printed of the first one waiting; None: not its prompt yet
+        self.printed = None     # how much of the first one's text; None: not even its prompt
 
     def add(self, samples: list):
         self.waiting += samples
@@ -377,8 +372,7 @@ def generate(model, tokenizer, options: Options, prompts: list, step) -> int:
 
 
 def converse(model, tokenizer, options: Options, start: str, step) -> int:
-    """--interactive: each line typed is added to the text so far, which the model then
-    continues."""
+    """--interactive: add each line typed to the text so far and let the model continue it."""
     with contextlib.suppress(ImportError):      # not there on Windows
         import readline  # noqa: F401, gives input() a history and editing
     print("Type text and press Enter to have it continued; Enter alone continues, "
@@ -550,8 +544,7 @@ def read_start(start: str) -> str:
 
 
 def read_prompts(options: Options) -> list:
-    """The prompts: the lines of --prompts, or the one of --start. Files may have the line ends of
-    Windows."""
+    """The lines of --prompts, or the one prompt of --start; Windows' line ends become \\n."""
     if not options.prompts:
         return [read_start(options.start).replace("\r\n", "\n")]
     text = read_text(options.prompts, "--prompts").replace("\r\n", "\n")
@@ -562,8 +555,7 @@ def read_prompts(options: Options) -> list:
 
 
 def find_checkpoint(options: Options) -> Path | str:
-    """What to load: the checkpoint that the options name or the latest one, or the name of OpenAI's
-    weights."""
+    """What to load: a checkpoint, by default the latest one, or the name of OpenAI's weights."""
     if options.init_from != "resume":
         return options.init_from
     if options.ckpt:
@@ -580,8 +572,8 @@ def find_checkpoint(options: Options) -> Path | str:
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
-    """`auto` becomes float32, except on CUDA: on a CPU that is as fast for one text, and gives it
-    in any batch."""
+    """`auto` becomes float32, except on CUDA. On a CPU, float32 is as fast for a single text and
+    gives the same text in any batch."""
     if dtype == "auto" and torch.device(device).type != "cuda":
         return "float32"
     return choose_dtype(device, dtype)
