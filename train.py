@@ -1,11 +1,11 @@
 """Inkling: train a GPT from raw text. The whole model and the whole training loop, to be read from
 top to bottom.
 
-    python train.py                                         # the bundled fables
-    python train.py config/shakespeare_char.py              # settings from a config file
-    python train.py config/shakespeare_char.py --n_layer=8  # a flag overrides the file
+    python train.py                                         # bundled fables
+    python train.py config/shakespeare_char.py              # a config file
+    python train.py config/shakespeare_char.py --n_layer=8  # flags override it
     python train.py config/shakespeare_char.py --init_from=resume
-    torchrun --standalone --nproc_per_node=4 train.py       # four processes train one model
+    torchrun --standalone --nproc_per_node=4 train.py       # four processes
 
 Writes to out/NAME: ckpt.pt, the weights with the best validation loss, for sample.py; last.pt,
 everything needed to resume; log.csv and loss.png. Ctrl-C finishes the step, saves last.pt and

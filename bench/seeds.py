@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from convert import read_settings
 from inkling import dataset as dataset_module
 from inkling.cli import fail, parse, run
-from sample import filtered
+from sample import select_top_k
 from train import GPT, Config, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,9 +123,10 @@ def gpt2(check: Verdict, _options: Options):
             found = parameters(GPT(Config(**settings), 50257))
         check(f"parameters of {name}", f"{count:,}", found, found == count)
     logits = torch.tensor([[4.51, .89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])
-    p = filtered(logits, top_k=3).softmax(-1)[0]
-    check("top 3 of the toy logits", ".5775, .3610, .0615 at 3, 7, 0", ", ".join(f"{x:.4f}" for x in p[[3, 7, 0]]),
-          torch.allclose(p[[3, 7, 0]], torch.tensor([.5775, .3610, .0615]), atol=5e-5) and int((p > 0).sum()) == 3)
+    top_logits, top_ids = select_top_k(logits, 3)
+    p = top_logits.softmax(-1)[0]
+    check("top 3 of the toy logits", ".0615, .5775, .3610 at 0, 3, 7", ", ".join(f"{x:.4f}" for x in p),
+          torch.allclose(p, torch.tensor([.0615, .5775, .3610]), atol=5e-5) and top_ids.tolist() == [[0, 3, 7]])
     cold = (logits / 0.1).softmax(-1)[0, 3].item()
     check("temperature 0.1 at index 3", ".9910", cold, abs(cold - .9910) < 5e-5)
 

@@ -37,6 +37,16 @@ if hasattr(os, "fork"):
     from forks import Zygote
 
     ZYGOTE = Zygote()                           # now, while nothing has been computed
+else:
+    class NoZygote:
+        """On Windows, which has no fork: the tests that need a forked child are skipped there."""
+
+        def start(self, *program, **limits):
+            pytest.skip("needs fork")
+
+        run = start
+
+    ZYGOTE = NoZygote()
 
 TOY = dict(dataset="toy", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, ngrams=3, ngram_rows=97,
            max_iters=6, eval_interval=3, eval_iters=1, log_interval=1, sample_tokens=8, device="cpu", dtype="float32",

@@ -1,9 +1,9 @@
-"""Config files and --key=value flags: read by declared type, never evaluated, refused in one line."""
+"""Config files and --key=value flags: read by declared type, checked by rules, never evaluated, refused in one line."""
 
 import json
 import re
 from dataclasses import asdict, dataclass, fields
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from conftest import inside, one_line_error
@@ -14,8 +14,23 @@ import convert
 import prepare
 import sample
 import train
-from inkling.cli import comments, from_dict, help_text, parse
-from train import Config
+from inkling import cli
+from inkling.cli import (
+    Fraction,
+    PositiveInt,
+    Texts,
+    UserError,
+    above,
+    at_least,
+    check,
+    comments,
+    exit_code,
+    from_dict,
+    help_text,
+    parse,
+    problems,
+)
+from train import Config, load
 
 PROGRAMS = {"train": (train.main, Config), "prepare": (prepare.main, prepare.Options),
             "sample": (sample.main, sample.Options), "convert": (convert.main, convert.Options)}
@@ -56,9 +71,9 @@ def config(tmp_path):
     ("--sample_start=--x=y", "--x=y"), ("--sample_start= Größe 猫\n", " Größe 猫\n"), ("--dataset=0", "0"),
 ])
 def test_a_flag_is_read_by_the_declared_type_of_its_field(flag, value):
-    found, = read(flag).values()
-    assert found == value
-    assert type(found) is type(value)
+    parsed, = read(flag).values()
+    assert parsed == value
+    assert type(parsed) is type(value)
 
 
 @pytest.mark.parametrize(("flag", "expected"), [
@@ -83,20 +98,6 @@ def test_integers_that_torch_cannot_hold_are_refused():
     one_line_error(inside(sample.main, f"--seed={2**63}"), f"seed={2**63}", "a whole number of at most")
 
 
-@pytest.mark.parametrize("value", [-1, 1e12])
-def test_every_number_has_bounds(value):
-    kinds = get_type_hints(Config)
-    numbers = [name for name in kinds if kinds[name] in (int, float)]
-    assert len(numbers) > 30
-    for name in numbers:
-        changed = Config(**{name: kinds[name](value)})
-        assert any(problem.startswith(f"{name}=") for problem in changed.problems()), name
-
-
-def test_the_defaults_have_no_problem():
-    assert Config().problems() == []
-
-
 def test_of_a_flag_given_twice_the_last_one_wins():
     assert read("--n_layer=3", "--n_layer=5")["n_layer"] == 5
 
@@ -119,24 +120,6 @@ def test_a_flag_like_no_other_points_to_the_help(program, flag):
 def test_a_word_that_is_neither_flag_nor_config_file_is_refused():
     one_line_error(train_with("n_layer=3"), "n_layer=3", "--key=value")
     one_line_error(inside(sample.main, "ROMEO:"), "ROMEO:", "--key=value")
-
-
-def test_all_problems_of_a_configuration_are_reported_together():
-    one_line_error(train_with("--n_layer=0", "--batch_size=0", "--dropout=1.5", "--seed=-1"),
-                   "n_layer=0", "batch_size=0", "dropout=1.5", "seed=-1")
-    flags = ["--n_embd=400", "--n_head=6", "--n_kv_head=4", "--learning_rate=1", "--min_lr=2"]
-    one_line_error(train_with(*flags), "n_head=6 must divide n_embd=400", "n_kv_head=4 must divide n_head=6",
-                   "min_lr=2", "learning_rate=1")
-
-
-def test_a_bound_and_a_rule_between_fields_are_reported_together():
-    outcome = train_with("--n_embd=400", "--n_head=6", "--dropout=1.5")
-    one_line_error(outcome, "n_head=6 must divide n_embd=400", "dropout=1.5")
-
-
-def test_sampling_reports_all_its_problems_together():
-    flags = ["num_samples=0", "max_new_tokens=-1", "temperature=-0.5", "top_k=-1", "top_p=0.0", "seed=-3"]
-    one_line_error(inside(sample.main, *(f"--{flag}" for flag in flags)), *flags)
 
 
 # -- flags that may be given several times
@@ -183,6 +166,145 @@ def test_they_come_back_from_where_they_were_stored():
         assert from_dict(sample.Options, json.loads(json.dumps(stored)), "here") == stored      # as a list
     outcome = inside(lambda argv: from_dict(sample.Options, {"stop": [1]}, "here") and 0)
     one_line_error(outcome, "here: its config has stop=[1]", "text")
+
+
+# -- rules
+
+@pytest.mark.parametrize(("interval", "text", "members", "others"), [
+    (at_least(0), "at least 0", [0, 0.5, 10**30], [-1, -1e-300]),
+    (above(0), "above 0", [1e-300, 7], [0, -1]),
+    (at_least(1).at_most(9), "from 1 to 9", [1, 9], [0, 10, 9.001]),
+    (at_least(0).below(2**63), f"at least 0 and below {2**63}", [0, 2**63 - 1], [-1, 2**63]),
+    (above(0).at_most(1), "above 0 and at most 1", [1e-9, 1], [0, 1.001]),
+    (above(0.5).below(1), "above 0.5 and below 1", [0.6, 0.999], [0.5, 1]),
+])
+def test_a_range_says_what_it_holds(interval, text, members, others):
+    assert str(interval) == text
+    assert all(number in interval for number in members)
+    assert not any(number in interval for number in others)
+    assert float("nan") not in interval
+
+
+@dataclass
+class Soil:
+    # -- ground
+    depth: PositiveInt = 2              # in spades
+    wet: Fraction = 0.5                 # share of it that is water
+
+
+@dataclass
+class Bed(Soil):
+    # -- plants
+    roses: Annotated[int, at_least(0), at_least(-5).below(7)] = 3       # how many
+    name: str = "rosarium"              # on the gate
+
+    def rules(self) -> dict:
+        return {f"roses={self.roses} need depth={self.depth} above 1": not self.roses or self.depth > 1,
+                f"name={self.name} must begin with r": self.name.startswith("r")}
+
+
+def test_all_broken_rules_are_named_those_of_parents_and_between_fields_too():
+    assert problems(Soil()) == problems(Bed()) == []
+    assert set(problems(Bed(roses=8, depth=0, wet=1.5, name="x"))) == {
+        f"depth=0 must be from 1 to {2**31}", "wet=1.5 must be from 0 to 1",
+        "roses=8 must be at least -5 and below 7", "roses=8 need depth=0 above 1", "name=x must begin with r"}
+    assert problems(Bed(depth=1)) == ["roses=3 need depth=1 above 1"]
+    assert problems(Bed(roses=-6)) == ["roses=-6 must be at least 0", "roses=-6 must be at least -5 and below 7"]
+
+
+def test_check_raises_one_error_with_all_of_them():
+    check(Bed())
+    with pytest.raises(UserError) as caught:
+        check(Bed(roses=-1, wet=-0.5))
+    assert set(str(caught.value).split("; ")) == {"roses=-1 must be at least 0", "wet=-0.5 must be from 0 to 1"}
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("program", ["train", "prepare", "sample"])
+def test_the_defaults_break_no_rule(program):
+    options = PROGRAMS[program][1]
+    check(options())
+
+
+@pytest.mark.parametrize("value", [-1, 10**12])
+def test_every_number_of_a_run_has_bounds(value):
+    kinds = get_type_hints(Config)
+    numbers = [name for name in kinds if kinds[name] in (int, float)]
+    assert len(numbers) > 30
+    for name in numbers:
+        one_line_error(train_with(f"--{name}={value}"), f" {name}={kinds[name](value)} must be ")
+
+
+@pytest.mark.parametrize(("program", "words", "broken"), [
+    ("train", ["--n_layer=0", "--batch_size=0", "--dropout=1.5", "--seed=-1"],
+     ["n_layer=0", "batch_size=0", "dropout=1.5", "seed=-1"]),
+    ("train", ["--n_embd=400", "--n_head=6", "--n_kv_head=4", "--learning_rate=1", "--min_lr=2"],
+     ["n_head=6 must divide n_embd=400", "n_kv_head=4 must divide n_head=6", "min_lr=2", "learning_rate=1"]),
+    ("train", ["--n_embd=400", "--n_head=6", "--dropout=1.5"],          # a range and a rule between fields
+     ["n_head=6 must divide n_embd=400", "dropout=1.5"]),
+    ("prepare", ["x.txt", "--val_fraction=1", "--limit=-1", "--seed=-2", "--workers=-3", "--bpe_sample=0",
+                 "--min_count=0", "--shard_tokens=0", "--encoding=klingon", "--pattern=x"],
+     ["val_fraction=1.0", "limit=-1", "seed=-2", "workers=-3", "bpe_sample=0", "min_count=0", "shard_tokens=0",
+      "encoding=klingon", "pattern=x"]),
+    ("sample", ["--num_samples=0", "--batch_size=0", "--max_new_tokens=-1", "--temperature=-0.5", "--top_k=-1",
+                "--top_p=0.0", "--min_p=2", "--repetition_penalty=0", "--seed=-3", "--stride=-1", "--score=x",
+                "--interactive"],
+     ["num_samples=0", "batch_size=0", "max_new_tokens=-1", "temperature=-0.5", "top_k=-1", "top_p=0.0", "min_p=2.0",
+      "repetition_penalty=0.0", "seed=-3", "stride=-1", "--interactive and --score exclude each other"]),
+])
+def test_a_program_reports_all_broken_rules_at_once(program, words, broken):
+    outcome = inside(PROGRAMS[program][0], *words, *["--dataset=nowhere"] * (program == "train"))
+    one_line_error(outcome, *broken)
+    assert outcome.stdout == ""
+
+
+# -- errors
+
+def test_a_notebook_survives_a_mistake_and_sees_the_whole_message(capsys):
+    with pytest.raises(UserError, match="no checkpoint nowhere.*train.py") as caught:
+        load("nowhere")
+    assert isinstance(caught.value, Exception)          # `except Exception` catches it, which SystemExit escapes
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(UserError, match="n_layer=six"):
+        train.main(["--n_layer=six"])
+    with pytest.raises(UserError, match="n_layer=0 must be"):
+        train.main(["--n_layer=0"])
+
+
+def test_an_errors_message_is_one_line():
+    assert str(UserError("a\n  b\tc ")) == "a b c"
+
+
+def failing(error):
+    """A main that raises this."""
+    def main(argv):
+        raise error
+    return main
+
+
+def test_exit_codes(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/train.py"])
+    assert exit_code(lambda argv: None, []) == 0
+    assert exit_code(lambda argv: len(argv), ["a", "b", "c"]) == 3
+    assert exit_code(failing(KeyboardInterrupt()), []) == 130
+    assert capsys.readouterr() == ("", "")
+    assert exit_code(failing(UserError("a \x1b[2J b")), []) == 2
+    assert exit_code(failing(UserError("full", code=4)), []) == 4
+    assert capsys.readouterr() == ("", "train.py: a \\x1b[2J b\ntrain.py: full\n")
+    with pytest.raises(ZeroDivisionError):              # a bug is no user's mistake: it keeps its traceback
+        exit_code(failing(ZeroDivisionError()), [])
+
+
+def test_of_several_processes_the_first_one_speaks(monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: waits.append((seconds, capsys.readouterr().err)))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert exit_code(failing(UserError("wrong")), []) == 2
+    assert waits == []
+    assert "wrong" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")               # torchrun ends it while it waits
+    assert exit_code(failing(UserError("wrong")), []) == 2
+    assert waits == [(3, "")]
 
 
 # -- config files
@@ -262,9 +384,9 @@ def test_no_value_is_ever_evaluated(program, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = PROGRAMS[program][1]
     for code in ("__import__('os').system('touch ran')", "open('ran', 'w')", "$(touch ran)", "`touch ran`"):
-        for field in fields(options):
-            outcome = inside(lambda argv: parse(options, argv, "") and 0, f"--{field.name}={code}")
-            assert outcome.returncode == (0 if field.type in (str, TEXTS) else 2), field.name
+        for name, kind in get_type_hints(options).items():
+            outcome = inside(lambda argv: parse(options, argv, "") and 0, f"--{name}={code}")
+            assert outcome.returncode == (0 if kind in (str, Texts) else 2), name
     assert not list(tmp_path.iterdir())
 
 
@@ -277,14 +399,15 @@ def test_help_lists_every_field_with_its_default_and_comment(program, monkeypatc
     outcome = inside(main, "--help")
     assert outcome.returncode == 0
     assert outcome.stderr == ""
-    assert len(comments(options)) == len(fields(options))           # none without a comment
+    defaults = {field.name: field.default for field in fields(options)}
+    kinds = get_type_hints(options)
+    assert sorted(name for _, name, _ in comments(options)) == sorted(defaults)     # none without a comment
     assert max(map(len, outcome.stdout.splitlines())) < 80          # the examples, too
     unwrapped = "".join(outcome.stdout.split())                     # lines break anywhere
-    for field, (_, name, comment) in zip(fields(options), comments(options), strict=True):
-        assert name == field.name
-        default = "" if field.type == TEXTS else field.default
+    for _, name, comment in comments(options):
+        default = "" if kinds[name] == Texts else defaults[name]
         assert "".join(f"--{name}={default} {comment}".split()) in unwrapped
-        for choice in choices(get_type_hints(options)[name]):
+        for choice in choices(kinds[name]):
             assert str(choice) in outcome.stdout
 
 
@@ -313,13 +436,24 @@ def test_the_help_is_the_comments_of_the_source():
         "examples:", "python garden.py"]
 
 
+def test_the_help_has_the_comments_of_a_parent_after_those_of_the_class():
+    assert comments(Bed) == [["plants", "roses", "how many"], ["plants", "name", "on the gate"],
+                             ["ground", "depth", "in spades"], ["ground", "wet", "share of it that is water"]]
+    lines = [" ".join(line.split()) for line in help_text(Bed, "A bed.\n", 100).splitlines()]
+    assert lines[3:] == ["", "plants:", "--roses=3 how many", "--name=rosarium on the gate", "",
+                         "ground:", "--depth=2 in spades", "--wet=0.5 share of it that is water"]
+
+
 def test_the_help_is_wrapped_to_the_terminal(monkeypatch):
+    comment, = (comment for _, name, comment in comments(Config) if name == "gradient_accumulation_steps")
     for columns in (60, 80, 100, 120):
         monkeypatch.setenv("COLUMNS", str(columns))
         lines = help_text(Config, train.__doc__).split("examples:")[0].splitlines()
         assert columns - 12 < max(map(len, lines)) < columns
-        long = lines.index("  --gradient_accumulation_steps=1") if columns < 100 else 0
-        assert not long or lines[long + 1].startswith(" " * 30 + "micro-batches per step")
+        if columns < 100:                               # no room beside the flag: the comment goes below
+            below = lines[lines.index("  --gradient_accumulation_steps=1") + 1]
+            assert below.startswith(" " * 30)
+            assert comment.startswith(below.strip())
 
 
 # -- any command line at all
@@ -340,9 +474,9 @@ words = st.one_of(st.tuples(names, values).map("--{0[0]}={0[1]}".format), names.
 def test_any_command_line_is_understood_or_refused_in_one_line(program, line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)                     # empty: there is no data set, no text and no checkpoint
     main, options = PROGRAMS[program]
-    read = {}
-    inside(lambda argv: read.update(parse(options, argv, "", "words").values), *line)
-    for name, value in read.items():
+    values = {}
+    inside(lambda argv: values.update(parse(options, argv, "", "words").values), *line)
+    for name, value in values.items():
         kind = get_type_hints(options)[name]
         assert value in choices(kind) if choices(kind) else type(value) is (get_origin(kind) or kind)
     outcome = inside(main, *line, *["--dataset=nowhere"] * (program == "train"))
@@ -375,13 +509,14 @@ def test_nanogpts_laptop_command_line_is_accepted():
     assert values == dict(device="cpu", compile=False, eval_iters=20, log_interval=1, block_size=64,
                           batch_size=12, n_layer=4, n_head=4, n_embd=128, max_iters=2000, lr_decay_iters=2000,
                           dropout=0.0)
-    assert Config(**values).problems() == []
+    one_line_error(train_with(*LAPTOP.split()), "no data set in")        # all else is right
 
 
 def test_every_setting_of_nanogpts_training_is_accepted():
     values = read(*TRAINING.split())
     assert len(values) == 33
-    assert Config(**values).problems() == []
+    check(Config(**values))
+    one_line_error(train_with(*TRAINING.split(), "--device=cpu"), "no data set in")
 
 
 def test_every_setting_of_nanogpts_sampling_is_accepted():

@@ -1,29 +1,33 @@
-"""sample.py: how it chooses tokens, what it writes of them, and how it scores a text."""
+"""sample.py: how it chooses tokens, what it prints of them, and how it scores a text."""
 
 import base64
 import contextlib
+import copy
 import io
 import json
 import math
 import os
+import re
 import signal
-import subprocess
 import sys
 import threading
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flags, inside, one_line_error, pairwise, perturbed
+from conftest import ZYGOTE, flags, inside, one_line_error, pairwise, perturbed
 
 import sample
 from inkling.checkpoint import save_checkpoint
+from inkling.cli import UserError
 from inkling.tokenizer import Tokenizer
+from sample import Options, Picker, keep_top_p, select_top_k, token_losses
 from train import GPT, Config, load
 
 SIZE, VOCAB = 16, 50
-TOY_LOGITS = torch.tensor([[4.51, .89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])     # of SEEDS.md
+TOY_LOGITS = torch.tensor([[4.51, .89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])
 CHARS = {"kind": "char", "chars": "\n !,.abcdefghijklmnopqrstuvwxyzé猫"}
 BYTES = {"kind": "byte"}
 EOT = 259
@@ -51,36 +55,53 @@ def checkpoint(folder, stored: dict) -> str:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict:
+    """Paths of checkpoints, one per kind of tokenizer."""
     folder = tmp_path_factory.mktemp("models")
     return {stored["kind"]: checkpoint(folder, stored) for stored in (CHARS, BYTES, BPE)}
 
 
-@pytest.fixture
-def said(models, tmp_path, monkeypatch):
-    """said("--json", seed=3): what sample.py says, with the characters' model, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def loaded(models) -> dict:
+    """(model, tokenizer) of each kind."""
+    return {kind: load(path) for kind, path in models.items()}
 
-    def said(*words, stdin: bytes = b"", kind: str = "char", **options):
+
+@pytest.fixture
+def run_sample(models, loaded, tmp_path, monkeypatch):
+    """run_sample("--json", seed=3): sample.py with the character model, in an empty folder. The models are copied
+    instead of read again, which would take longer than the short texts here."""
+    monkeypatch.chdir(tmp_path)
+    by_path = {path: loaded[kind] for kind, path in models.items()}
+
+    def load_copy(path, device):
+        if str(path) in by_path:
+            model, tokenizer = by_path[str(path)]
+            return copy.deepcopy(model), tokenizer
+        return load(path, device)
+
+    def run_sample(*words, stdin: bytes = b"", kind: str = "char", **options):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
         return inside(sample.main, f"--ckpt={models[kind]}", "--device=cpu", *flags(**options), *words)
-    return said
+
+    monkeypatch.setattr(sample, "load", load_copy)
+    return run_sample
 
 
 @pytest.fixture
-def written(said):
-    """What it writes, when all is well."""
-    def written(*words, **options) -> str:
-        outcome = said(*words, **options)
+def printed(run_sample):
+    """What it prints, when all is well."""
+    def printed(*words, **options) -> str:
+        outcome = run_sample(*words, **options)
         assert (outcome.returncode, outcome.stderr) == (0, "")
         return outcome.stdout
-    return written
+    return printed
 
 
 @pytest.fixture
-def records(written):
-    """The objects of --json, one a line."""
+def records(printed):
+    """The objects of --json, one per line."""
     def records(*words, **options) -> list:
-        return [json.loads(line) for line in written("--json", *words, **options).split("\n")[:-1]]
+        return [json.loads(line) for line in printed("--json", *words, **options).split("\n")[:-1]]
     return records
 
 
@@ -89,36 +110,42 @@ class Parrot(GPT):
 
     def __init__(self, ids, vocab_size: int, stop_at: int = -1):
         super().__init__(Config(n_layer=1, n_head=1, n_embd=8, block_size=SIZE), vocab_size)
-        self.ids, self.calls, self.stop_at = list(ids), 0, stop_at
+        self.ids = list(ids)
+        self.calls = 0
+        self.stop_at = stop_at
 
-    def next_logits(self, idx, cache, at=None):
+    def next_logits(self, *inputs):
         if self.calls == self.stop_at:
             raise KeyboardInterrupt
-        logits = torch.full((len(idx), self.vocab_size), -100.0)
+        logits = torch.full_like(super().next_logits(*inputs), -100.0)
         logits[:, self.ids[self.calls % len(self.ids)]] = 100.0
-        cache.length += idx.size(1)
         self.calls += 1
         return logits
 
 
 class Spy(io.StringIO):
-    """A stdout that notes how many calls of the model came before each text that is written."""
+    """A stdout that notes how many calls of the model came before each piece that is printed."""
 
-    def write(self, text):
-        if text:
-            self.notes.append((self.model.calls, text))
-        return super().write(text)
+    def __init__(self, model: Parrot):
+        super().__init__()
+        self.model = model
+        self.notes = []
+
+    def write(self, piece):
+        if piece:
+            self.notes.append((self.model.calls, piece))
+        return super().write(piece)
 
 
 @pytest.fixture
 def parrot(monkeypatch):
-    """parrot("text", "--stop=x"): (what is written of a model that says this text, [(calls before, piece)])."""
+    """parrot("text", "--stop=x"): (what is printed of a model that says this text, [(calls before, piece)])."""
     def parrot(says, *words, stored: dict = CHARS, stop_at: int = -1, code: int = 0):
         tokenizer = Tokenizer(stored)
-        model = Parrot(tokenizer.encode(says) if isinstance(says, str) else says, tokenizer.vocab_size, stop_at)
+        ids = tokenizer.encode(says) if isinstance(says, str) else says
+        model = Parrot(ids, tokenizer.vocab_size, stop_at)
         monkeypatch.setattr(sample, "load", lambda path, device: (model, tokenizer))
-        out = Spy()
-        out.notes, out.model = [], model
+        out = Spy(model)
         with contextlib.redirect_stdout(out):
             try:
                 assert sample.main(["--ckpt=x", "--device=cpu", "--max_new_tokens=40", *words]) == code
@@ -134,18 +161,20 @@ def kept(logits) -> list:
     return [row.isfinite().nonzero()[:, 0].tolist() for row in logits]
 
 
-def test_top_k_keeps_the_k_largest():
-    logits = sample.filtered(TOY_LOGITS, top_k=3)
-    assert logits.topk(3).indices.tolist() == [[3, 7, 0]]
-    near(logits.topk(3).values, torch.tensor([[6.75, 6.28, 4.51]]))
-    p = logits.softmax(-1)[0]
-    near(p[[3, 7, 0]], torch.tensor([.5775, .3610, .0615]), atol=5e-5)
-    assert kept(p.log()[None]) == [[0, 3, 7]]
+def test_top_k_selects_the_k_largest():
+    logits, ids = select_top_k(TOY_LOGITS, 3)
+    assert ids.tolist() == [[0, 3, 7]]
+    near(logits, torch.tensor([[4.51, 6.75, 6.28]]))
+    near(logits.softmax(-1), torch.tensor([[.0615, .5775, .3610]]), atol=5e-5)
 
 
-@pytest.mark.parametrize("top_k", [0, 9, 200])
-def test_top_k_of_0_or_more_than_the_vocabulary_keeps_all(top_k):
-    assert torch.equal(sample.filtered(TOY_LOGITS, top_k=top_k), TOY_LOGITS)
+@pytest.mark.parametrize("top_k", [9, 200])
+def test_a_top_k_of_the_vocabulary_or_more_is_the_same_as_0(top_k):
+    logits = TOY_LOGITS.expand(200, 9)
+    all_ids, same_ids = (Picker(Options(temperature=3.0, top_k=k), [PROMPT] * 200, range(200), 9, "cpu")(logits)
+                         for k in (0, top_k))
+    assert torch.equal(all_ids, same_ids)
+    assert len(all_ids.unique()) == 9
 
 
 @pytest.mark.parametrize("top_p", [1e-9, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999])
@@ -154,30 +183,37 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p):
     expected = []
     for p in logits.double().softmax(-1):
         nucleus, total = [], 0.0
-        for at in p.argsort(descending=True).tolist():
+        for token in p.argsort(descending=True).tolist():
             if total < top_p:
-                nucleus.append(at)
-            total += p[at]
+                nucleus.append(token)
+            total += p[token]
         expected.append(sorted(nucleus))
-    filtered = sample.filtered(logits, top_p=top_p)
+    filtered = keep_top_p(logits, top_p)
     assert kept(filtered) == expected
-    assert torch.equal(filtered[filtered.isfinite()], logits[filtered.isfinite()])      # as before
+    assert torch.equal(filtered[filtered.isfinite()], logits[filtered.isfinite()])      # unchanged
 
 
-def test_top_p_of_1_keeps_all():
-    logits = torch.tensor([[50.0, 0.0, -50.0]])         # the sum of the first is 1 in float32
-    assert torch.equal(sample.filtered(logits, top_p=1.0), logits)
+def test_a_top_p_of_1_keeps_even_what_is_lost_in_a_float32_sum(monkeypatch):
+    last = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    monkeypatch.setattr(Picker, "random_numbers", lambda self, chooses, device: last)
+    logits = torch.tensor([[0.0, -30.0]])               # the first has 1 in float32, the second 1e-13
+    assert Picker(Options(temperature=1.0, top_p=1.0), [[0]], [0], 2, "cpu")(logits).item() == 1
+    assert Picker(Options(temperature=1.0, top_p=0.9), [[0]], [0], 2, "cpu")(logits).item() == 0
 
 
-def test_top_p_counts_the_probabilities_of_top_k():
+def test_top_p_counts_the_probabilities_of_top_k(monkeypatch):
     # Of the top 3, .5775 and .3610 make .9385 > .93; of all 9 they make .9297.
-    assert kept(sample.filtered(TOY_LOGITS, top_k=3, top_p=0.93)) == [[3, 7]]
-    assert kept(sample.filtered(TOY_LOGITS, top_p=0.93)) == [[0, 3, 7]]
+    assert kept(keep_top_p(select_top_k(TOY_LOGITS, 3)[0], 0.93)) == [[1, 2]]
+    assert kept(keep_top_p(TOY_LOGITS, 0.93)) == [[0, 3, 7]]
+    lowest = torch.tensor([0.0], dtype=torch.float64)   # draws the first of what is kept
+    monkeypatch.setattr(Picker, "random_numbers", lambda self, chooses, device: lowest)
+    options = Options(temperature=1.0, top_k=3, top_p=0.93)
+    assert Picker(options, [[0]], [0], 9, "cpu")(TOY_LOGITS).item() == 3
 
 
 # -- fair choices
 
-def exact(logits: list, options: sample.Options, prompt: list) -> list:
+def exact(logits: list, options: Options, prompt: list) -> list:
     """The probabilities that the options promise, from their definitions."""
     seen = set(prompt)
     if options.repetition_penalty != 1:
@@ -222,14 +258,14 @@ CHOICES = [{}, dict(temperature=0.5), dict(temperature=2.5), dict(top_k=3), dict
 
 @pytest.mark.parametrize("settings", CHOICES, ids=str)
 def test_choices_follow_the_exact_probabilities(settings):
-    options, n = sample.Options(**dict(temperature=1.0, top_k=0) | settings), 6000
-    pick = sample.Picker(options, [PROMPT] * n, range(n), 9, "cpu")
+    options, n = Options(**dict(temperature=1.0, top_k=0) | settings), 6000
+    pick = Picker(options, [PROMPT] * n, range(n), 9, "cpu")
     assert not unfair(pick(TOY_LOGITS.expand(n, 9)).tolist(), exact(TOY_LOGITS[0].tolist(), options, PROMPT))
 
 
 def test_one_stream_of_random_numbers_is_fair_too():
-    options = sample.Options(temperature=2.0, top_k=0)
-    pick = sample.Picker(options, [PROMPT], [1], 9, "cpu")
+    options = Options(temperature=2.0, top_k=0)
+    pick = Picker(options, [PROMPT], [1], 9, "cpu")
     ids = [pick(TOY_LOGITS).item() for _ in range(6000)]
     assert not unfair(ids, exact(TOY_LOGITS[0].tolist(), options, PROMPT))
     pairs = [9 * one + other for one, other in zip(ids[::2], ids[1::2], strict=True)]      # and without memory
@@ -238,10 +274,10 @@ def test_one_stream_of_random_numbers_is_fair_too():
 
 
 def test_the_seed_logits():
-    n, options = 20_000, sample.Options(temperature=1.0, top_k=3)
-    ids = sample.Picker(options, [[0]] * n, range(n), 9, "cpu")(TOY_LOGITS.expand(n, 9)).tolist()
+    n, options = 6000, Options(temperature=1.0, top_k=3)
+    ids = Picker(options, [[0]] * n, range(n), 9, "cpu")(TOY_LOGITS.expand(n, 9)).tolist()
     assert not unfair(ids, [.0615, 0, 0, .5775, 0, 0, 0, .3610, 0])
-    ids = sample.Picker(sample.Options(temperature=0.1, top_k=0), [[0]] * n, range(n), 9, "cpu")(
+    ids = Picker(Options(temperature=0.1, top_k=0), [[0]] * n, range(n), 9, "cpu")(
         TOY_LOGITS.expand(n, 9)).tolist()
     assert ids.count(3) / n == pytest.approx(.9910, abs=4 * math.sqrt(.991 * .009 / n))
 
@@ -249,31 +285,31 @@ def test_the_seed_logits():
 @pytest.mark.parametrize("temperature", [0, 1e-50])
 def test_temperature_0_takes_the_likeliest(temperature):
     logits = torch.randn(100, VOCAB, generator=torch.Generator().manual_seed(0))
-    pick = sample.Picker(sample.Options(temperature=temperature), [[0]] * 100, range(100), VOCAB, "cpu")
+    pick = Picker(Options(temperature=temperature), [[0]] * 100, range(100), VOCAB, "cpu")
     assert torch.equal(pick(logits), logits.argmax(-1))
-    options = sample.Options(temperature=temperature, repetition_penalty=2.0)
-    assert sample.Picker(options, [[3]], [0], 9, "cpu")(TOY_LOGITS).item() == 7
+    options = Options(temperature=temperature, repetition_penalty=2.0)
+    assert Picker(options, [[3]], [0], 9, "cpu")(TOY_LOGITS).item() == 7
 
 
 def test_the_penalty_counts_what_has_been_generated_and_lowers_negative_logits_too():
-    pick = sample.Picker(sample.Options(temperature=0, repetition_penalty=4.0), [[3]], [0], 9, "cpu")
+    pick = Picker(Options(temperature=0, repetition_penalty=4.0), [[3]], [0], 9, "cpu")
     assert [pick(TOY_LOGITS).item() for _ in range(4)] == [7, 0, 8, 3]
-    pick = sample.Picker(sample.Options(temperature=0, repetition_penalty=4.0), [[0]], [0], 3, "cpu")
+    pick = Picker(Options(temperature=0, repetition_penalty=4.0), [[0]], [0], 3, "cpu")
     assert pick(torch.tensor([[-1.0, -2.0, -9.0]])).item() == 1
 
 
 def test_log_probabilities_are_the_models_own():
-    options = sample.Options(temperature=2.0, top_k=2, repetition_penalty=1.5, json=True)
-    pick = sample.Picker(options, [PROMPT] * 10, range(10), 9, "cpu")
+    options = Options(temperature=2.0, top_k=2, repetition_penalty=1.5, json=True)
+    pick = Picker(options, [PROMPT] * 10, range(10), 9, "cpu")
     ids = pick(TOY_LOGITS.expand(10, 9))
     assert pick.logprobs == pytest.approx(TOY_LOGITS.log_softmax(-1)[0, ids].tolist())
 
 
 def test_settings_at_the_edge_of_float32_choose_ids_that_there_are():
-    for options in (sample.Options(top_p=1e-300), sample.Options(temperature=1e-320), sample.Options(min_p=1e-320),
-                    sample.Options(temperature=1e300), sample.Options(min_p=1.0), sample.Options(top_p=1e-9, top_k=1),
-                    sample.Options(repetition_penalty=100.0), sample.Options(repetition_penalty=0.01)):
-        pick = sample.Picker(options, [[0]] * 50, range(50), 9, "cpu")
+    for options in (Options(top_p=1e-300), Options(temperature=1e-320), Options(min_p=1e-320),
+                    Options(temperature=1e300), Options(min_p=1.0), Options(top_p=1e-9, top_k=1),
+                    Options(repetition_penalty=100.0), Options(repetition_penalty=0.01)):
+        pick = Picker(options, [[0]] * 50, range(50), 9, "cpu")
         assert max(pick(TOY_LOGITS.expand(50, 9))) < 9
 
 
@@ -295,7 +331,7 @@ def test_prompts_of_different_lengths_continue_as_they_do_alone(records, tmp_pat
         assert one == other
 
 
-def test_a_seed_gives_one_text_whatever_the_batch(records, written):
+def test_a_seed_gives_one_text_whatever_the_batch(records, printed):
     settings = dict(start="the fox", temperature=1.5, top_k=0, max_new_tokens=3 * SIZE)
     five = records(seed=10, num_samples=5, **settings)
     assert [record["seed"] for record in five] == [10, 11, 12, 13, 14]
@@ -304,7 +340,7 @@ def test_a_seed_gives_one_text_whatever_the_batch(records, written):
     assert texts == [records(seed=seed, **settings)[0]["text"] for seed in range(10, 15)]
     for batch_size in (1, 2, 5):
         assert [r["text"] for r in records(seed=10, num_samples=5, batch_size=batch_size, **settings)] == texts
-        assert written(seed=10, num_samples=5, batch_size=batch_size, **settings) == "".join(
+        assert printed(seed=10, num_samples=5, batch_size=batch_size, **settings) == "".join(
             f"the fox{text}\n---------------\n" for text in texts)
 
 
@@ -318,9 +354,9 @@ def test_several_samples_of_several_prompts(records, tmp_path):
         records(start=record["prompt"], seed=record["seed"], **settings)[0]["text"] for record in both]
 
 
-def test_a_text_is_what_the_model_gives_one_token_after_another(records, models):
+def test_a_text_is_what_the_model_gives_one_token_after_another(records, loaded):
     """The whole way, once more by hand: uncached, with the rule of the window, numpy's stream and plain sums."""
-    model, tokenizer = load(models["char"])
+    model, tokenizer = loaded["char"]
     window, numbers, expected = tokenizer.encode("the fox").tolist(), np.random.default_rng(7), []
     for _ in range(3 * SIZE):
         with torch.no_grad():
@@ -332,12 +368,17 @@ def test_a_text_is_what_the_model_gives_one_token_after_another(records, models)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_other_precisions_convert_the_weights(written, monkeypatch, dtype):
-    taken, write = [], sample.write
-    monkeypatch.setattr(sample, "write", lambda model, *rest: taken.append(
-        {p.dtype for p in model.parameters()}) or write(model, *rest))
-    assert len(written(start="the", dtype=dtype, max_new_tokens=20)) == 24
-    assert taken == [{getattr(torch, dtype)}]
+def test_other_precisions_convert_the_weights(printed, monkeypatch, dtype):
+    dtypes = []
+    generate_batch = sample.generate_batch
+
+    def note_dtypes(model, *rest):
+        dtypes.append({p.dtype for p in model.parameters()})
+        generate_batch(model, *rest)
+
+    monkeypatch.setattr(sample, "generate_batch", note_dtypes)
+    assert len(printed(start="the", dtype=dtype, max_new_tokens=20)) == 24
+    assert dtypes == [{getattr(torch, dtype)}]
 
 
 # -- the stream
@@ -430,8 +471,8 @@ def test_an_empty_prompt_is_the_start_of_a_text(parrot, records):
     assert records(kind="bpe", max_new_tokens=5)[0]["prompt"] == ""
 
 
-def test_text_that_looks_like_a_special_token_stays_text(records, models):
-    tokenizer = load(models["bpe"])[1]
+def test_text_that_looks_like_a_special_token_stays_text(records, loaded):
+    tokenizer = loaded["bpe"][1]
     assert EOT not in tokenizer.encode("<|endoftext|>")
     assert records(kind="bpe", start="<|endoftext|>", max_new_tokens=5)[0]["prompt"] == "<|endoftext|>"
 
@@ -449,52 +490,47 @@ def test_ctrl_c_ends_with_what_was_generated(parrot, json_too):
 
 
 @pytest.fixture
-def endless(models):
-    """sample.py as a process that writes on and on, and has begun."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "sample.py"), f"--ckpt={models['char']}", "--start=the", "--device=cpu",
-         "--max_new_tokens=10000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))        # a shell's & would have it ignored
-    assert process.stdout.read(200).startswith(b"the")
-    yield process
-    process.kill()
-    process.communicate()
+def endless(models, tmp_path):
+    """sample.py as a process that prints on and on, and has begun."""
+    child = ZYGOTE.start("sample.py", f"--ckpt={models['char']}", "--start=the", "--device=cpu",
+                         "--max_new_tokens=10000000", folder=tmp_path)
+    assert os.read(child.out, 200).startswith(b"the")
+    return child
 
 
 def test_the_signal_itself_leaves_no_traceback(endless):
-    endless.send_signal(signal.SIGINT)
-    rest, errors = endless.communicate(timeout=60)
-    assert (endless.returncode, errors) == (130, b"")
-    assert rest.endswith(b"\n")
+    endless.send(signal.SIGINT)
+    done = endless.wait()
+    assert (done.returncode, done.stderr) == (130, "")
+    assert done.stdout.endswith("\n")
 
 
 def test_a_closed_pipe_leaves_no_traceback(endless):
-    endless.stdout.close()                              # as `| head` does
-    errors = endless.stderr.read()
-    assert (endless.wait(timeout=60), errors) == (0, b"")
-    endless.stdout = None
+    os.close(endless.out)                               # as `| head` does
+    endless.out = os.open(os.devnull, os.O_RDONLY)
+    done = endless.wait()
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # -- prompts
 
-def test_a_prompt_from_standard_input(said):
+def test_a_prompt_from_standard_input(run_sample):
     for stdin in (b"the fox", "\ufeffthe fox".encode()):
-        assert said("--start=-", "--max_new_tokens=5", stdin=stdin).stdout.startswith("the fox")
-    assert said("--start=-", "--max_new_tokens=0", stdin=b"the\r\nfox\r\n").stdout == "the\nfox\n\n"
-    one_line_error(said("--start=-", stdin=b"the \xff"), "--start: standard input", "not UTF-8", "offset 4")
-    one_line_error(said("--start=-", stdin="the ö".encode()), "--start", "'ö'")
+        assert run_sample("--start=-", "--max_new_tokens=5", stdin=stdin).stdout.startswith("the fox")
+    assert run_sample("--start=-", "--max_new_tokens=0", stdin=b"the\r\nfox\r\n").stdout == "the\nfox\n\n"
+    one_line_error(run_sample("--start=-", stdin=b"the \xff"), "--start: standard input", "not UTF-8", "offset 4")
+    one_line_error(run_sample("--start=-", stdin="the ö".encode()), "--start", "'ö'")
 
 
-def test_prompts_from_a_file_or_standard_input(said, records, tmp_path):
+def test_prompts_from_a_file_or_standard_input(run_sample, records, tmp_path):
     text = "\ufeffthe fox\r\n\r\na cat"                   # as an editor on Windows writes it
     (tmp_path / "lines").write_bytes(text.encode())
     expected = ["the fox", "", "a cat"]
     assert [record["prompt"] for record in records(prompts="lines", max_new_tokens=3)] == expected
     assert [record["prompt"] for record in records(prompts="-", max_new_tokens=3, stdin=text.encode())] == expected
     text = "a\u2028b\x0cc\x85\n"                           # ends of lines to Python, but not to a person
-    assert [json.loads(line)["prompt"] for line in
-            said("--json", prompts="-", max_new_tokens=1, stdin=text.encode(), kind="byte").stdout.split("\n")[:-1]] \
-        == ["a\u2028b\x0cc\x85"]
+    one, = records(prompts="-", max_new_tokens=1, stdin=text.encode(), kind="byte")
+    assert one["prompt"] == "a\u2028b\x0cc\x85"
 
 
 @pytest.mark.parametrize(("words", "parts"), [
@@ -527,19 +563,35 @@ def test_prompts_from_a_file_or_standard_input(said, records, tmp_path):
     (["--interactive", "--num_samples=2"], ["--num_samples would change nothing"]),
     (["--init_from=gpt2", "--out_dir=x"], ["--ckpt, --out_dir would change nothing"]),
 ])
-def test_mistakes(said, tmp_path, words, parts):
+def test_mistakes(run_sample, tmp_path, words, parts):
     for name, content in dict(latin="kö".encode("latin1") + b"\xff", empty=b"", blank=b"\n\r\n", one=b"a",
                               lines=b"the\nfox\n", umlaut="the\nkö\n".encode()).items():
         (tmp_path / name).write_bytes(content.replace(b"k\xf6", b"ab"))
-    outcome = said(*words)
+    outcome = run_sample(*words)
     one_line_error(outcome, *parts)
     assert outcome.stdout == ""
 
 
-# -- one JSON object a line
+@pytest.mark.parametrize(("words", "message"), [
+    (["--top_p=0", "--seed=-1"], "top_p=0.0 must be above 0 and at most 1; seed=-1 must be at least 0"),
+    (["--score=x", "--prompts=x"], "--prompts and --score exclude each other: choose one"),
+    (["--prompts=x", "--start=x"], "--start would change nothing here"),
+    (["--start=FILE:x"], "--start: cannot read x: No such file"),
+    (["--out_dir=x"], f"no {Path('x', 'ckpt.pt')}: train one first"),
+    (["--ckpt=x", "--start=ö"], "--start='ö': the tokenizer has no 'ö'"),
+])
+def test_a_mistake_is_an_exception_that_a_notebook_survives(loaded, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "load", lambda path, device: loaded["char"])
+    with pytest.raises(UserError, match=re.escape(message)):
+        sample.main([*words, "--device=cpu"])
+    assert capsys.readouterr().out == ""
 
-def test_the_objects_of_json(records, models):
-    model, tokenizer = load(models["char"])
+
+# -- one JSON object per line
+
+def test_the_objects_of_json(records, loaded):
+    model, tokenizer = loaded["char"]
     settings = dict(start="the 猫", num_samples=2, temperature=2.0, top_k=9, max_new_tokens=9, seed=3)
     for number, record in enumerate(records("--stop=zz", "--repetition_penalty=1.2", **settings)):
         assert set(record) == {"prompt", "text", "tokens", "logprobs", "finish", "seed", "settings"}
@@ -564,10 +616,10 @@ def test_json_keeps_one_line_a_text_whatever_the_text(parrot):
 
 # -- a conversation
 
-def test_a_conversation_through_a_pipe(said, records):
+def test_a_conversation_through_a_pipe(run_sample, records):
     settings = dict(temperature=1.5, max_new_tokens=3)         # so few that all of it fits into the window
     typed = ["fox", "", "ö", " a", "/new", "cat"]
-    outcome = said("--interactive", stdin="\n".join(typed).encode(), **settings)
+    outcome = run_sample("--interactive", stdin="\n".join(typed).encode(), **settings)
     assert outcome.returncode == 0
     expected, prompts, so_far, seed = [], [], "", 1337
     for line in typed:
@@ -578,7 +630,7 @@ def test_a_conversation_through_a_pipe(said, records):
             expected.append(records(start=prompts[-1], seed=seed, **settings)[0]["text"])
             so_far, seed = so_far + line + expected[-1], seed + 1
     assert outcome.stdout == "".join(f"{text}\n" for text in expected)
-    again = said("--interactive", "--json", stdin="\n".join(typed).encode(), **settings)
+    again = run_sample("--interactive", "--json", stdin="\n".join(typed).encode(), **settings)
     found = [json.loads(line) for line in again.stdout.splitlines()]
     assert [record["prompt"] for record in found] == prompts
     assert [record["text"] for record in found] == expected
@@ -588,23 +640,23 @@ def test_a_conversation_through_a_pipe(said, records):
     assert "'ö'" in notes[1]
 
 
-def test_a_conversation_begins_with_the_start_and_bears_what_is_no_text(said, records):
-    outcome = said("--interactive", "--max_new_tokens=9", start="the", stdin=b"\xff\n fox\n")
+def test_a_conversation_begins_with_the_start_and_bears_what_is_no_text(run_sample, records):
+    outcome = run_sample("--interactive", "--max_new_tokens=9", start="the", stdin=b"\xff\n fox\n")
     assert outcome.returncode == 0
     assert outcome.stdout == records(start="the fox", max_new_tokens=9)[0]["text"] + "\n"
     assert "'\ufffd'" in outcome.stderr
-    assert said("--interactive", stdin=b"").stdout == ""
+    assert run_sample("--interactive", stdin=b"").stdout == ""
 
 
 def test_ctrl_c_stops_a_text_of_a_conversation_but_not_the_conversation(parrot, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\n\n"), "utf-8"))
     calls, whole = [], Parrot.next_logits
 
-    def next_logits(model, idx, cache, at=None):
+    def next_logits(model, *inputs):
         calls.append(0)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return whole(model, idx, cache, at)
+        return whole(model, *inputs)
 
     monkeypatch.setattr(Parrot, "next_logits", next_logits)
     assert parrot("xyz", "--interactive", "--max_new_tokens=5")[0] == "xyz\nxyzxy\n"
@@ -618,10 +670,9 @@ def figures(line: str) -> list:
     return [float(word.replace(",", "")) for word in line.split() if word[0].isdigit()]
 
 
-def test_the_score_of_a_text_that_fits_is_that_of_the_model_token_by_token(said, written, records, models, tmp_path):
+def test_a_text_that_fits_has_the_score_of_the_model_token_by_token(run_sample, printed, records, loaded, tmp_path):
     (tmp_path / "text").write_text("the 猫, the fox", encoding="utf-8")
-    for kind in models:
-        model, tokenizer = load(models[kind])
+    for kind, (model, tokenizer) in loaded.items():
         ids = tokenizer.encode("the 猫, the fox").astype(np.int64)
         assert len(ids) <= SIZE + 1
         with torch.no_grad():
@@ -635,18 +686,18 @@ def test_the_score_of_a_text_that_fits_is_that_of_the_model_token_by_token(said,
             tokens=len(ids) - 1, bytes=size, loss=sum(expected) / (len(ids) - 1),
             perplexity=math.exp(sum(expected) / (len(ids) - 1)), bits_per_byte=sum(expected) / math.log(2) / size,
             block_size=SIZE, stride=SIZE // 2), rel=1e-5)
-        assert figures(written(score="text", kind=kind)) == pytest.approx(
+        assert figures(printed(score="text", kind=kind)) == pytest.approx(
             [found[key] for key in ("loss", "perplexity", "bits_per_byte", "tokens", "bytes", "block_size", "stride")],
             abs=6e-3)
-    assert said("--score=-", stdin="the 猫, the fox".encode()).stdout == written(score="text")
+    assert run_sample("--score=-", stdin="the 猫, the fox".encode()).stdout == printed(score="text")
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8, 15, 16])
 @pytest.mark.parametrize("length", [2, SIZE, SIZE + 1, SIZE + 2, 3 * SIZE + 1, 341])
-def test_windows_count_each_token_once_with_the_context_that_is_stated(models, stride, length):
-    model, tokenizer = load(models["char"])
+def test_windows_count_each_token_once_with_the_context_that_is_stated(loaded, stride, length):
+    model, tokenizer = loaded["char"]
     ids = np.random.default_rng(0).integers(0, tokenizer.vocab_size, length)
-    losses = sample.token_losses(model, ids, stride)
+    losses = token_losses(model, ids, stride)
     assert losses.shape == (length - 1,)
     some = range(1, length) if length < 60 else [1, SIZE, SIZE + 1, 100, 259, 340]
     for at in some:
@@ -658,10 +709,10 @@ def test_windows_count_each_token_once_with_the_context_that_is_stated(models, s
         assert losses[at - 1].item() == pytest.approx(-p[ids[at]].item(), abs=1e-4)
 
 
-def test_the_score_of_each_token(written, records, tmp_path):
+def test_the_score_of_each_token(printed, records, tmp_path):
     (tmp_path / "text").write_text("the\nfox", encoding="utf-8")
     logprobs = records("--score_tokens", score="text")[0]["token_logprobs"]
-    lines = written("--score_tokens", score="text").splitlines()
+    lines = printed("--score_tokens", score="text").splitlines()
     assert lines[:-1] == ["        -  't'", *(f"{x:9.4f}  {c!r}" for x, c in zip(logprobs, "he\nfox", strict=True))]
     assert lines[-1].startswith("loss ")
 
@@ -686,11 +737,11 @@ def on_a_terminal(main, *words) -> str:
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no such terminals here")
-def test_colours_are_for_a_terminal_that_wants_them(models, written, tmp_path, monkeypatch):
+def test_colours_are_for_a_terminal_that_wants_them(models, printed, tmp_path, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     (tmp_path / "text").write_text("the fox", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    plain = written("--score_tokens", score="text")
+    plain = printed("--score_tokens", score="text")
     words = [f"--ckpt={models['char']}", "--device=cpu", "--score=text", "--score_tokens"]
     coloured = on_a_terminal(sample.main, *words)
     assert "\033" not in plain
@@ -714,46 +765,46 @@ def test_control_characters_reach_a_pipe_but_no_terminal(parrot, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_logits_that_are_not_finite_are_one_line(said, models, tmp_path, dtype):
+def test_logits_that_are_not_finite_are_one_line(run_sample, models, tmp_path, dtype):
     content = torch.load(models["char"])
     content["model"]["blocks.1.mlp.up.weight"][0, 0] = 1e38         # finite, but not so its square
     content["model"]["blocks.1.mlp.down.weight"] += 1.0
     content["model"]["head.weight"] += 1.0
     torch.save(content, tmp_path / "damaged.pt")
-    outcome = said("--ckpt=damaged.pt", f"--dtype={dtype}")
+    outcome = run_sample("--ckpt=damaged.pt", f"--dtype={dtype}")
     one_line_error(outcome, "not finite")
     assert ("--dtype=float32" in outcome.stderr) == (dtype == "float16")
 
 
 # -- compiling
 
-def test_a_step_that_cannot_be_compiled_is_named_and_done_without(said, written, monkeypatch):
-    monkeypatch.setattr(sample.runtime, "compiler_missing", lambda device: "there is no C++ compiler")
-    outcome = said("--compile", "--max_new_tokens=9")
+def test_a_step_that_cannot_be_compiled_is_named_and_done_without(run_sample, printed, monkeypatch):
+    monkeypatch.setattr(sample, "compiler_missing", lambda device: "there is no C++ compiler")
+    outcome = run_sample("--compile", "--max_new_tokens=9")
     assert (outcome.returncode, outcome.stderr) == (0, "not compiled: there is no C++ compiler\n")
-    assert outcome.stdout == written(max_new_tokens=9)
+    assert outcome.stdout == printed(max_new_tokens=9)
 
 
-def test_a_step_whose_compiling_fails_goes_on_without(said, written, monkeypatch):
+def test_a_step_whose_compiling_fails_goes_on_without(run_sample, printed, monkeypatch):
     def compile(step, **how):
         def fail(*given):
             raise RuntimeError("no such compiler\nand more of it")
         return fail
 
-    monkeypatch.setattr(sample.runtime, "compiler_missing", lambda device: "")
+    monkeypatch.setattr(sample, "compiler_missing", lambda device: "")
     monkeypatch.setattr(torch, "compile", compile)
-    outcome = said("--compile", "--max_new_tokens=9")
+    outcome = run_sample("--compile", "--max_new_tokens=9")
     assert (outcome.returncode, outcome.stderr) == (0, "not compiled: RuntimeError: no such compiler\n")
-    assert outcome.stdout == written(max_new_tokens=9)
+    assert outcome.stdout == printed(max_new_tokens=9)
 
 
-def test_compile_hands_the_step_on(written, monkeypatch):
+def test_compile_hands_the_step_on(printed, monkeypatch):
     steps = []
 
     def compile_step(step, device):
-        return lambda idx, cache, at: steps.append(at.item()) or step(idx, cache, at)
+        return lambda *inputs: steps.append(1) or step(*inputs)
 
-    monkeypatch.setattr(sample.runtime, "compiler_missing", lambda device: "")
-    monkeypatch.setattr(sample.runtime, "compile_step", compile_step)
-    assert written("--compile", "--max_new_tokens=40", start="the") == written("--max_new_tokens=40", start="the")
+    monkeypatch.setattr(sample, "compiler_missing", lambda device: "")
+    monkeypatch.setattr(sample, "compile_step", compile_step)
+    assert printed("--compile", "--max_new_tokens=40", start="the") == printed("--max_new_tokens=40", start="the")
     assert len(steps) > 30

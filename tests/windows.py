@@ -73,7 +73,8 @@ def become(program: str):
     sys.argv[0] = f"{program}.py"
     sys.modules["msvcrt"] = locks()
     for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
-        del sys.modules[name]
+        if name != "inkling.cli":       # the child's `run` comes from it and must know the programs' UserError
+            del sys.modules[name]
     sys.modules.update(dict.fromkeys(MODULES))          # importing them is an error now
     for owner, names in NAMES.items():
         for name in names:
