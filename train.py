@@ -51,7 +51,6 @@ from prepare import ensure_set
 # --------------------------------------------------------------------------------------------------
 # Settings. `python train.py --help` prints these lines; config files and --key=value set them.
 
-
 BelowOne = Annotated[float, at_least(0).below(1)]
 
 
@@ -191,8 +190,7 @@ FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer"}          # what a resumed
 
 
 def make_norm(cfg: Config):
-    """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467), with or without a learned
-    gain."""
+    """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467), perhaps with a learned gain."""
     if cfg.norm == "layernorm":
         return nn.LayerNorm(cfg.n_embd, cfg.norm_eps, cfg.norm_gain, cfg.bias)
     return nn.RMSNorm(cfg.n_embd, cfg.norm_eps, cfg.norm_gain)
@@ -210,8 +208,8 @@ def rotation_table(cfg: Config):
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (i, i + head_dim / 2) of x (B, T, heads, head_dim) by angles (T, head_dim /
-    2)."""
+    """Turn the pairs (i, i + head_dim / 2) of x (B, T, heads, head_dim) by their position's angles.
+    cos and sin: (T, head_dim / 2)."""
     cos = cos[:, None]                  # (T, 1, head_dim / 2): the same for all heads
     sin = sin[:, None]
     a, b = x.chunk(2, dim=-1)
@@ -223,10 +221,11 @@ class NGrams(nn.Embedding):
     the next token, and attention needs long to learn them. All share one table, in the rows that
     their hashes point to. Bigrams: record 62 of modded-nanogpt; longer n-grams: arXiv 2501.16975.
 
-    Take the ids 5, 7, 9. At the 9, the pair (7, 9) has the key 9 * FACTOR + 8, and the triple (5,
-    7, 9) the key (9 * FACTOR + 8) * FACTOR + 6, each modulo PRIME: ids count from 1, so that 0 can
-    stand for "before the text". A key's vector is row key % rows of the table, and the 9 receives
-    the sum of both.
+    Take the ids 5, 7, 9. At the 9,
+        the pair (7, 9)       has the key  9 * FACTOR + 8,
+        the triple (5, 7, 9)  has the key  (9 * FACTOR + 8) * FACTOR + 6,
+    both modulo PRIME. Earlier ids count from 1 there, so that 0 can stand for "before the text". The
+    vector of a key is row key % rows of the table, and the 9 receives the sum of the two.
     """
 
     FACTOR = 1_540_483_477              # Rabin and Karp's rolling hash
@@ -237,8 +236,8 @@ class NGrams(nn.Embedding):
         self.longest = longest
 
     def forward(self, ids, positions):
-        """The sums (B, T, C) of the vectors of the n-grams that end at `positions` (T,) of ids (B,
-        S)."""
+        """The sums (B, T, C) of the vectors of the n-grams that end at `positions` (T,) of `ids`,
+        which are (B, S)."""
         key = ids[:, positions].long()
         keys = []
         for distance in range(1, self.longest):
@@ -251,8 +250,8 @@ class NGrams(nn.Embedding):
 
 
 class Attention(nn.Module):
-    """Causal self-attention; with n_kv_head < n_head, groups of queries share them (GQA, arXiv
-    2305.13245)."""
+    """Causal self-attention. With n_kv_head < n_head, groups of queries share their keys and values
+    (GQA, arXiv 2305.13245)."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
@@ -272,8 +271,8 @@ class Attention(nn.Module):
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if mixes_values else None
 
     def forward(self, x, rotation, v_first, cache=None):
-        """x (B, T, C), normed, and the first block's values; returns the output (B, T, C) and this
-        block's values."""
+        """x (B, T, C), normed, and v_first, the first block's values (B, T, n_kv_head, head_dim).
+        Returns the output (B, T, C) and this block's values."""
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.n_head, self.head_dim)        # (B, T, n_head, head_dim)
         k = self.k(x).view(B, T, self.n_kv_head, self.head_dim)     # (B, T, n_kv_head, head_dim)
@@ -292,9 +291,8 @@ class Attention(nn.Module):
         return self.out(y), v
 
     def attend(self, q, k, v, cache):
-        """softmax(q k^T / sqrt(head_dim)) v, for q (B, n_head, T, head_dim), k and v (B, n_kv_head,
-        T, head_dim): each query sees the keys up to its own position. Returns (B, n_head, T,
-        head_dim)."""
+        """softmax(q k^T / sqrt(head_dim)) v, where each query sees the keys up to its own position.
+        q and the result: (B, n_head, T, head_dim); k and v: (B, n_kv_head, T, head_dim)."""
         mask = None
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
@@ -334,8 +332,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP; each reads the residual stream x through a norm and adds to it, as in
-    GPT-2."""
+    """Attention, then an MLP: each reads the residual stream through a norm and adds to it."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
@@ -347,8 +344,7 @@ class Block(nn.Module):
         self.embed_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if cfg.shortcuts else None
 
     def forward(self, x, x_first, rotation, v_first, cache=None):
-        """x and x_first, the embedding, (B, T, C); returns x and this block's values, for later
-        blocks."""
+        """x, and x_first, the embedding: (B, T, C). Returns x and this block's values."""
         if self.embed_mix is not None:
             mix = self.embed_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x_first
@@ -412,8 +408,8 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=math.sqrt(0.33 / module.in_features))
 
     def forward(self, ids, targets=None):
-        """Logits (B, T, vocab_size) for ids (B, T) and, given targets (B, T), the mean
-        cross-entropy in nats."""
+        """Logits (B, T, vocab_size) of ids (B, T), and given targets (B, T) the mean cross-entropy
+        in nats, else None."""
         T = ids.size(1)
         positions = torch.arange(T, device=ids.device)
         x = self.embed(ids, ids, positions)
@@ -424,8 +420,8 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def embed(self, ids, text, positions):
-        """The residual stream (B, T, C) of ids (B, T), which stand at `positions` (T,) of text (B,
-        S)."""
+        """The residual stream (B, T, C) of ids (B, T), which stand at `positions` (T,) of a text,
+        ids (B, S)."""
         x = self.wte(ids)
         if self.ngrams is not None:
             x = x + self.ngrams(text, positions)
@@ -462,8 +458,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def logits(self, x):
-        """float32 logits (..., vocab_size) of features x (..., C), without the rows that pad the
-        vocabulary."""
+        """float32 logits (..., vocab_size) of x (..., C), without those that pad the vocabulary."""
         z = self.head(x)[..., :self.vocab_size].float()
         cap = self.cfg.logit_cap
         if cap:
@@ -473,8 +468,7 @@ class GPT(nn.Module):
     # -- generation: keys and values are cached, so that each token is computed once
 
     def next_logits(self, ids, cache):
-        """Logits (B, vocab_size) of the token after ids (B, T), the tokens at cache.positions; see
-        Cache.advance."""
+        """Logits (B, vocab_size) of the token after ids (B, T), the tokens at cache.positions."""
         text = cache.add_ids(ids)
         x = self.embed(ids, text, cache.positions)
         x = self.transform(x, self.rotation(cache.positions), cache)
@@ -482,8 +476,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens: int, pick, step=None):
-        """Continue the prompts ids (B, T >= 1), yielding the ids (B,) of one new position at a
-        time.
+        """Continue the prompts ids (B, T >= 1): yields the ids (B,) of one new position at a time.
 
         pick: logits (B, vocab_size) -> ids (B,). step: a compiled next_logits for one token at a
         time; it is recompiled for every cache size, so sizes are rounded up to 128.
@@ -512,8 +505,8 @@ class Cache:
     """Keys and values of the tokens so far: two tensors (B, n_kv_head, size, head_dim) per block;
     and, for n-grams, the tokens themselves, ids (B, size).
 
-    length: how many tokens there are, those that the model is computing included. positions (T,):
-    the places of these.
+    length: how many tokens there are, with those that the model is computing.
+    positions (T,): the places of the tokens that it is computing.
     """
 
     def __init__(self, cfg: Config, batch_size: int, size: int, device, dtype):
@@ -580,6 +573,7 @@ def draw(logits, temperature: float, uniform=None):
     threshold = uniform.to(sums)[:, None] * sums[:, -1:]
     return torch.searchsorted(sums, threshold, right=True)[:, 0]
 
+
 # --------------------------------------------------------------------------------------------------
 # Optimizers and the learning rate
 
@@ -591,8 +585,8 @@ class ScheduledOptimizer:
     found_inf = None            # on a GPU: a tensor; while it is 1, a step changes nothing (see Guard)
 
     def set_rates(self, factor: float, step: int):
-        """Set what varies over time for update number `step`: `factor` of every group's full
-        rate."""
+        """Set what varies over time, for update number `step`: every rate to `factor` of its
+        full value."""
         for group in self.param_groups:
             group["lr"] = group["base_lr"] * factor
 
@@ -910,8 +904,8 @@ class Run:
         return len(self.data["train"]) // self.cfg.block_size * self.cfg.block_size
 
     def batches(self, step: int):
-        """This process's micro-batches of update number `step`: pairs x, y (sequences /
-        micro_batches, block_size)."""
+        """This process's micro-batches of update number `step`: pairs (x, y), each of shape
+        (sequences / micro_batches, block_size)."""
         starts = window_starts(step, self.cfg, len(self.data["train"]))
         first = self.ranks.rank * self.plan.sequences
         mine = starts[first:first + self.plan.sequences]
@@ -1094,8 +1088,7 @@ def clip_gradients(run: Run):
 
 
 def eval_windows(tokens: int, cfg: Config, most: int):
-    """Starts of the evaluation windows: every whole one of the split, or `most` of them, evenly
-    spaced."""
+    """Starts of the evaluation windows: all whole ones of a split, or `most` of them, evenly spaced."""
     windows = (tokens - 1) // cfg.block_size
     count = min(windows, most)
     return np.arange(count) * windows // count * cfg.block_size
@@ -1125,8 +1118,7 @@ def mean_loss(run: Run, split: str, starts, stop: Stop | None) -> float | None:
         if stop and stop.asked:
             return None
         mine = starts[first + size * run.ranks.rank:][:size]
-        # A process with no window left computes one anyway: with sharding, the others need its
-        # weights.
+        # A process with no window left computes one anyway: sharded, the others need its weights.
         x, y = run.get_batch(split, mine if len(mine) else starts[:1])
         with autocast(run.plan.device, run.plan.dtype):
             loss = run.model(x, y)[1].item()
@@ -1137,7 +1129,8 @@ def mean_loss(run: Run, split: str, starts, stop: Stop | None) -> float | None:
 
 def sample_text(run: Run) -> str:
     """A short continuation of sample_start by the current weights."""
-    cfg, device = run.cfg, run.plan.device
+    cfg = run.cfg
+    device = run.plan.device
     prompt = torch.from_numpy(prompt_ids(run.tokenizer, cfg.sample_start, "--sample_start"))
     generator = torch.Generator().manual_seed(cfg.seed + run.state.step)
     uniform = iter(torch.rand(cfg.sample_tokens, 1, generator=generator))
@@ -1157,8 +1150,7 @@ def sample_text(run: Run) -> str:
 
 
 def train(cfg: Config, out_dir: Path, origin: Origin | None = None) -> int:
-    """A whole run: train as cfg says, evaluate, sample, and save to out_dir. Returns the exit
-    code."""
+    """A whole run: train, evaluate, sample, and save to out_dir. Returns the exit code."""
     origin = origin or Origin()
     deadline = Deadline(0 if cfg.dry_run else cfg.max_minutes)
     check_loggers(cfg)
