@@ -41,7 +41,7 @@ from inkling.dataset import (
     split_files,
     token_dtype,
 )
-from inkling.download import download, fetch_address, is_address
+from inkling.download import DownloadFailed, download, fetch_address, is_address
 from inkling.encode import SplitWriter, cores, encode_pieces
 from inkling.files import ROOT, atomic_write, hold_folder, sha256
 from inkling.readers import Reader, cut_pieces, describe_source, expand, plain_name, spool_stdin
@@ -202,11 +202,11 @@ def fetch_set(name: str, folder: Path, again: bool = False) -> Path:
                             f"python prepare.py {path} --name=NAME")
         return path
     path = folder / "input.txt"
-    reason, _ = download(source["url"], path, source["sha256"])
-    if reason:
-        raise UserError(f"could not download {source['url']} ({reason}); put that file at {path} "
-                        "by hand and try again; python train.py, which trains on the bundled "
-                        "fables, needs no network")
+    try:
+        download(source["url"], path, source["sha256"])
+    except DownloadFailed as error:
+        raise UserError(f"{error}; put that file at {path} by hand and try again; python train.py, which trains "
+                        "on the bundled fables, needs no network")
     return path
 
 
@@ -217,11 +217,11 @@ def fetch_unpinned(name: str, folder: Path, url: str, again: bool = False) -> Pa
         print(f"note     {path} is there, {path.stat().st_size:,} bytes; no SHA-256 of it is known "
               "to compare with")
         return path
-    reason, _ = download(url, path)
-    if reason:
-        raise UserError(f"could not download {url} ({reason}); put that file at {path} by hand and "
-                        "try again, or use your own text instead: python prepare.py TEXT "
-                        f"--name={name}")
+    try:
+        download(url, path)
+    except DownloadFailed as error:
+        raise UserError(f"{error}; put that file at {path} by hand and try again, or use your own text instead: "
+                        f"python prepare.py TEXT --name={name}")
     return path
 
 
@@ -263,7 +263,7 @@ def ensure_set(name: str, data_dir: str, ranks) -> Path:
             prepare_named(name, data_dir)
         except OSError as error:
             raise UserError(f"could not prepare {name} in {folder}: {error.strerror or error}")
-    ranks.broadcast(None)                    # it is there
+    ranks.broadcast(None)               # it is there
     return folder
 
 

@@ -28,7 +28,7 @@ def is_address(word: str) -> bool:
 
 
 @dataclass
-class Arrived:
+class Transfer:
     """What a server said of a file that it has sent to the end."""
 
     bytes: int
@@ -42,8 +42,12 @@ class Arrived:
         return etag[1] if etag else ""
 
 
+class DownloadFailed(Exception):
+    """A file could not be fetched. The message says why; what to do about it depends on the file."""
+
+
 class FirstHeaders(urllib.request.HTTPRedirectHandler):
-    """Keeps the headers of the first answer: Hugging Face's has checksum and commit, and redirects
+    """Keeps the headers of the first answer: Hugging Face's has the checksum, and redirects
     to the bytes."""
 
     headers = None
@@ -53,8 +57,8 @@ class FirstHeaders(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, file, code, message, headers, url)
 
 
-def download(url: str, path: Path, sha256: str = "") -> tuple[str, str]:
-    """Fetch `url` to `path`. Returns (what went wrong or "", the server's commit or "").
+def download(url: str, path: Path, sha256: str = ""):
+    """Fetch `url` to `path`, or raise DownloadFailed.
 
     There are three tries, each with a time-out. Each resumes at the end of PATH.part, where the
     last try, or the last process, was cut off. The file takes its place only when it has as many
@@ -70,21 +74,21 @@ def download(url: str, path: Path, sha256: str = "") -> tuple[str, str]:
         if attempt:
             time.sleep(attempt)
         try:
-            arrived = fetch_rest(url, part)
-            verify(part, arrived, sha256)
+            transfer = fetch_rest(url, part)
+            verify(part, transfer, sha256)
             os.replace(part, path)
             sync_folder(path.parent)
-            return "", arrived.headers["X-Repo-Commit"] or ""
+            return
         except (OSError, ValueError, http.client.HTTPException) as error:
             code = getattr(error, "code", "")           # of HTTP
             said = getattr(error, "reason", "") or error
             reason = f"{code} {said}".strip() or type(error).__name__
             if code in (CHANGED, NOTHING_LEFT):
                 part.unlink(missing_ok=True)
-    return reason, ""
+    raise DownloadFailed(f"could not download {url} ({reason})")
 
 
-def fetch_rest(url: str, part: Path) -> Arrived:
+def fetch_rest(url: str, part: Path) -> Transfer:
     """Append to `part` what it lacks of the file at `url`. Raises ValueError, OSError or
     HTTPException."""
     first = FirstHeaders()
@@ -109,7 +113,7 @@ def fetch_rest(url: str, part: Path) -> Arrived:
         progress.end()
     if announced not in (None, size):  # reading in blocks does not notice by itself
         raise ValueError(f"{size:,} of {announced:,} bytes arrived")
-    return Arrived(size, announced, headers)
+    return Transfer(size, announced, headers)
 
 
 def request_rest(url: str, part: Path) -> urllib.request.Request:
@@ -137,19 +141,19 @@ def append(answer, part: Path, size: int, announced: int | None, progress: Progr
     return size
 
 
-def verify(part: Path, arrived: Arrived, sha256: str):
+def verify(part: Path, transfer: Transfer, sha256: str):
     """Compare `part` with its SHA-256, if that is known. Removes it and raises ValueError if they
     differ."""
-    expected = sha256 or arrived.sha256
+    expected = sha256 or transfer.sha256
     if not expected:
         length = "as announced"
-        if arrived.announced is None:
+        if transfer.announced is None:
             length = "the server did not say how many to expect"
-        print(f"         {arrived.bytes:,} bytes, {length}; no SHA-256 of it is known to compare "
+        print(f"         {transfer.bytes:,} bytes, {length}; no SHA-256 of it is known to compare "
               "with")
     elif sha256_of(part) != expected:
         part.unlink()
-        raise ValueError(f"{arrived.bytes:,} bytes with another SHA-256 than {expected[:12]}... "
+        raise ValueError(f"{transfer.bytes:,} bytes with another SHA-256 than {expected[:12]}... "
                          "arrived")
 
 
@@ -162,8 +166,8 @@ def fetch_address(url: str, folder: Path, again: bool) -> Path:
     if path.is_file() and not again:
         print(f"note     {url} is there already as {path} (--force downloads it again)")
         return path
-    reason, _ = download(url, path)
-    if reason:
-        raise UserError(f"could not download {url} ({reason}); put that file at {path} by hand and "
-                        "try again")
+    try:
+        download(url, path)
+    except DownloadFailed as error:
+        raise UserError(f"{error}; put that file at {path} by hand and try again")
     return path

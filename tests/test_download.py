@@ -158,7 +158,7 @@ def files(folder) -> dict:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-# -- named sets ----------------------------------------------------------------------------------------------
+# -- built-in sets ----------------------------------------------------------------------------------------------
 
 def test_the_text_is_downloaded_once_and_kept_exactly(site, prepared, tmp_path):
     prepared("tale")

@@ -99,7 +99,10 @@ def test_the_name_of_a_process_that_has_gone_is_not_shown(name, tmp_path):
 def test_waiting_says_for_whom_once(other, tmp_path, capsys):
     process = other(HOLDS.replace("sys.stdin.read()", "time.sleep(0.7)"))
     lock_folder(tmp_path / "run", wait=True).close()
-    assert capsys.readouterr().out.startswith(f"waiting  for process {process.pid}, started ")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"waiting  for process {process.pid}, started ")
+    assert lines[0].endswith(f", which uses {tmp_path / 'run'}")
     process.wait()
     lock_folder(tmp_path / "run", wait=True).close()
     assert capsys.readouterr().out == ""

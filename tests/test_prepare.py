@@ -867,7 +867,7 @@ class Rank:
     def __init__(self, hears: "Rank | None" = None):
         self.first, self.hears, self.told = hears is None, hears, []
 
-    def tell(self, value):
+    def broadcast(self, value):
         self.told.append(value if self.first else self.hears.told[len(self.told)])
         return self.told[-1]
 

@@ -16,7 +16,6 @@ import pytest
 from conftest import ROOT, TOY, inside, one_line_error, prepared, refused, trained
 
 import prepare
-import train
 from inkling.dataset import LARGEST_ARRAY, Shuffle, open_data, open_split, random_order, read_meta
 from inkling.tokenizer import Tokenizer
 from prepare import Options, write_set
@@ -316,10 +315,8 @@ def test_small_epochs_are_drawn_as_before():
 def test_an_epoch_of_a_large_set_visits_every_window_once(monkeypatch):
     """With the large sets' permutation, on a small one."""
     monkeypatch.setattr("inkling.dataset.LARGEST_ARRAY", 1)
-    train.permutation.cache_clear()
     cfg = Config(**TOY | dict(sampling="epoch", seed=99, block_size=32, batch_size=4))
     starts = np.concatenate([window_starts(step, cfg, 3203) for step in range(25)])
-    train.permutation.cache_clear()
     assert len(set(starts)) == 100
     assert len({(start - starts[0]) % 3203 // 32 for start in starts}) >= 99
     covered = np.concatenate([(start + np.arange(32)) % 3203 for start in starts])

@@ -59,8 +59,8 @@ def refuse(event: str, args: tuple):
 
 
 def windows_lock() -> type:
-    """filelock.FileLock as it is on Windows, over the system's own locks: while it is held its file is open, so that the
-    folder cannot be renamed; then the file is removed."""
+    """filelock.FileLock as it is on Windows, over the system's own locks: while it is held its file is open, so that
+    the folder cannot be renamed; then the file is removed."""
     import fcntl
 
     class WindowsLock:
