@@ -5,12 +5,12 @@ import gc
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import filelock
 import pytest
 from conftest import ROOT
 
+import inkling.files
 from inkling.cli import UserError
 from inkling.files import HOLDER, LOCK, hold_folder, lock_folder
 
@@ -146,11 +146,19 @@ def test_an_empty_folder_goes_again_and_a_used_one_stays(tmp_path):
     assert (tmp_path / "two" / "train.bin").exists()
 
 
-def test_two_that_take_turns_never_hold_an_empty_folder_together(other, tmp_path):
-    """Each removes the folder when it is done; the other must not be left with a lock on a file that has gone."""
-    turns = ("from inkling.files import hold_folder\nprint('ready', flush=True)\n"
-             "for _ in range(100):\n    with hold_folder(folder):\n        mark = folder.parent / 'held'\n"
-             "        os.close(os.open(mark, os.O_CREAT | os.O_EXCL)); time.sleep(0.002); mark.unlink()")
-    processes = [other(turns), other(turns)]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0]
-    assert not Path(tmp_path / "run").exists()
+def test_a_folder_that_another_takes_at_that_moment_stays(tmp_path, monkeypatch):
+    release = inkling.files.release_folder
+    others = []
+
+    def release_and_take(*args):
+        release(*args)
+        monkeypatch.undo()
+        others.append(lock_folder(tmp_path / "sets"))
+
+    monkeypatch.setattr(inkling.files, "release_folder", release_and_take)
+    with hold_folder(tmp_path / "sets"):
+        pass
+    assert (tmp_path / "sets").is_dir()
+    with pytest.raises(UserError, match=SELF):          # its lock is on the file that everybody sees
+        lock_folder(tmp_path / "sets")
+    others[0].close()
