@@ -21,11 +21,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from inkling import readers as readers_module  # noqa: E402
 from inkling.cli import fail, parse, run  # noqa: E402
+from inkling.encode import cores, encode_pieces  # noqa: E402
+from inkling.readers import cut_pieces  # noqa: E402
 from inkling.tokenizer import Tokenizer  # noqa: E402
-from prepare import Options as Preparing
-from prepare import cores, encoded, write_set
+from prepare import Options as Preparing  # noqa: E402
+from prepare import write_set  # noqa: E402
 
 DOCUMENT = 5000                         # characters, about those of a web page
 
@@ -47,7 +48,7 @@ def batch(documents: list, threads: int, folder: Path):
 def arrays(documents: list, threads: int, folder: Path):
     """What prepare.py's threads do, alone."""
     own = Tokenizer.build("gpt2")
-    for _ in encoded((("train", number, text) for number, text in enumerate(documents)), own, True, threads):
+    for _ in encode_pieces((("train", number, text) for number, text in enumerate(documents)), own, True, threads):
         pass
 
 
@@ -105,7 +106,7 @@ def main(argv: list):
     except OSError as error:
         fail(f"text={options.text}: {error.strerror}")
     text = text * (options.megabytes * 1_000_000 // len(text.encode()) + 1)
-    documents = list(readers_module.pieces(text, DOCUMENT))
+    documents = list(cut_pieces(text, DOCUMENT))
     size = len(text.encode())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,4 +1,5 @@
-"""Token files and their meta.json: checked, mapped, sharded; a permutation without memory."""
+"""A prepared data set: its meta.json and token files, checked and memory-mapped; a permutation that
+needs no memory."""
 
 import json
 import mmap
@@ -11,56 +12,87 @@ from inkling.cli import UserError
 from inkling.files import ROOT
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+SPLITS = ("train", "val")
+LARGEST_ARRAY = 1 << 22                 # elements up to which a permutation is an array
+MOST_LOGITS = 1 << 27                   # that an evaluation holds at a time: half a GB in float32
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest unsigned type that holds every id below `vocab_size`."""
-    return np.dtype("uint8" if vocab_size <= 256 else "uint16" if vocab_size <= 65_536 else "uint32")
+    if vocab_size <= 2**8:
+        return np.dtype("uint8")
+    if vocab_size <= 2**16:
+        return np.dtype("uint16")
+    return np.dtype("uint32")
 
 
 def data_folder(dataset: str, data_dir: str = "") -> Path:
-    """data/NAME beside the programs, or under `data_dir`."""
+    """data/NAME beside the programs, or `data_dir`/NAME; relative to the current folder where it
+    lies below it."""
     if not NAME.fullmatch(dataset):
-        raise UserError(f"{dataset!r} is no name of a data set: letters, digits and . _ - after a first letter or digit")
+        raise UserError(f"{dataset!r} is not a valid data set name: use letters, digits and . _ -, "
+                        "starting with a letter or digit")
     folder = Path(data_dir or ROOT / "data") / dataset
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder     # short in messages
+    if folder.is_relative_to(Path.cwd()):
+        return folder.relative_to(Path.cwd())       # short in messages
+    return folder
+
+
+# -- meta.json -------------------------------------------------------------------------------------
+
+def again(folder: Path) -> str:
+    """The way out of a damaged set."""
+    return f"run python prepare.py again for {folder.name}"
 
 
 def read_meta(folder: Path) -> dict:
-    """The checked content of meta.json. `fail`s in one line on anything that prepare.py did not write."""
-    again = f"run python prepare.py again for {folder.name}"
+    """The content of meta.json, checked. Raises UserError on anything that prepare.py did not
+    write."""
+    path = folder / "meta.json"
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format"] != 1:
-            raise UserError(f"{folder / 'meta.json'} has format {meta['format']}, this version reads 1: {again}")
+            raise UserError(f"{path} has format {meta['format']}, this version reads 1: "
+                            f"{again(folder)}")
         if meta["dtype"] != token_dtype(meta["vocab_size"]).name:
-            raise UserError(f"{folder / 'meta.json'}: dtype={meta['dtype']} does not fit vocab_size={meta['vocab_size']}: {again}")
-        for split in ("train", "val"):
-            counts = [meta["splits"][split][key] for key in ("tokens", "characters", "bytes")]
-            if any(type(count) is not int or count < 0 for count in counts):
-                raise ValueError("a count is no whole number")
-            if not isinstance(meta["splits"][split]["sha256"], str):
-                raise ValueError("no checksum")
-            shards = meta["splits"][split].get("shards", [{**meta["splits"][split]}])
-            if not shards or any(type(shard["tokens"]) is not int or shard["tokens"] < 1 or
-                                 not isinstance(shard["sha256"], str) for shard in shards[1:]):
-                raise ValueError("a shard without its count or checksum")
-            if sum(shard["tokens"] for shard in shards) != counts[0]:
-                raise ValueError("the shards' tokens do not add up")
+            raise UserError(f"{path}: dtype={meta['dtype']} does not fit "
+                            f"vocab_size={meta['vocab_size']}: {again(folder)}")
+        for split in SPLITS:
+            check_entry(meta["splits"][split])
         if not isinstance(meta["tokenizer"], dict):
             raise ValueError("no tokenizer")
-        return meta
     except FileNotFoundError:
-        raise UserError(f"no data set in {folder}, as {folder / 'meta.json'} is missing: python prepare.py YOUR_TEXT_FILE "
-             f"--name={folder.name} makes one")
+        raise UserError(f"no data set in {folder}, as {path} is missing: python prepare.py "
+                        f"YOUR_TEXT_FILE --name={folder.name} makes one")
     except OSError as error:
-        raise UserError(f"cannot read {folder / 'meta.json'}: {error.strerror or error}: {again}")
+        raise UserError(f"cannot read {path}: {error.strerror or error}: {again(folder)}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder / 'meta.json'} is damaged ({type(error).__name__}: {error}): {again}")
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): {again(folder)}")
+    return meta
+
+
+def check_entry(entry: dict):
+    """Raise ValueError, KeyError or TypeError unless `entry` describes a split of a set."""
+    for key in ("tokens", "characters", "bytes"):
+        if type(entry[key]) is not int or entry[key] < 0:
+            raise ValueError(f"{key} is not a count")
+    if not isinstance(entry["sha256"], str):
+        raise ValueError("no checksum")
+    if "shards" not in entry:
+        return
+    shards = entry["shards"]
+    if not shards:
+        raise ValueError("an empty list of shards")
+    for shard in shards:
+        counted = type(shard["tokens"]) is int and shard["tokens"] > 0
+        if not counted or not isinstance(shard["sha256"], str):
+            raise ValueError("a shard without its count or checksum")
+    if sum(shard["tokens"] for shard in shards) != entry["tokens"]:
+        raise ValueError("the tokens of the shards do not add up")
 
 
 def split_files(meta: dict, split: str) -> list:
-    """[(name, tokens, SHA-256)] of a split's files: one, or its shards in order."""
+    """[(name, tokens, SHA-256)] of the files of a split: one, or its shards in order."""
     entry = meta["splits"][split]
     if "shards" not in entry:
         return [(f"{split}.bin", entry["tokens"], entry["sha256"])]
@@ -68,30 +100,38 @@ def split_files(meta: dict, split: str) -> list:
             for number, shard in enumerate(entry["shards"])]
 
 
-class Shards:
-    """The ids of several mapped files as one array: its length, slices, and indexing by an array of places."""
+# -- token files -----------------------------------------------------------------------------------
 
-    def __init__(self, parts: list):
-        self.parts, self.dtype = parts, parts[0].dtype
-        self.ends = np.cumsum([len(part) for part in parts])
+class Shards:
+    """The ids of several mapped files as one array. It has a length, slices, and can be indexed by
+    an array of positions."""
+
+    def __init__(self, arrays: list):
+        self.arrays = arrays
+        self.dtype = arrays[0].dtype
+        self.ends = np.cumsum([len(array) for array in arrays])     # of each shard, in the whole
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getitem__(self, at):
-        at = np.arange(*at.indices(len(self))) if isinstance(at, slice) else np.asarray(at)
-        if at.size and not 0 <= at.min() <= at.max() < len(self):
-            raise IndexError(f"places {at.min()} to {at.max()} of {len(self)}")
-        which, ids = np.searchsorted(self.ends, at, side="right"), np.empty(at.shape, self.dtype)
-        for number in np.unique(which):
-            here = which == number
-            ids[here] = self.parts[number][at[here] - (self.ends[number] - len(self.parts[number]))]
+    def __getitem__(self, index) -> np.ndarray:
+        if isinstance(index, slice):
+            index = np.arange(*index.indices(len(self)))
+        index = np.asarray(index)
+        if index.size and not 0 <= index.min() <= index.max() < len(self):
+            raise IndexError(f"positions {index.min()} to {index.max()} of {len(self)}")
+        ids = np.empty(index.shape, self.dtype)
+        shard_of = np.searchsorted(self.ends, index, side="right")
+        for number in np.unique(shard_of):
+            array = self.arrays[number]
+            here = shard_of == number
+            ids[here] = array[index[here] - (self.ends[number] - len(array))]
         return ids
 
 
 def map_ids(path: Path, dtype: np.dtype) -> np.ndarray:
-    """The numbers in a file that is not empty, mapped. They are read in small windows all over the file: what a system
-    reads ahead, megabytes often, would cost a hundred times what is asked for."""
+    """The ids in a file that is not empty, memory-mapped. Access is random, so read-ahead is turned
+    off."""
     with open(path, "rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if hasattr(mmap, "MADV_RANDOM"):
@@ -99,64 +139,92 @@ def map_ids(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(content, dtype)
 
 
-def open_split(folder: Path, meta: dict, split: str):
-    """The token ids of a split, mapped and not read (an array, or Shards); their count is checked against `meta`."""
-    dtype, parts, again = np.dtype(meta["dtype"]), [], f"run python prepare.py again for {folder.name}"
+def open_split(folder: Path, meta: dict, split: str) -> "np.ndarray | Shards":
+    """The token ids (tokens,) of a split, memory-mapped. The size of each file is checked against
+    `meta`."""
+    dtype = np.dtype(meta["dtype"])
+    arrays = []
     for name, count, _ in split_files(meta, split):
         path = folder / name
         if not path.is_file():
-            raise UserError(f"{path} is missing: {again}")
-        if path.stat().st_size != count * dtype.itemsize:
-            raise UserError(f"{path} has {path.stat().st_size:,} bytes; meta.json says {count:,} tokens of {dtype}, "
-                 f"{count * dtype.itemsize:,} bytes: {again}")
-        parts.append(map_ids(path, dtype) if count else np.empty(0, dtype))
-    return parts[0] if len(parts) == 1 else Shards(parts)
+            raise UserError(f"{path} is missing: {again(folder)}")
+        size = path.stat().st_size
+        if size != count * dtype.itemsize:
+            raise UserError(f"{path} has {size:,} bytes; meta.json says {count:,} tokens of "
+                            f"{dtype}, {count * dtype.itemsize:,} bytes: {again(folder)}")
+        arrays.append(map_ids(path, dtype) if count else np.empty(0, dtype))
+    return arrays[0] if len(arrays) == 1 else Shards(arrays)
 
 
 def open_data(folder: Path, block_size: int) -> tuple:
-    """({"train": ids, "val": ids}, meta), or one line that says which split is too short for a window."""
+    """({"train": ids, "val": ids}, meta). Raises UserError if a split is too short for one window
+    of `block_size` tokens and the target after it."""
     meta = read_meta(folder)
-    data = {split: open_split(folder, meta, split) for split in ("train", "val")}
-    for split, more in (("train", "bring more text"), ("val", "raise prepare.py's --val_fraction")):
+    data = {split: open_split(folder, meta, split) for split in SPLITS}
+    ways_out = {"train": "bring more text", "val": "raise prepare.py's --val_fraction"}
+    for split, way_out in ways_out.items():
         if len(data[split]) <= block_size:
-            raise UserError(f"{split} has {len(data[split]):,} tokens; block_size={block_size} needs {block_size + 1}: "
-                 f"lower --block_size or {more}")
+            raise UserError(f"{split} has {len(data[split]):,} tokens; block_size={block_size} "
+                            f"needs {block_size + 1}: lower --block_size or {way_out}")
     return data, meta
-
-
-class Shuffle:
-    """A permutation of range(n) that takes no memory: a Feistel network over the least even number of bits that holds
-    n, whose results from n on are put through it again until one lies below (Black and Rogaway 2002)."""
-
-    def __init__(self, rng, n: int):
-        self.n, self.half = n, ((n - 1).bit_length() + 1) // 2
-        self.keys = [int(key) for key in rng.integers(2**63, size=4)]
-
-    def __getitem__(self, place: int) -> int:
-        mask = (1 << self.half) - 1
-        while True:
-            left, right = place >> self.half, place & mask
-            for key in self.keys:
-                mixed = (right + key) * 0x9E3779B97F4A7C15 & (1 << 64) - 1      # Knuth's multiplicative hash,
-                mixed = (mixed ^ mixed >> 32) * 0x9E3779B97F4A7C15 & (1 << 64) - 1  # twice, so that all bits mix
-                left, right = right, left ^ (mixed >> 40) & mask
-            place = left << self.half | right
-            if place < self.n:
-                return place
-
-
-def random_order(rng, n: int):
-    """A random permutation of range(n), to be indexed: an array, or a Shuffle when the array would be a large one."""
-    return rng.permutation(n) if n <= 1 << 22 else Shuffle(rng, n)
-
-
-def windows_at_once(block_size: int, vocab_size: int) -> int:
-    """How many windows an evaluation computes together: 16, or fewer where their logits would be over half a GB."""
-    return min(16, max(1, 2**27 // (block_size * vocab_size)))
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, split: str):
     """Refuse ids that the model has no row for."""
     if ids.size and int(ids.max()) >= vocab_size:
-        raise UserError(f"{split}.bin holds token id {int(ids.max()):,}, but vocab_size={vocab_size:,}: "
-             "check the set with python prepare.py --check NAME, or prepare it again")
+        raise UserError(f"{split}.bin holds token id {int(ids.max()):,}, but "
+                        f"vocab_size={vocab_size:,}: check the set with python prepare.py --check "
+                        "NAME, or prepare it again")
+
+
+def windows_at_once(block_size: int, vocab_size: int) -> int:
+    """How many windows an evaluation computes at a time: 16, or fewer where their logits would
+    exceed half a GB."""
+    return min(16, max(1, MOST_LOGITS // (block_size * vocab_size)))
+
+
+# -- a random order --------------------------------------------------------------------------------
+
+GOLDEN = 0x9E3779B97F4A7C15             # Knuth's multiplicative hash
+WORD = (1 << 64) - 1
+
+
+def mix(value: int) -> int:
+    """24 bits that depend on all bits of `value`: the hash is applied twice."""
+    value = value * GOLDEN & WORD
+    value = (value ^ value >> 32) * GOLDEN & WORD
+    return value >> 40
+
+
+class Shuffle:
+    """A permutation of range(n) that takes no memory: a Feistel network over the smallest even
+    number of bits that holds n. A result of n or more goes through it again until one is below n
+    (Black and Rogaway 2002)."""
+
+    def __init__(self, rng: np.random.Generator, n: int):
+        self.n = n
+        self.half_bits = ((n - 1).bit_length() + 1) // 2
+        self.keys = [int(key) for key in rng.integers(2**63, size=4)]
+
+    def __getitem__(self, position: int) -> int:
+        while True:
+            position = self.permute(position)
+            if position < self.n:
+                return position
+
+    def permute(self, value: int) -> int:
+        """A permutation of the numbers of 2 * half_bits bits."""
+        mask = (1 << self.half_bits) - 1
+        left = value >> self.half_bits
+        right = value & mask
+        for key in self.keys:
+            left, right = right, left ^ mix(right + key) & mask
+        return left << self.half_bits | right
+
+
+def random_order(rng: np.random.Generator, n: int) -> "np.ndarray | Shuffle":
+    """A random permutation of range(n), to be indexed: an array, or a Shuffle where the array would
+    be large."""
+    if n <= LARGEST_ARRAY:
+        return rng.permutation(n)
+    return Shuffle(rng, n)

@@ -1,54 +1,54 @@
-"""Files that are whole or not there: atomic writing, checksums, the lock of a folder."""
+"""Files that are complete or absent: atomic writing, checksums, and the lock of a folder."""
 
 import contextlib
+import errno
 import hashlib
 import os
-import shutil
-import sys
+import re
 import time
-from contextlib import contextmanager
+import weakref
 from pathlib import Path
+
+import filelock
 
 from inkling.cli import UserError
 
-try:
-    import fcntl
-except ImportError:                     # Windows
-    fcntl = None
-try:
-    import msvcrt
-except ImportError:                     # everything else
-    msvcrt = None
-
 ROOT = Path(__file__).resolve().parent.parent
+LOCK = ".lock"                          # in every folder that a process may hold; empty
+HOLDER = ".lock_holder"                 # names the process that holds the lock
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # what a file system without locks answers
 
+
+# -- writing ---------------------------------------------------------------------------------------
 
 def sync_folder(folder: Path):
     """Make a rename in `folder` durable. Windows offers no handle on a folder and needs none."""
-    if os.name != "nt":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path):
-    """A binary file that takes `path`'s place only when the block ends well: written beside it, flushed to the disk,
-    renamed. On any error the old file stays as it is and nothing else is left. One writer at a time."""
+    """A binary file that takes the place of `path` only when the block succeeds: it is written
+    beside it, flushed to the disk and renamed. After any error the old file is unchanged and
+    nothing else is left. One writer at a time."""
     path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
-            beside.unlink()
+            temporary.unlink()
         raise
 
 
@@ -57,73 +57,104 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lock_folder(folder: Path, wait: bool = False):
-    """Hold `folder` for this process, or fail naming the process that does (wait: until it lets go). The lock dies
-    with its process, however it ends. Returns the open file; keep it."""
+# -- the lock of a folder --------------------------------------------------------------------------
+
+class FolderLock:
+    """A folder that this process holds until `close()` or its end, however that comes. Forked
+    children do not share it."""
+
+    def __init__(self, lock: filelock.BaseFileLock, holder_file: Path):
+        self.close = weakref.finalize(self, release_folder, lock, holder_file, os.getpid())
+
+
+def release_folder(lock: filelock.BaseFileLock, holder_file: Path, pid: int):
+    if os.getpid() != pid:              # a forked child ends; its parent still holds the folder
+        return
+    with contextlib.suppress(OSError):
+        holder_file.unlink()
+    lock.release()
+
+
+def lock_folder(folder: Path, wait: bool = False) -> FolderLock:
+    """Hold `folder` for this process, and create it if need be. If another process holds it, raise
+    a UserError that names that process or, with wait=True, wait until it lets go. The lock dies
+    with its process. Where the file system has no locks, a note says so, and nothing is held."""
+    lock = filelock.FileLock(folder / LOCK, thread_local=False, fallback_to_soft=False)
+    announced = False
+    while not try_lock(lock, folder):
+        holder = read_holder(folder / HOLDER)
+        if not wait:
+            raise UserError(f"{folder} is in use by {holder}: wait for it, or give another "
+                            "--out_dir")
+        if not announced:
+            print(f"waiting  for {holder}, which uses {folder}", flush=True)
+        announced = True
+    write_holder(folder / HOLDER)
+    return FolderLock(lock, folder / HOLDER)
+
+
+def try_lock(lock: filelock.BaseFileLock, folder: Path) -> bool:
+    """Whether this process may use `folder` now."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+", encoding="utf-8")     # noqa: SIM115, held open on purpose
-    except OSError as error:
-        raise UserError(f"cannot use the folder {folder}: {error.strerror or error}: name another")
-    told = False
-    while True:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            elif msvcrt:
-                file.seek(1 << 20)      # a byte past the text, so that others can still read who holds it
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            break
-        except OSError as error:
-            if fcntl and not isinstance(error, BlockingIOError):
-                break                   # a file system that knows no locks
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            if not wait:
-                raise UserError(f"{folder} is in use by {holder}: wait for it, or give another --out_dir")
-            if not told:
-                print(f"waiting  for {holder}, which uses {folder}", flush=True)
-            told = True
-            time.sleep(0.2)
-    with contextlib.suppress(OSError):          # a full disk: the folder is held all the same
-        os.ftruncate(file.fileno(), 0)
-        os.write(file.fileno(), f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}".encode())
-    return file
+        lock.acquire(timeout=0.2)       # whoever has just taken it needs a moment to write its name
+    except filelock.Timeout:
+        return False
+    except FileNotFoundError:           # its last holder has just removed the empty folder
+        return try_lock(lock, folder)
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise UserError(f"cannot use the folder {folder}: {error.strerror or error}: name "
+                            "another")
+        print(f"note     {folder} lies on a file system without locks: let no second process use "
+              "it meanwhile", flush=True)
+    return True
 
 
-class Progress:
-    """How much of `total` bytes is done and how long the rest takes, on stderr: one line that is redrawn on a
-    terminal, elsewhere a line every half minute. Nothing for what takes less than two seconds."""
-
-    def __init__(self, what: str, total: int = 0):
-        self.what, self.total, self.done = what, total, 0
-        self.terminal = sys.stderr.isatty()
-        self.start = time.monotonic()
-        self.next = self.start + (2 if self.terminal else 30)
-
-    def advance(self, count: int):
-        self.done += count
-        if (now := time.monotonic()) < self.next:
-            return
-        self.next = now + (0.2 if self.terminal else 30)
-        rate = self.done / (now - self.start)
-        left = f", {max(0, self.total - self.done) / rate:,.0f} s left" if self.total and rate else ""
-        of = f" of {self.total / 1e6:,.0f}" if self.total else ""
-        line = f"{self.what} {self.done / 1e6:,.0f}{of} MB, {rate / 1e6:,.1f} MB/s{left}"
-        print(*(("\r", f"{line:<78}") if self.terminal else (line, "\n")), sep="", end="", file=sys.stderr, flush=True)
-
-    def end(self):
-        if self.terminal and self.next > self.start + 2:
-            print(f"\r{'':<78}\r", end="", file=sys.stderr, flush=True)
+def write_holder(path: Path):
+    name = f"process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    with contextlib.suppress(OSError):      # a full disk: the folder is held all the same
+        path.write_text(name, encoding="utf-8")
 
 
-@contextmanager
+def read_holder(path: Path) -> str:
+    """The name of the process that holds a lock. A process that was killed leaves its name behind,
+    so the name counts only while that process lives."""
+    try:
+        name = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return "another process"
+    pid = re.match(r"process (\d+), started ", name)
+    return name.strip() if pid and is_running(int(pid[1])) else "another process"
+
+
+def is_running(pid: int) -> bool:
+    """Whether this machine runs that process; on Windows, where a signal would reach it, always
+    True."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
 def hold_folder(folder: Path):
-    """Hold a set's folder: another process that prepares the same set waits. A folder that stays empty goes again."""
-    held = lock_folder(folder, wait=True)
+    """Hold the folder of a data set: another process that prepares the same set waits. A folder
+    that is still empty at the end is removed."""
+    lock = lock_folder(folder, wait=True)
     try:
         yield
     finally:
-        held.close()
-        if os.listdir(folder) == [".lock"]:
-            shutil.rmtree(folder, ignore_errors=True)
+        unused = {path.name for path in folder.iterdir()} <= {LOCK, HOLDER}
+        if unused:
+            with contextlib.suppress(OSError):      # Windows removes it when the lock is closed
+                (folder / LOCK).unlink()
+        lock.close()
+        if unused:
+            with contextlib.suppress(OSError):      # another process has taken the folder
+                folder.rmdir()

@@ -337,7 +337,7 @@ def test_names_of_data_sets_are_plain(start, tmp_path, name):
     (tmp_path / "text").write_text(TEXT)
     for outcome in (start(f"--dataset={name}"), start("--dataset="),
                     inside(prepare.main, "text", f"--name={name}"), inside(prepare.main, "--check", name)):
-        one_line_error(outcome, "is no name of a data set", "letters, digits")
+        one_line_error(outcome, "is not a valid data set name", "letters, digits")
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
@@ -378,7 +378,7 @@ def test_mistakes_in_sampling(alone, words, parts):
     ([], ["fables", "text files"]),
     (["nowhere.txt"], ["no file nowhere.txt"]),
     (["text", "text"], ["--name=NAME"]),
-    (["text", "--name=fables"], ["name=fables belongs to a named set"]),
+    (["text", "--name=fables"], ["name=fables belongs to a built-in set"]),
     (["text", "--tokenizer=chars"], ["tokenizer='chars'", "char, byte"]),
     (["text", "--val_fraction=1"], ["val_fraction=1.0", "below 1"]),
     (["text", "--val_fraction=-0.1"], ["val_fraction=-0.1", "at least 0"]),

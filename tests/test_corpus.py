@@ -1,4 +1,4 @@
-"""The embedded fables are worth training on: whole little stories in one form, told once, in plain ASCII; and so is
+"""The bundled fables are worth training on: whole little stories in one form, told once, in plain ASCII; and so is
 the table of Chinese ones, in simplified characters."""
 
 import csv

@@ -17,6 +17,7 @@ import pytest
 from conftest import one_line_error
 
 import prepare
+from inkling.cli import exit_code
 
 TEXT = b"The hen said good night to the moon.\r\nThe moon said it back.\n" * 20
 
@@ -148,9 +149,8 @@ def prepared(tmp_path):
 def refused(prepared, capsys):
     """What a person sees of a prepare.py that must end early."""
     def refused(*argv):
-        with pytest.raises(SystemExit) as stop:
-            prepared(*argv)
-        return SimpleNamespace(returncode=stop.value.code, stderr=capsys.readouterr().err)
+        code = exit_code(lambda _: prepared(*argv), [])
+        return SimpleNamespace(returncode=code, stderr=capsys.readouterr().err)
     return refused
 
 
@@ -158,7 +158,7 @@ def files(folder) -> dict:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-# -- named sets ----------------------------------------------------------------------------------------------
+# -- built-in sets ----------------------------------------------------------------------------------------------
 
 def test_the_text_is_downloaded_once_and_kept_exactly(site, prepared, tmp_path):
     prepared("tale")

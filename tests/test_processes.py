@@ -296,7 +296,7 @@ def test_a_killed_process_ends_all_within_a_minute_and_the_run_goes_on(tmp_path,
     with torchrun(tmp_path / "two", data_dir, **LONG) as process:
         run = tmp_path / "two" / "run"
         wait_for(lambda: steps_done(run) > 25)
-        writer = int(re.search(r"process (\d+)", (run / ".lock").read_text())[1])
+        writer = int(re.search(r"process (\d+)", (run / ".lock_holder").read_text())[1])
         workers = children(process.pid)
         assert writer in workers
         assert len(workers) == 2

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,7 @@ import pytest
 from conftest import ROOT, TOY, inside, one_line_error, prepared, refused, trained
 
 import prepare
-from inkling.dataset import Shuffle, open_data, open_split, read_meta
-from inkling.dataset import random_order as shuffled
+from inkling.dataset import LARGEST_ARRAY, Shuffle, open_data, open_split, random_order, read_meta
 from inkling.tokenizer import Tokenizer
 from prepare import Options, write_set
 from train import Config, get_batch, window_starts
@@ -43,9 +43,9 @@ def both(here) -> tuple:
 
 def test_shards_are_the_same_ids_in_more_files(both):
     one, many = both
-    for split, count in (("train", 19), ("val", 3)):
-        parts = [many / f"{split}_{number:03}.bin" for number in range(count)]
-        assert [part.stat().st_size for part in parts[:-1]] == [999] * (count - 1)
+    for split, shards in (("train", 19), ("val", 3)):
+        parts = [many / f"{split}_{number:03}.bin" for number in range(shards)]
+        assert [part.stat().st_size for part in parts[:-1]] == [999] * (shards - 1)
         assert b"".join(part.read_bytes() for part in parts) == (one / f"{split}.bin").read_bytes()
         entry = read_meta(many)["splits"][split]
         assert [shard["sha256"] for shard in entry["shards"]] == [hashlib.sha256(part.read_bytes()).hexdigest()
@@ -114,26 +114,30 @@ def test_too_many_shards_are_refused_and_leave_nothing(here):
 
 def test_a_kill_between_shards_leaves_no_set_and_the_next_run_heals_it(here):
     """The process is gone at the n-th rename, for every n."""
+    replace = os.replace
     prepared("a.txt")
-    code = ("import os, sys, prepare\nleft = int(sys.argv[1])\nreplace = os.replace\n"
-            "def killed(*args):\n    global left\n    left -= 1\n    left < 0 and os._exit(9)\n    replace(*args)\n"
-            "os.replace = killed\nprepare.main(sys.argv[2:])")
     for number in range(9):
-        done = subprocess.run([sys.executable, "-c", code, str(number), "a.txt", "--data_dir=sets", "--force",
-                               "--shard_tokens=6000"], env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
-        assert (here / "sets/a/meta.json").exists() is (done.returncode == 0)
-        if done.returncode == 0:
+        renames = count(0)
+
+        def replace_or_end(*args, renames=renames, number=number):
+            if next(renames) == number:
+                os._exit(9)
+            replace(*args)
+
+        child = os.fork()
+        if child == 0:
+            os.replace = replace_or_end
+            prepared("a.txt", "--force", "--shard_tokens=6000")
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert (here / "sets/a/meta.json").exists() is (code == 0)
+        if code == 0:
             break
     assert number == 6                                  # three shards, val, the first shard's name, meta.json
     prepared("--check", "a")
 
 
 # -- what is there -----------------------------------------------------------------------------------------------------
-
-def decoded(*words) -> bytes:
-    return subprocess.run([sys.executable, str(ROOT / "prepare.py"), "--decode", *words, "--data_dir=sets"], check=True,
-                          capture_output=True, timeout=60).stdout
-
 
 def test_decode_into_a_closed_pipe_says_nothing(here):
     (here / "b.txt").write_text(FABLES * 5, encoding="utf-8")
@@ -152,7 +156,7 @@ def test_decode_writes_the_text_back(tokenizer, here):
     (here / "b.txt").write_text(text, encoding="utf-8", newline="")
     for more in ([], ["--shard_tokens=1234"], ["--limit=4000"]):
         prepared("b.txt", f"--tokenizer={tokenizer}", "--val_fraction=0.3", *more)
-        assert decoded("b").decode() == (text[:4000] if "--limit=4000" in more else text)
+        assert prepared("--decode", "b") == (text[:4000] if "--limit=4000" in more else text)
 
 
 def test_a_nanogpt_folder_is_taken_over_as_it_is(here):
@@ -304,18 +308,15 @@ def test_a_shuffle_is_a_permutation(n):
 
 def test_small_epochs_are_drawn_as_before():
     order = np.random.default_rng([5, 1, 0]).permutation(1000)
-    assert (shuffled(np.random.default_rng([5, 1, 0]), 1000) == order).all()
-    assert isinstance(shuffled(np.random.default_rng(0), (1 << 22) + 1), Shuffle)
+    assert (random_order(np.random.default_rng([5, 1, 0]), 1000) == order).all()
+    assert isinstance(random_order(np.random.default_rng(0), LARGEST_ARRAY + 1), Shuffle)
 
 
 def test_an_epoch_of_a_large_set_visits_every_window_once(monkeypatch):
     """With the large sets' permutation, on a small one."""
-    monkeypatch.setattr(runtime, "shuffled", lambda rng, n: Shuffle(rng, n))
-    import train
-    train.permutation.cache_clear()
+    monkeypatch.setattr("inkling.dataset.LARGEST_ARRAY", 1)
     cfg = Config(**TOY | dict(sampling="epoch", seed=99, block_size=32, batch_size=4))
     starts = np.concatenate([window_starts(step, cfg, 3203) for step in range(25)])
-    train.permutation.cache_clear()
     assert len(set(starts)) == 100
     assert len({(start - starts[0]) % 3203 // 32 for start in starts}) >= 99
     covered = np.concatenate([(start + np.arange(32)) % 3203 for start in starts])

@@ -1,5 +1,6 @@
 """As much of Windows as can be put over another system, for a child that is to run a program: modules and names that
-only POSIX has are hidden, locks are msvcrt's, open files can be neither renamed nor removed, folders not opened."""
+only POSIX has are hidden, locks are as Windows has them, open files can be neither renamed nor removed, folders not
+opened."""
 
 import importlib
 import mmap
@@ -8,6 +9,8 @@ import shutil
 import signal
 import sys
 import types
+
+import filelock
 
 MODULES = ["fcntl", "resource", "termios", "tty", "pty", "readline", "pwd", "grp", "curses", "syslog", "posix"]
 OURS = ("train", "sample", "prepare", "convert", "inkling")
@@ -55,23 +58,35 @@ def refuse(event: str, args: tuple):
                 raise PermissionError(13, "The process cannot access the file because it is being used", str(path))
 
 
-def locks() -> types.ModuleType:
-    """msvcrt's one function that is used here, over the system's own locks: on bytes from the file's position on."""
+def windows_lock() -> type:
+    """filelock.FileLock as it is on Windows, over the system's own locks: while it is held its file is open, so that
+    the folder cannot be renamed; then the file is removed."""
     import fcntl
 
-    def locking(descriptor: int, mode: int, count: int):
-        at = os.lseek(descriptor, 0, os.SEEK_CUR)
-        fcntl.lockf(descriptor, fcntl.LOCK_UN if mode == 0 else fcntl.LOCK_EX | fcntl.LOCK_NB, count, at)
+    class WindowsLock:
+        def __init__(self, path, **_):
+            self.path, self.descriptor = path, None
 
-    module = types.ModuleType("msvcrt")
-    module.locking, module.LK_UNLCK, module.LK_LOCK, module.LK_NBLCK = locking, 0, 1, 2
-    return module
+        def acquire(self, timeout: float):
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
+            except (BlockingIOError, PermissionError):
+                os.close(descriptor)
+                raise filelock.Timeout(str(self.path))
+            self.descriptor = descriptor
+
+        def release(self):
+            os.close(self.descriptor)
+            os.unlink(self.path)
+
+    return WindowsLock
 
 
 def become(program: str):
     """Put Windows on, import `program` and all of ours afresh, and return its main."""
     sys.argv[0] = f"{program}.py"
-    sys.modules["msvcrt"] = locks()
+    filelock.FileLock = windows_lock()
     for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
         if name != "inkling.cli":       # the child's `run` comes from it and must know the programs' UserError
             del sys.modules[name]
