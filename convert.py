@@ -1,13 +1,14 @@
-"""Models of other programs: a Hugging Face directory of GPT-2 or Llama to a checkpoint of Inkling, and back.
+"""Models of other programs: a Hugging Face directory of GPT-2 or Llama to a checkpoint of Inkling,
+and back.
 
     python convert.py import gpt2               # OpenAI's; also gpt2-medium, gpt2-large, gpt2-xl
     python convert.py import path/to/folder --out=out/llama
     python convert.py export out/book/ckpt.pt --out=book
 
-The folder to import holds config.json, model.safetensors and tokenizer.json; transformers loads the folder that an
-export writes, tokenizer included.
-Weights keep their bytes in both directions: matrices are only split, joined and transposed. What one side has and the
-other cannot express is refused by name, never dropped. A name is looked up in the local Hugging Face cache (HF_HOME,
+The folder to import holds config.json, model.safetensors and tokenizer.json; transformers loads the
+folder that an export writes, tokenizer included. Weights keep their bytes in both directions:
+matrices are only split, joined and transposed. What one side has and the other cannot express is
+refused by name, never dropped. A name is looked up in the local Hugging Face cache (HF_HOME,
 HF_HUB_CACHE) and downloaded to it when it is not there; HF_ENDPOINT names another server.
 """
 
@@ -28,58 +29,68 @@ from inkling.files import atomic_write
 from inkling.huggingface import NAMES, load_tokenizer, model_folder, read_json, tokenizer_to_json
 from inkling.tokenizer import END_OF_TEXT, Tokenizer
 
-EXPORTED = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+EXPORTED = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+            "tokenizer_config.json"}
 
 
 @dataclass
 class Options:
     # -- what is written
-    out: str = ""                       # import: folder of the run, empty: out/NAME; export: the directory to write
-    tokenizer: str = ""                 # import: the tokenizer, if the directory's own cannot be used: byte, a name
-                                        # that tiktoken knows, or the path of a meta.json or ckpt.pt of Inkling
+    out: str = ""                       # import: folder of the run, empty: out/NAME; export: the
+                                        # directory to write
+    tokenizer: str = ""                 # import: the tokenizer, if the directory's own cannot be
+                                        # used: byte, a name that tiktoken knows, or the path of a
+                                        # meta.json or ckpt.pt of Inkling
 
 
-# -- architectures ---------------------------------------------------------------------------------------------------
+# -- architectures ---------------------------------------------------------------------------------
 # Dicts of settings are called config when they are ours, and hf when they are those of config.json.
 
 TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
 
-# The value that a switch of the model must have, since the architecture has nothing else. A switch that is not listed
-# can be converted, whatever its value.
-FIXED_IN_BOTH = dict(embed_norm=False, head_bias=False, qk_norm=False, logit_cap=0.0, shortcuts=False, ngrams=0)
+# The value that a switch of the model must have, since the architecture has nothing else. A switch
+# that is not listed can be converted, whatever its value.
+FIXED_IN_BOTH = dict(embed_norm=False, head_bias=False, qk_norm=False, logit_cap=0.0,
+                     shortcuts=False, ngrams=0)
 FIXED = {
     "gpt2": FIXED_IN_BOTH | dict(positions="learned", norm="layernorm"),
-    "llama": FIXED_IN_BOTH | dict(positions="rope", rope_fraction=1.0, norm="rmsnorm", mlp="swiglu"),
+    "llama": FIXED_IN_BOTH | dict(positions="rope", rope_fraction=1.0, norm="rmsnorm",
+                                  mlp="swiglu"),
 }
 
 # Our settings that are sizes, and their names in config.json.
 SIZES = {
     "gpt2": dict(block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd"),
-    "llama": dict(block_size="max_position_embeddings", n_layer="num_hidden_layers", n_head="num_attention_heads",
-                  n_embd="hidden_size", n_kv_head="num_key_value_heads", ffn_dim="intermediate_size"),
+    "llama": dict(block_size="max_position_embeddings", n_layer="num_hidden_layers",
+                  n_head="num_attention_heads", n_embd="hidden_size",
+                  n_kv_head="num_key_value_heads", ffn_dim="intermediate_size"),
 }
 
-# GPT-2's activation_function, and our mlp. Of several names for one mlp, an export writes the first.
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu",
-               "relu2": "relu2"}
+# GPT-2's activation_function, and our mlp. Of several names for one mlp, an export writes the
+# first.
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
+               "relu": "relu", "relu2": "relu2"}
 
-# Switches of ours for weights that both architectures always have: what a model lacks is exported as zeros or ones.
+# Switches of ours for weights that both architectures always have: what a model lacks is exported
+# as zeros or ones.
 OPTIONAL = ("bias", "qkv_bias", "norm_gain")
 
 # Fields of config.json that say nothing about what the weights compute in evaluation.
 HARMLESS = {
-    "model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range",
-    "bos_token_id", "eos_token_id", "pad_token_id", "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout",
-    "task_specific_params", "n_special", "predict_special_tokens", "output_past", "id2label", "label2id", "_num_labels",
-    "gradient_checkpointing", "pretraining_tp", "reorder_and_upcast_attn", "summary_type", "summary_use_proj",
-    "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "_name_or_path", "is_llama_config",
-    "transformers.js_config", "tokenizer_class", "inkling"}
+    "_name_or_path", "_num_labels", "architectures", "attention_dropout", "attn_pdrop", "bos_token_id",
+    "dtype", "embd_pdrop", "eos_token_id", "gradient_checkpointing", "id2label", "initializer_range",
+    "inkling", "is_llama_config", "label2id", "model_type", "n_special", "output_past", "pad_token_id",
+    "predict_special_tokens", "pretraining_tp", "reorder_and_upcast_attn", "resid_pdrop",
+    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+    "summary_use_proj", "task_specific_params", "tokenizer_class", "torch_dtype",
+    "transformers.js_config", "transformers_version", "use_cache"}
 
 
-# -- config.json to our settings -------------------------------------------------------------------------------------
+# -- config.json to our settings -------------------------------------------------------------------
 
 class Fields:
-    """Reads the fields of config.json, and collects in `refused` each one that has no counterpart here."""
+    """Reads the fields of config.json, and collects in `refused` each one that has no counterpart
+    here."""
 
     def __init__(self, hf: dict):
         self.hf = dict(hf)
@@ -113,21 +124,23 @@ class Fields:
         return 1
 
     def refuse_unread(self):
-        """Whatever was not read could change what the model computes, unless it is off or harmless."""
+        """Whatever was not read could change what the model computes, unless it is off or
+        harmless."""
         for name, value in self.hf.items():
             if name not in self.used | HARMLESS and value is not None and value is not False:
                 self.refused.append(f"{name}={value!r}")
 
 
 def settings_from_hf(hf: dict) -> tuple:
-    """(config, vocab_size): our settings of the model that config.json's content describes, with every bias and gain
-    of its architecture. Raises ValueError naming each field that has no counterpart here."""
+    """(config, vocab_size): our settings of the model that config.json's content describes, with
+    every bias and gain of its architecture. Raises ValueError naming each field that has no
+    counterpart here."""
     kind = hf.get("model_type")
     if kind not in FIXED:
         raise ValueError(f"model_type={kind!r} is neither gpt2 nor llama")
     fields = Fields(hf)
-    config = FIXED[kind] | dict(qkv_bias="auto", norm_gain=True, ffn_dim=0, pad_vocab_to=1, init="gpt2", dropout=0.0,
-                                attn_dropout=False)
+    config = FIXED[kind] | dict(qkv_bias="auto", norm_gain=True, ffn_dim=0, pad_vocab_to=1,
+                                init="gpt2", dropout=0.0, attn_dropout=False)
     vocab_size = fields.size("vocab_size")
     for ours, theirs in SIZES[kind].items():
         if ours != "n_kv_head":         # its default is n_head
@@ -138,10 +151,12 @@ def settings_from_hf(hf: dict) -> tuple:
     kv_heads = config["n_kv_head"] or heads
     multiple = 2 * heads if kind == "llama" else heads          # rope turns pairs of numbers
     if config["n_embd"] % multiple or heads % kv_heads:
-        fields.refused.append(f"{heads} heads, {kv_heads} of keys and values, in a width of {config['n_embd']}")
+        fields.refused.append(f"{heads} heads, {kv_heads} of keys and values, in a width of "
+                              f"{config['n_embd']}")
     fields.refuse_unread()
     if fields.refused:
-        raise ValueError(f"Inkling's {TITLES[kind]} has no counterpart of {', '.join(fields.refused)}"[:500])
+        named = ", ".join(fields.refused)
+        raise ValueError(f"Inkling's {TITLES[kind]} has no counterpart of {named}"[:500])
     return config, vocab_size
 
 
@@ -177,23 +192,24 @@ def llama_settings(fields: Fields, config: dict) -> dict:
 
 
 def read_rope_theta(fields: Fields) -> float:
-    """The base of the rotary angles: transformers 5 has it in rope_parameters, transformers 4 beside rope_scaling.
-    Any way of scaling the angles is refused."""
+    """The base of the rotary angles: transformers 5 has it in rope_parameters, transformers 4
+    beside rope_scaling. Any way of scaling the angles is refused."""
     rope = dict(fields.get("rope_scaling", {})) | dict(fields.get("rope_parameters", {}))
     if theta := rope.pop("rope_theta", None):
         fields.hf["rope_theta"] = theta
     types = {rope.pop(name, "default") for name in ("rope_type", "type")}
     factor = rope.pop("partial_rotary_factor", 1)
     if types != {"default"} or factor != 1 or any(rope.values()):
-        fields.refused.append(f"rope_parameters={fields.hf.get('rope_parameters') or fields.hf.get('rope_scaling')}")
+        scaling = fields.get("rope_parameters") or fields.get("rope_scaling")
+        fields.refused.append(f"rope_parameters={scaling}")
     return float(fields.number("rope_theta", 10_000.0))
 
 
-# -- our settings to config.json -------------------------------------------------------------------------------------
+# -- our settings to config.json -------------------------------------------------------------------
 
 def settings_to_hf(config: dict, width: int, vocab_size: int, eot: int | None) -> dict:
-    """config.json's content for our settings. width: of the MLP. Raises ValueError naming every switch that neither
-    GPT-2 nor Llama has."""
+    """config.json's content for our settings. width: of the MLP. Raises ValueError naming every
+    switch that neither GPT-2 nor Llama has."""
     kind = "llama" if config["positions"] == "rope" else "gpt2"
     refuse_switches(kind, config)
     sizes = config | dict(ffn_dim=width, n_kv_head=config["n_kv_head"] or config["n_head"])
@@ -214,8 +230,9 @@ def refuse_switches(kind: str, config: dict):
         refused.append("n_kv_head")
     if refused:
         named = ", ".join(f"{name}={config[name]}" for name in refused)
-        raise ValueError(f"{TITLES[kind]} (positions={config['positions']}) has no counterpart of {named}; a model "
-                         "trained with config/shakespeare_char_nanogpt.py has none of these")
+        raise ValueError(f"{TITLES[kind]} (positions={config['positions']}) has no counterpart of "
+                         f"{named}; a model trained with config/shakespeare_char_nanogpt.py has "
+                         "none of these")
 
 
 def gpt2_fields(config: dict, width: int) -> dict:
@@ -246,16 +263,18 @@ def llama_fields(config: dict) -> dict:
     )
 
 
-# -- names and shapes of the weights ---------------------------------------------------------------------------------
+# -- names and shapes of the weights ---------------------------------------------------------------
 
 class Weight(NamedTuple):
-    """A weight of an architecture. GPT-2 stores its matrices (in, out); Inkling and Llama store them (out, in)."""
-    ours: list                          # names of our weights that are joined in it, one after another
+    """A weight of an architecture. GPT-2 stores its matrices (in, out); Inkling and Llama store
+    them (out, in)."""
+    ours: list                          # names of our weights that it joins, one after another
     shape: tuple                        # there
     transposed: bool = False
 
 
-def linear(theirs: str, ours: list, inputs: int, outputs: int, bias: bool, transposed: bool = False) -> dict:
+def linear(theirs: str, ours: list, inputs: int, outputs: int, bias: bool,
+           transposed: bool = False) -> dict:
     """A linear layer, by the names that its weights have there."""
     shape = (inputs, outputs) if transposed else (outputs, inputs)
     weights = {f"{theirs}.weight": Weight([f"{name}.weight" for name in ours], shape, transposed)}
@@ -272,7 +291,8 @@ def norm(theirs: str, ours: str, width: int, bias: bool) -> dict:
 
 
 def gpt2_layout(config: dict, rows: int, width: int) -> dict:
-    """Every weight of a GPT-2, by its name there, the embedding first. rows: of the embedding; width: of the MLP."""
+    """Every weight of a GPT-2, by its name there, the embedding first. rows: of the embedding;
+    width: of the MLP."""
     n_embd = config["n_embd"]
     layout = {"transformer.wte.weight": Weight(["wte.weight"], (rows, n_embd)),
               "transformer.wpe.weight": Weight(["wpe.weight"], (config["block_size"], n_embd))}
@@ -300,17 +320,18 @@ def llama_layout(config: dict, rows: int, width: int) -> dict:
     attention_bias = config["bias"] or config["qkv_bias"] is True
     layout = {"model.embed_tokens.weight": Weight(["wte.weight"], (rows, n_embd))}
     for layer in range(config["n_layer"]):
-        theirs = f"model.layers.{layer}"
+        attention = f"model.layers.{layer}.self_attn"
+        mlp = f"model.layers.{layer}.mlp"
         ours = f"blocks.{layer}"
-        layout |= linear(f"{theirs}.self_attn.q_proj", [f"{ours}.attn.q"], n_embd, n_embd, attention_bias)
-        layout |= linear(f"{theirs}.self_attn.k_proj", [f"{ours}.attn.k"], n_embd, kv_dim, attention_bias)
-        layout |= linear(f"{theirs}.self_attn.v_proj", [f"{ours}.attn.v"], n_embd, kv_dim, attention_bias)
-        layout |= linear(f"{theirs}.self_attn.o_proj", [f"{ours}.attn.out"], n_embd, n_embd, attention_bias)
-        layout |= linear(f"{theirs}.mlp.gate_proj", [f"{ours}.mlp.gate"], n_embd, width, mlp_bias)
-        layout |= linear(f"{theirs}.mlp.up_proj", [f"{ours}.mlp.up"], n_embd, width, mlp_bias)
-        layout |= linear(f"{theirs}.mlp.down_proj", [f"{ours}.mlp.down"], width, n_embd, mlp_bias)
-        layout |= norm(f"{theirs}.input_layernorm", f"{ours}.norm1", n_embd, False)
-        layout |= norm(f"{theirs}.post_attention_layernorm", f"{ours}.norm2", n_embd, False)
+        layout |= linear(f"{attention}.q_proj", [f"{ours}.attn.q"], n_embd, n_embd, attention_bias)
+        layout |= linear(f"{attention}.k_proj", [f"{ours}.attn.k"], n_embd, kv_dim, attention_bias)
+        layout |= linear(f"{attention}.v_proj", [f"{ours}.attn.v"], n_embd, kv_dim, attention_bias)
+        layout |= linear(f"{attention}.o_proj", [f"{ours}.attn.out"], n_embd, n_embd, attention_bias)
+        layout |= linear(f"{mlp}.gate_proj", [f"{ours}.mlp.gate"], n_embd, width, mlp_bias)
+        layout |= linear(f"{mlp}.up_proj", [f"{ours}.mlp.up"], n_embd, width, mlp_bias)
+        layout |= linear(f"{mlp}.down_proj", [f"{ours}.mlp.down"], width, n_embd, mlp_bias)
+        layout |= norm(f"model.layers.{layer}.input_layernorm", f"{ours}.norm1", n_embd, False)
+        layout |= norm(f"model.layers.{layer}.post_attention_layernorm", f"{ours}.norm2", n_embd, False)
     layout |= norm("model.norm", "norm", n_embd, False)
     if not config["tie_weights"]:
         layout["lm_head.weight"] = Weight(["head.weight"], (rows, n_embd))
@@ -337,11 +358,12 @@ def neutral(name: str, shape) -> torch.Tensor:
     return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
 
 
-# -- weights from there ----------------------------------------------------------------------------------------------
+# -- weights from there ----------------------------------------------------------------------------
 
 def model_from_hf(hf: dict, tensors: dict) -> tuple:
-    """(config, tensors, vocab_size) of ours, from config.json's content and the tensors by name. float32 keeps its
-    bytes, 16-bit weights become float32. Raises ValueError when they do not fit each other, or Inkling."""
+    """(config, tensors, vocab_size) of ours, from config.json's content and the tensors by name.
+    float32 keeps its bytes, 16-bit weights become float32. Raises ValueError when they do not fit
+    each other, or Inkling."""
     config, vocab_size = settings_from_hf(hf)
     kind = hf["model_type"]
     if config["n_layer"] > len(tensors):
@@ -360,8 +382,8 @@ def model_from_hf(hf: dict, tensors: dict) -> tuple:
 
 
 def full_names(kind: str, tensors: dict) -> dict:
-    """The tensors without the constants that old versions stored with the weights, by their full names: the bare
-    models, as OpenAI's are stored, leave out the prefix."""
+    """The tensors without the constants that old versions stored with the weights, by their full
+    names: the bare models, as OpenAI's are stored, leave out the prefix."""
     prefix = "transformer." if kind == "gpt2" else "model."
     full = {}
     for name, tensor in tensors.items():
@@ -397,7 +419,8 @@ def check_tensors(layout: dict, tensors: dict):
 
 
 def split_tensors(layout: dict, tensors: dict) -> dict:
-    """Our weights. Takes each tensor out of `tensors`, so that a large model is not in memory twice."""
+    """Our weights. Takes each tensor out of `tensors`, so that a large model is not in memory
+    twice."""
     ours = {}
     for name, weight in layout.items():
         tensor = tensors.pop(name).float()
@@ -410,35 +433,39 @@ def split_tensors(layout: dict, tensors: dict) -> dict:
 
 
 def switch_off_neutral(config: dict, hf: dict, ours: dict) -> dict:
-    """Our settings for these weights. Weights that a model of ours lacked were exported as neutral, and the switches
-    beside them: while they are still neutral, they are taken out of `ours` again, and the model gets its own switches.
-    Raises ValueError when weights remain that no switches can express."""
-    exported = {name: value for name, value in dict(hf.get("inkling") or {}).items() if name in OPTIONAL}
+    """Our settings for these weights. Weights that a model of ours lacked were exported as neutral,
+    and the switches beside them: while they are still neutral, they are taken out of `ours` again,
+    and the model gets its own switches. Raises ValueError when weights remain that no switches can
+    express."""
+    stored = dict(hf.get("inkling") or {})
+    exported = {name: stored[name] for name in OPTIONAL if name in stored}
     for switches in (config | exported, config):
         extra = [name for name in ours if not has_weight(name, switches)]
         if all(torch.equal(ours[name], neutral(name, ours[name].shape)) for name in extra):
             for name in extra:
                 del ours[name]
             return switches
-    raise ValueError("Inkling's Llama has no counterpart of attention_bias=True with mlp_bias=False, but for biases of "
-                     "queries, keys and values alone")
+    raise ValueError("Inkling's Llama has no counterpart of attention_bias=True with mlp_bias=False, "
+                     "but for biases of queries, keys and values alone")
 
 
-# -- weights to there ------------------------------------------------------------------------------------------------
+# -- weights to there ------------------------------------------------------------------------------
 
 def model_to_hf(config: dict, tensors: dict, vocab_size: int, eot: int | None = None) -> tuple:
-    """(config.json's content, tensors by their name there) of a model of ours, without the rows that pad its
-    vocabulary. Raises ValueError naming the switches that neither architecture has."""
+    """(config.json's content, tensors by their name there) of a model of ours, without the rows
+    that pad its vocabulary. Raises ValueError naming the switches that neither architecture has."""
     rows = tensors["wte.weight"].size(0)
     width = tensors["blocks.0.mlp.up.weight"].size(0)
     hf = settings_to_hf(config, width, vocab_size, eot)
     if config["n_layer"] > len(tensors):
         raise ValueError(f"its {len(tensors)} tensors are not those of {config['n_layer']} layers")
     layout = LAYOUTS[hf["model_type"]](config, rows, width)
-    needed = {name for weight in layout.values() for name in weight.ours if has_weight(name, config)}
-    needed.add("head.weight")
+    needed = {"head.weight"}
+    for weight in layout.values():
+        needed |= {name for name in weight.ours if has_weight(name, config)}
     if needed != set(tensors):
-        raise ValueError(f"its weights do not fit its settings: {sorted(needed ^ set(tensors))[:4]}")
+        differing = sorted(needed ^ set(tensors))
+        raise ValueError(f"its weights do not fit its settings: {differing[:4]}")
     theirs = {}
     for name, weight in layout.items():
         tensor = join_tensors(name, weight, tensors)
@@ -461,18 +488,19 @@ def join_tensors(name: str, weight: Weight, tensors: dict) -> torch.Tensor:
         tensor = tensor.T
     shape = tuple(tensor.shape)
     if shape != weight.shape:
-        raise ValueError(f"its weights do not fit its settings: {weight.ours[0]} gives {name} {shape}, "
-                         f"not {weight.shape}")
+        raise ValueError(f"its weights do not fit its settings: {weight.ours[0]} gives {name} "
+                         f"{shape}, not {weight.shape}")
     return tensor
 
 
-# -- import ----------------------------------------------------------------------------------------------------------
+# -- import ----------------------------------------------------------------------------------------
 
 def import_safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        raise UserError("reading and writing model.safetensors needs the package safetensors: pip install safetensors")
+        raise UserError("reading and writing model.safetensors needs the package safetensors: "
+                        "pip install safetensors")
     return safetensors
 
 
@@ -495,13 +523,13 @@ def load_tensors(folder: Path) -> dict:
     """Every tensor of a Hugging Face directory by its name there, on the CPU."""
     paths = weight_files(folder)
     if not paths:
-        raise UserError(f"{folder} holds no complete model.safetensors (nor pytorch_model.bin): is the download "
-                        "finished?")
+        raise UserError(f"{folder} holds no complete model.safetensors (nor pytorch_model.bin): is "
+                        "the download finished?")
     tensors = {}
     for path in paths:
         content = load_weight_file(path)
         if twice := tensors.keys() & content.keys():
-            raise UserError(f"{path} holds {min(twice)} again, which an earlier part of the weights has")
+            raise UserError(f"{path} holds {min(twice)} again, which is in an earlier part, too")
         tensors |= content
     return tensors
 
@@ -513,7 +541,7 @@ def load_weight_file(path: Path) -> dict:
         return load_file(path)
     except Exception as error:          # a damaged file can fail anywhere in these libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"{path} is damaged or holds no weights ({reason}); nothing was loaded from it")
+        raise UserError(f"{path} is damaged or holds no weights ({reason}); nothing was loaded")
 
 
 def load_pickle(path: Path) -> dict:
@@ -537,10 +565,11 @@ def find_folder(source: str) -> Path:
 
 
 def import_model(source: str, tokenizer: str = "") -> dict:
-    """A checkpoint's content with the weights of a Hugging Face directory, or of one of NAMES. Raises UserError about
-    what is not there, is damaged, or has no counterpart in Inkling."""
+    """A checkpoint's content with the weights of a Hugging Face directory, or of one of NAMES.
+    Raises UserError about what is not there, is damaged, or has no counterpart in Inkling."""
     if tokenizer == "char":
-        raise UserError("--tokenizer=char: a char tokenizer comes from a text; name the meta.json of its data set")
+        raise UserError("--tokenizer=char: a char tokenizer comes from a text; name the meta.json "
+                        "of its data set")
     folder = find_folder(source)
     hf = read_json(folder / "config.json")
     try:
@@ -551,11 +580,12 @@ def import_model(source: str, tokenizer: str = "") -> dict:
     chosen = Tokenizer.build(tokenizer, "") if tokenizer else load_tokenizer(folder, hf)
     vocab_size = chosen.vocab_size
     if vocab_size > rows:
-        raise UserError(f"{folder}: the tokenizer has {vocab_size:,} tokens, the model only {rows:,}: "
-                        "name its own with --tokenizer")
+        raise UserError(f"{folder}: the tokenizer has {vocab_size:,} tokens, the model only "
+                        f"{rows:,}: name its own with --tokenizer")
     if vocab_size < rows:               # the further rows stand for no token
         config["pad_vocab_to"] = rows
-    return {"config": config, "vocab_size": vocab_size, "tokenizer": chosen.stored, "model": tensors, "step": 0}
+    return {"config": config, "vocab_size": vocab_size, "tokenizer": chosen.stored,
+            "model": tensors, "step": 0}
 
 
 def import_folder(source: str, options: Options):
@@ -571,12 +601,13 @@ def import_folder(source: str, options: Options):
     parameters = sum(tensor.numel() for tensor in content["model"].values())
     if config["tie_weights"]:
         parameters -= content["model"]["head.weight"].numel()
-    print(f"{out / 'ckpt.pt'}: {parameters:,} parameters, {config['n_layer']} layers, {config['n_head']} heads, "
-          f"{config['n_embd']} wide, context {config['block_size']:,}, vocabulary {content['vocab_size']:,}")
+    print(f"{out / 'ckpt.pt'}: {parameters:,} parameters, {config['n_layer']} layers, "
+          f"{config['n_head']} heads, {config['n_embd']} wide, context {config['block_size']:,}, "
+          f"vocabulary {content['vocab_size']:,}")
     print(f"next     python sample.py --out_dir={out}", flush=True)
 
 
-# -- export ----------------------------------------------------------------------------------------------------------
+# -- export ----------------------------------------------------------------------------------------
 
 def export_folder(source: str, options: Options):
     """The command: a checkpoint to a Hugging Face directory."""
@@ -584,24 +615,29 @@ def export_folder(source: str, options: Options):
         raise UserError(f"say where to: python convert.py export {source} --out=DIR")
     out = Path(options.out)
     if out.exists() and not is_replaceable(out):
-        raise UserError(f"{out} is there and holds something other than an export: name a new folder with --out")
+        raise UserError(f"{out} is there and holds something other than an export: name a new "
+                        "folder with --out")
     content = load_checkpoint(source)
+    config = content["config"]
     try:
         tokenizer = Tokenizer(content["tokenizer"])
-        hf, tensors = model_to_hf(content["config"], content["model"], content["vocab_size"], tokenizer.eot)
+        hf, tensors = model_to_hf(config, content["model"], content["vocab_size"], tokenizer.eot)
         files = {
             "config.json": hf,
             "tokenizer.json": tokenizer_to_json(tokenizer),
-            "tokenizer_config.json": tokenizer_config(tokenizer, content["config"]["block_size"]),
-            "generation_config.json": {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot},
+            "tokenizer_config.json": tokenizer_config(tokenizer, config["block_size"]),
+            "generation_config.json": {"bos_token_id": tokenizer.eot,
+                                       "eos_token_id": tokenizer.eot},
         }
     except ValueError as error:
         raise UserError(f"{source}: {error}")
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise UserError(f"{source}: its parts do not fit together ({type(error).__name__}: {str(error)[:200]})")
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError(f"{source}: its parts do not fit together ({reason})")
     write_folder(out, files, tensors)
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    print(f"{out}: {TITLES[hf['model_type']]}, {parameters:,} parameters, and its tokenizer ({tokenizer.kind})")
+    print(f"{out}: {TITLES[hf['model_type']]}, {parameters:,} parameters, and its tokenizer "
+          f"({tokenizer.kind})")
     print(f"next     hf upload USER/NAME {out}", flush=True)
 
 
@@ -650,7 +686,7 @@ def write_folder(out: Path, files: dict, tensors: dict):
         shutil.rmtree(beside, ignore_errors=True)
 
 
-# -- commands --------------------------------------------------------------------------------------------------------
+# -- commands --------------------------------------------------------------------------------------
 
 COMMANDS = {"import": import_folder, "export": export_folder}
 
@@ -658,8 +694,8 @@ COMMANDS = {"import": import_folder, "export": export_folder}
 def main(argv: list):
     parsed = parse(Options, argv, __doc__, takes="words")
     if len(parsed.words) != 2 or parsed.words[0] not in COMMANDS:
-        raise UserError("say what to convert: python convert.py import DIR_OR_NAME, or export CKPT.pt --out=DIR; see "
-                        "--help")
+        raise UserError("say what to convert: python convert.py import DIR_OR_NAME, or export "
+                        "CKPT.pt --out=DIR; see --help")
     command, source = parsed.words
     COMMANDS[command](source, Options(**parsed.values))
 

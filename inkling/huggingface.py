@@ -1,7 +1,9 @@
-"""Hugging Face's side of a conversion: tokenizer.json to a Tokenizer and back, and models of the hub by their names.
+"""Hugging Face's side of a conversion: tokenizer.json to a Tokenizer and back, and models of the
+hub by their names.
 
-Both sides split a text by a regular expression and merge bytes pair by pair. tiktoken's ranks are the ids, and it may
-merge any two neighbours that form a token, the lowest rank first; tokenizer.json lists the pairs.
+Both sides split a text by a regular expression and merge bytes pair by pair. tiktoken's ranks are
+the ids, and it may merge any two neighbours that form a token, the lowest rank first;
+tokenizer.json lists the pairs.
 
 The package huggingface_hub finds and downloads models; it is imported when a name is asked for.
 """
@@ -9,16 +11,16 @@ The package huggingface_hub finds and downloads models; it is imported when a na
 import json
 import re
 import sys
-from base64 import b64encode
 from math import inf
 from pathlib import Path
 
 from inkling.cli import UserError
 from inkling.files import sha256
-from inkling.tokenizer import END_OF_TEXT, Tokenizer
+from inkling.tokenizer import END_OF_TEXT, Tokenizer, rank_lines
 
-NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")        # huggingface.co/openai-community/NAME
-FILES = ("config.json", "tokenizer.json", "model.safetensors")  # what is needed of each
+# OpenAI's models, at huggingface.co/openai-community/NAME, and what is needed of each.
+NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
 # GPT-2's way to split a text, as tiktoken writes it.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -29,8 +31,8 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; a Hugging Face directory has "
-                        f"{', '.join(FILES)}")
+        reason = error.strerror or error
+        raise UserError(f"cannot read {path}: {reason}; a Hugging Face directory has {', '.join(FILES)}")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {str(error)[:100]}")
     if not isinstance(content, dict):
@@ -38,10 +40,11 @@ def read_json(path: Path) -> dict:
     return content
 
 
-# -- bytes and merges ------------------------------------------------------------------------------------------------
+# -- bytes and merges ------------------------------------------------------------------------------
 
 def byte_letters() -> list:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's encoder.py)."""
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's
+    encoder.py)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(value if value in printable else next(others)) for value in range(256)]
@@ -60,8 +63,8 @@ def to_bytes(letters: str) -> bytes:
 
 
 def last_parts(token: bytes, ranks: dict) -> list:
-    """What merging by ranks makes of `token` before the merge that completes it: two parts, or more if lower ranks
-    never lead to it."""
+    """What merging by ranks makes of `token` before the merge that completes it: two parts, or more
+    if lower ranks never lead to it."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
         neighbours = enumerate(zip(parts, parts[1:], strict=False))
@@ -73,9 +76,10 @@ def last_parts(token: bytes, ranks: dict) -> list:
 
 
 def merge_pairs(ranks: dict) -> list:
-    """[(left, right)] in the order of ranks (bytes -> id): the two parts that each token is merged from. They are the
-    same in any text, since the inside of a token is merged first, and without regard to what surrounds it. Tokens
-    that cannot be merged from two parts are only met as a whole; they have no pair."""
+    """[(left, right)] in the order of ranks (bytes -> id): the two parts that each token is merged
+    from. They are the same in any text, since the inside of a token is merged first, and without
+    regard to what surrounds it. Tokens that cannot be merged from two parts are only met as a
+    whole; they have no pair."""
     pairs = []
     for token in sorted(ranks, key=ranks.get):
         parts = last_parts(token, ranks)
@@ -84,15 +88,16 @@ def merge_pairs(ranks: dict) -> list:
     return pairs
 
 
-# -- patterns --------------------------------------------------------------------------------------------------------
+# -- patterns --------------------------------------------------------------------------------------
 
-# Possessive repeats and anchors mean different things in the two dialects; all else that is in use means the same.
+# Possessive repeats and anchors mean different things in the two dialects; all else that is in use
+# means the same.
 AMBIGUOUS = re.compile(r"([?*+]|\{\d+(,\d*)?\})\+|\\[zZAG]|(?<!\\)[$^]")
 
 
 def pattern_to_json(pattern: str) -> str:
-    """A pattern of tiktoken's in the dialect of the tokenizers library, where {1,3}+ repeats instead of being
-    possessive and $ also matches before a line break."""
+    """A pattern of tiktoken's in the dialect of the tokenizers library, where {1,3}+ repeats
+    instead of being possessive and $ also matches before a line break."""
     pattern = re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", pattern)
     return re.sub(r"(?<!\\)\$(?=[|)]|$)", r"\\z", pattern)
 
@@ -103,11 +108,14 @@ def split_step(pattern: str) -> dict:
 
 
 def pattern_from_json(content: dict, exported: dict) -> str:
-    """The pattern by which tokenizer.json's content splits a text, in tiktoken's dialect. Raises ValueError.
+    """The pattern by which tokenizer.json's content splits a text, in tiktoken's dialect. Raises
+    ValueError.
 
-    Two forms are understood: ByteLevel alone, which is GPT-2's, and a Split followed by ByteLevel."""
-    pre_tokenizer = content.get("pre_tokenizer") or {"type": "nothing"}
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    Two forms are understood: ByteLevel alone, which is GPT-2's, and a Split followed by
+    ByteLevel."""
+    steps = [content.get("pre_tokenizer") or {"type": "nothing"}]
+    if steps[0]["type"] == "Sequence":
+        steps = steps[0]["pretokenizers"]
     *first, last = steps
     byte_level = last["type"] == "ByteLevel" and not last.get("add_prefix_space")
     own_regex = last.get("use_regex", True)
@@ -117,31 +125,33 @@ def pattern_from_json(content: dict, exported: dict) -> str:
         pattern = first[0]["pattern"].get("Regex", "")
         if first[0] == split_step(pattern):
             return pattern_to_tiktoken(pattern, exported)
-    raise ValueError(f"it prepares a text by {', '.join(str(step['type']) for step in steps)}, unlike byte-level BPE")
+    types = ", ".join(str(step["type"]) for step in steps)
+    raise ValueError(f"it prepares a text by {types}, unlike byte-level BPE")
 
 
 def pattern_to_tiktoken(pattern: str, exported: dict) -> str:
     if pattern_to_json(exported.get("pattern", "")) == pattern:
         return exported["pattern"]
     if AMBIGUOUS.search(pattern.replace("[^", "")):
-        raise ValueError(f"it splits a text by {pattern!r}, which may mean something else in tiktoken")
+        raise ValueError(f"it splits a text by {pattern!r}, which tiktoken may read differently")
     return pattern
 
 
-# -- a Tokenizer to tokenizer.json -----------------------------------------------------------------------------------
+# -- a Tokenizer to tokenizer.json -----------------------------------------------------------------
 
 def tokenizer_to_json(tokenizer: Tokenizer) -> dict:
-    """tokenizer.json's content. It gives the same ids of any text, except that one that looks like a special token
-    becomes that token. Raises ValueError for a kind of tokenizer that has no counterpart."""
-    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-               "post_processor": None}
+    """tokenizer.json's content. It gives the same ids of any text, except that one that looks like
+    a special token becomes that token. Raises ValueError for a kind of tokenizer that has no
+    counterpart."""
+    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+               "normalizer": None, "post_processor": None}
     if tokenizer.kind == "char":
         return content | char_parts(tokenizer)
     if tokenizer.kind == "byte":
         return content | byte_parts()
     if tokenizer.kind == "bpe":
         return content | bpe_parts(tokenizer)
-    raise ValueError(f"a tokenizer of the kind {tokenizer.kind} has no counterpart in tokenizer.json")
+    raise ValueError(f"tokenizer.json has no counterpart of a tokenizer of the kind {tokenizer.kind}")
 
 
 def char_parts(tokenizer: Tokenizer) -> dict:
@@ -151,25 +161,27 @@ def char_parts(tokenizer: Tokenizer) -> dict:
         parts["decoder"] = {"type": "Fuse"}
         parts["model"] = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
         return parts
-    vocab |= {f"<0x{value:02X}>": tokenizer.fallback + value for value in range(256)}       # for rare characters
-    parts["decoder"] = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+    for value in range(256):            # the bytes of rare characters
+        vocab[f"<0x{value:02X}>"] = tokenizer.fallback + value
+    decoders = [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    parts["decoder"] = {"type": "Sequence", "decoders": decoders}
     parts["model"] = {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": True}
     return parts
 
 
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+              "use_regex": False}
 
 
 def byte_parts() -> dict:
-    vocab = {letter: value for letter, value in BYTES.items()}
-    return {"pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL, "model": bpe_model(vocab, [])}
+    return {"pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL, "model": bpe_model(dict(BYTES), [])}
 
 
 def bpe_parts(tokenizer: Tokenizer) -> dict:
     ranks = tokenizer.bpe["mergeable_ranks"]
     special = tokenizer.bpe["special_tokens"]
     vocab = {to_letters(token): rank for token, rank in ranks.items()}
-    vocab |= special                    # a special token gets its id from its place in the vocabulary
+    vocab |= special                    # where a special token gets its id
     merges = [[to_letters(left), to_letters(right)] for left, right in merge_pairs(ranks)]
     steps = [split_step(pattern_to_json(tokenizer.bpe["pat_str"])), BYTE_LEVEL]
     return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
@@ -180,25 +192,27 @@ def bpe_parts(tokenizer: Tokenizer) -> dict:
 
 def bpe_model(vocab: dict, merges: list) -> dict:
     return {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-            "vocab": vocab, "merges": merges}
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+            "ignore_merges": True, "vocab": vocab, "merges": merges}
 
 
 def added_token(text: str, value: int) -> dict:
-    return {"id": value, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-            "special": True}
+    return {"id": value, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False, "special": True}
 
 
-# -- tokenizer.json to a Tokenizer -----------------------------------------------------------------------------------
+# -- tokenizer.json to a Tokenizer -----------------------------------------------------------------
 
 def tokenizer_from_json(content: dict, exported: dict) -> Tokenizer:
-    """The tokenizer in tokenizer.json's content. `exported`: name and pattern, if Inkling exported it. Without a name
-    it is called gpt2 if it is that, or else bpe. Raises ValueError naming what Inkling cannot express."""
+    """The tokenizer in tokenizer.json's content. `exported`: name and pattern, if Inkling exported
+    it. Without a name it is called gpt2 if it is that, or else bpe. Raises ValueError naming what
+    Inkling cannot express."""
     model = content["model"]
-    kind = model.get("type", "BPE")     # files older than tokenizers 0.10, such as GPT-2's own, have no type
-    fallback = model.get("byte_fallback")
-    if kind not in ("BPE", "WordLevel") or (fallback and model.get("merges")):
-        raise ValueError(f"it is {kind}, {'with byte_fallback, ' if fallback else ''}not byte-level BPE")
+    kind = model.get("type", "BPE")     # files older than tokenizers 0.10, such as GPT-2's, have none
+    if kind not in ("BPE", "WordLevel"):
+        raise ValueError(f"it is {kind}, not byte-level BPE")
+    if model.get("byte_fallback") and model.get("merges"):
+        raise ValueError(f"it is {kind} with byte_fallback, not byte-level BPE")
     if not model.get("merges"):
         return unmerged_tokenizer(content, kind)
     return bpe_tokenizer(content, exported)
@@ -207,15 +221,18 @@ def tokenizer_from_json(content: dict, exported: dict) -> Tokenizer:
 def unmerged_tokenizer(content: dict, kind: str) -> Tokenizer:
     """The char or byte tokenizer that Inkling would write as `content`."""
     vocab = content["model"]["vocab"]
-    stored = {"kind": "char", "chars": "".join(sorted((text for text in vocab if len(text) == 1), key=vocab.get))}
+    characters = [text for text in vocab if len(text) == 1]
+    stored = {"kind": "char", "chars": "".join(sorted(characters, key=vocab.get))}
     if content["model"].get("byte_fallback"):
         stored["bytes"] = True
     elif kind == "BPE":
         stored = {"kind": "byte"}
     tokenizer = Tokenizer(stored)
     expected = tokenizer_to_json(tokenizer)
-    same_steps = all(content.get(part) == expected[part] for part in ("pre_tokenizer", "normalizer"))
-    if not same_steps or content.get("added_tokens") or vocab != expected["model"]["vocab"]:
+    same = vocab == expected["model"]["vocab"] and not content.get("added_tokens")
+    for part in ("pre_tokenizer", "normalizer"):
+        same = same and content.get(part) == expected[part]
+    if not same:
         raise ValueError(f"it is {kind} without merges, and was not exported by Inkling")
     return tokenizer
 
@@ -230,7 +247,7 @@ def bpe_tokenizer(content: dict, exported: dict) -> Tokenizer:
     vocab = {letters: value for letters, value in model["vocab"].items() if letters not in special}
     unknown = {letter for letters in vocab for letter in letters} - BYTES.keys()
     if unknown:
-        raise ValueError(f"its vocabulary does not spell its tokens in bytes: it has {min(unknown)!r}")
+        raise ValueError(f"its vocabulary is not byte-level: it has {min(unknown)!r}")
     ranks = {to_bytes(letters): value for letters, value in vocab.items()}
     for value in range(256):
         if bytes([value]) not in ranks:
@@ -239,23 +256,28 @@ def bpe_tokenizer(content: dict, exported: dict) -> Tokenizer:
     # Data sets that were prepared with tiktoken's gpt2 must have the very same tokenizer.
     is_gpt2 = pattern == GPT2_PATTERN and special == {END_OF_TEXT: 50_256} and len(ranks) == 50_256
     name = exported.get("name", "gpt2" if is_gpt2 else "bpe")
-    lines = [f"{b64encode(token).decode()} {ranks[token]}" for token in sorted(ranks, key=ranks.get)]
-    return Tokenizer({"kind": "bpe", "name": name, "pattern": pattern, "special": special, "ranks": "\n".join(lines)})
+    return Tokenizer({"kind": "bpe", "name": name, "pattern": pattern, "special": special,
+                      "ranks": rank_lines(ranks)})
 
 
 def refuse_extras(model: dict, added: list, normalizer: dict | None):
     """Raise ValueError naming what tiktoken does not have."""
-    extras = [f"{key}={model[key]!r}" for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-              if model.get(key)]
+    extras = []
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            extras.append(f"{key}={model[key]!r}")
     if normalizer:
         extras.append(f"the normalizer {normalizer['type']}")
-    extras += [f"the added token {token['content']!r} that is not special" for token in added if not token["special"]]
+    for token in added:
+        if not token["special"]:
+            extras.append(f"the added token {token['content']!r} that is not special")
     if extras:
         raise ValueError(f"it has {', '.join(extras[:5])}")
 
 
 def check_merges(model: dict, vocab: dict, ranks: dict):
-    """Raise ValueError unless merging by ids, as tiktoken does, is the same as merging by the list of pairs."""
+    """Raise ValueError unless merging by ids, as tiktoken does, is the same as merging by the list
+    of pairs."""
     listed = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     order = [vocab[left + right] for left, right in listed]
     pairs = {(to_letters(left), to_letters(right)) for left, right in merge_pairs(ranks)}
@@ -264,7 +286,7 @@ def check_merges(model: dict, vocab: dict, ranks: dict):
         raise ValueError("its merges are not in the order of its ids, as tiktoken needs them")
 
 
-# -- the tokenizer of a directory ------------------------------------------------------------------------------------
+# -- the tokenizer of a directory ------------------------------------------------------------------
 
 def load_tokenizer(folder: Path, hf: dict) -> Tokenizer:
     """The tokenizer of a Hugging Face directory; `hf`: what its config.json holds."""
@@ -281,17 +303,21 @@ def load_tokenizer(folder: Path, hf: dict) -> Tokenizer:
         if tokenizer.kind == "bpe":
             tokenizer.encode("Once")    # tiktoken reads the pattern here
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        reason = str(error) if isinstance(error, ValueError) else f"damaged ({type(error).__name__}: {error})"
-        raise UserError(f"the tokenizer in {folder} cannot be used: {reason[:300]}; name another with "
-                        "--tokenizer=NAME, one that tiktoken knows, or the path of a meta.json or ckpt.pt that has it")
+        reason = str(error)
+        if not isinstance(error, ValueError):
+            reason = f"damaged ({type(error).__name__}: {error})"
+        raise UserError(f"the tokenizer in {folder} cannot be used: {reason[:300]}; name another "
+                        "with --tokenizer=NAME, one that tiktoken knows, or the path of a meta.json "
+                        "or ckpt.pt that has it")
     if "TemplateProcessing" in str(content.get("post_processor")):
-        print(f"note     the tokenizer in {folder} puts special tokens around every text; Inkling does not",
-              file=sys.stderr, flush=True)
+        print(f"note     the tokenizer in {folder} puts special tokens around every text; "
+              "Inkling does not", file=sys.stderr, flush=True)
     return tokenizer
 
 
 def tokenizer_content(folder: Path, settings: dict) -> dict | None:
-    """What the directory's tokenizer.json holds, or what the older vocab.json and merges.txt amount to."""
+    """What the directory's tokenizer.json holds, or what the older vocab.json and merges.txt amount
+    to."""
     if (folder / "tokenizer.json").is_file():
         return read_json(folder / "tokenizer.json")
     if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
@@ -300,19 +326,20 @@ def tokenizer_content(folder: Path, settings: dict) -> dict | None:
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
     added = [added_token(END_OF_TEXT, vocab[END_OF_TEXT])] if END_OF_TEXT in vocab else []
-    pre_tokenizer = {"type": "ByteLevel", "add_prefix_space": bool(settings.get("add_prefix_space"))}
-    return {"model": {"type": "BPE", "vocab": vocab, "merges": merges}, "added_tokens": added,
-            "pre_tokenizer": pre_tokenizer}
+    prefix_space = bool(settings.get("add_prefix_space"))
+    return {"model": {"type": "BPE", "vocab": vocab, "merges": merges},
+            "added_tokens": added,
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": prefix_space}}
 
 
-# -- the hub ---------------------------------------------------------------------------------------------------------
+# -- the hub ---------------------------------------------------------------------------------------
 
 def model_folder(name: str) -> Path:
     """The directory of one of NAMES in the Hugging Face cache, downloaded if it is not there."""
     try:
         import huggingface_hub  # noqa: F401
     except ImportError:
-        raise UserError(f"finding {name} needs the package huggingface_hub: pip install huggingface_hub")
+        raise UserError(f"{name} needs the package huggingface_hub: pip install huggingface_hub")
     return cached_folder(name) or download_folder(name)
 
 
@@ -324,20 +351,21 @@ def cached_folder(name: str) -> Path | None:
         config = try_to_load_from_cache(repository, "config.json")
         for file in ("model.safetensors", "pytorch_model.bin"):
             weights = try_to_load_from_cache(repository, file)
-            if isinstance(config, str) and isinstance(weights, str):    # else None, or that the hub has no such file
+            if isinstance(config, str) and isinstance(weights, str):
                 return Path(weights).parent
     return None
 
 
 def download_folder(name: str) -> Path:
-    """Download a named model to the cache. Its weights come last: once they are there, the copy is complete."""
+    """Download a named model to the cache. Its weights come last: once they are there, the copy is
+    complete."""
     from huggingface_hub import constants
     from huggingface_hub.utils import logging
 
     if constants.HF_HUB_OFFLINE:
-        raise UserError(f"{name} is not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids a download: "
-                        "unset it, or set HF_HUB_CACHE to a cache that has the model")
-    logging.set_verbosity_error()       # a warning for every retry would bury the one line of the error
+        raise UserError(f"{name} is not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids a "
+                        "download: unset it, or set HF_HUB_CACHE to a cache that has the model")
+    logging.set_verbosity_error()       # warnings of retries would bury the one line of the error
     revision = "main"
     for file in FILES:
         path = download_file(f"openai-community/{name}", file, revision)
@@ -355,18 +383,19 @@ def download_file(repository: str, file: str, revision: str) -> Path:
         path = Path(hf_hub_download(repository, file, revision=revision))
         check_sha256(path, get_hf_file_metadata(address).etag)
         return path
-    except Exception as error:          # the hub lets errors of its HTTP library through, another one in each version
-        if isinstance(error, OSError) and error.errno:          # of this machine's files
-            raise UserError(f"cannot use the cache {constants.HF_HUB_CACHE}: {error.strerror}: set HF_HUB_CACHE to a "
-                            "folder that can be written and has room")
-        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-        raise UserError(f"could not download {address} ({reason[:200]}): try again, or bring a folder with "
-                        f"{', '.join(FILES)} here by other means and name it: "
+    except Exception as error:          # of the HTTP library below, which is another one in each version
+        if isinstance(error, OSError) and error.errno:          # the local file system, not the network
+            raise UserError(f"cannot use the cache {constants.HF_HUB_CACHE}: {error.strerror}: set "
+                            "HF_HUB_CACHE to a folder that can be written and has room")
+        lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"could not download {address} ({lines[0][:200]}): try again, or bring a "
+                        f"folder with {', '.join(FILES)} here by other means and name it: "
                         "python convert.py import FOLDER --out=out/NAME")
 
 
 def check_sha256(path: Path, etag: str | None):
-    """Delete a file that arrived damaged. Large files have their SHA-256 as ETag; the hub itself compares sizes."""
+    """Delete a file that arrived damaged. Large files have their SHA-256 as ETag; the hub itself
+    compares sizes."""
     if re.fullmatch("[0-9a-f]{64}", etag or "") and sha256(path) != etag:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
