@@ -3,6 +3,8 @@ what has no counterpart is refused by name. Compared with the installed transfor
 
 import hashlib
 import json
+import logging
+import logging.handlers
 import os
 import pickle
 import re
@@ -761,6 +763,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def present(self) -> str:
         """The name of the file that is asked for; "" after an answer that there is none."""
+        self.server.requests += 1
         name = self.path.rsplit("/", 1)[-1]
         if name in self.server.files and name not in self.server.absent:
             return name
@@ -792,6 +795,7 @@ def hub(cache, saved, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files = {name: (folder / name).read_bytes() for name in FILES}
     server.asked, server.faults, server.absent = [], [], set()
+    server.requests = 0
     server.address = f"http://127.0.0.1:{server.server_port}"
     set_endpoint(monkeypatch, server.address)
     yield from serving(server)
@@ -820,8 +824,9 @@ def test_a_name_is_downloaded_once_and_only_what_is_needed(hub):
              (f"/openai-community/gpt2/resolve/{COMMIT}/tokenizer.json", 0),
              (f"/openai-community/gpt2/resolve/{COMMIT}/model.safetensors", 0)]
     assert hub.asked == asked
+    requests = hub.requests
     convert_ok("import", "gpt2", "--out=two")
-    assert hub.asked == asked
+    assert hub.requests == requests
     same_bytes(torch.load("one/ckpt.pt")["model"], torch.load("two/ckpt.pt")["model"])
 
 
@@ -853,8 +858,14 @@ def test_processes_that_start_together_download_once(hub):
 
 
 def expect_failed_download(*parts):
-    """One line that names the file and a way out, and no copy that would be taken for whole."""
+    """One line that names the file and a way out, no warnings before it, and no copy that would be taken for whole."""
+    logger = logging.getLogger("huggingface_hub")
+    logger.setLevel(logging.WARNING)                        # as in a new process
+    warnings = logging.handlers.BufferingHandler(1000)
+    logger.addHandler(warnings)
     outcome = inside(convert.main, "import", "gpt2", "--out=one")
+    logger.removeHandler(warnings)
+    assert not warnings.buffer
     one_line_error(outcome, f"{constants.ENDPOINT}/openai-community/gpt2/resolve/", "try again",
                    "python convert.py import FOLDER", *parts)
     assert not Path("one").exists()
