@@ -18,12 +18,13 @@ import re
 import shutil
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from inkling.checkpoint import claim_folder, load_checkpoint, save_checkpoint
+from inkling.checkpoint import RunFolder, load_checkpoint
 from inkling.cli import UserError, parse, run
 from inkling.files import atomic_write
 from inkling.huggingface import NAMES, load_tokenizer, model_folder, read_json, tokenizer_to_json
@@ -283,7 +284,7 @@ def linear(theirs: str, ours: list, inputs: int, outputs: int, bias: bool,
     return weights
 
 
-def norm(theirs: str, ours: str, width: int, bias: bool) -> dict:
+def norm(theirs: str, ours: str, width: int, bias: bool = False) -> dict:
     weights = {f"{theirs}.weight": Weight([f"{ours}.weight"], (width,))}
     if bias:
         weights[f"{theirs}.bias"] = Weight([f"{ours}.bias"], (width,))
@@ -294,19 +295,20 @@ def gpt2_layout(config: dict, rows: int, width: int) -> dict:
     """Every weight of a GPT-2, by its name there, the embedding first. rows: of the embedding;
     width: of the MLP."""
     n_embd = config["n_embd"]
+    conv1d = partial(linear, bias=True, transposed=True)        # GPT-2's name of a linear layer
     layout = {"transformer.wte.weight": Weight(["wte.weight"], (rows, n_embd)),
               "transformer.wpe.weight": Weight(["wpe.weight"], (config["block_size"], n_embd))}
     for layer in range(config["n_layer"]):
         theirs = f"transformer.h.{layer}"
         ours = f"blocks.{layer}"
         qkv = [f"{ours}.attn.{name}" for name in ("q", "k", "v")]
-        layout |= linear(f"{theirs}.attn.c_attn", qkv, n_embd, 3 * n_embd, True, True)
-        layout |= linear(f"{theirs}.attn.c_proj", [f"{ours}.attn.out"], n_embd, n_embd, True, True)
-        layout |= linear(f"{theirs}.mlp.c_fc", [f"{ours}.mlp.up"], n_embd, width, True, True)
-        layout |= linear(f"{theirs}.mlp.c_proj", [f"{ours}.mlp.down"], width, n_embd, True, True)
-        layout |= norm(f"{theirs}.ln_1", f"{ours}.norm1", n_embd, True)
-        layout |= norm(f"{theirs}.ln_2", f"{ours}.norm2", n_embd, True)
-    layout |= norm("transformer.ln_f", "norm", n_embd, True)
+        layout |= conv1d(f"{theirs}.attn.c_attn", qkv, n_embd, 3 * n_embd)
+        layout |= conv1d(f"{theirs}.attn.c_proj", [f"{ours}.attn.out"], n_embd, n_embd)
+        layout |= conv1d(f"{theirs}.mlp.c_fc", [f"{ours}.mlp.up"], n_embd, width)
+        layout |= conv1d(f"{theirs}.mlp.c_proj", [f"{ours}.mlp.down"], width, n_embd)
+        layout |= norm(f"{theirs}.ln_1", f"{ours}.norm1", n_embd, bias=True)
+        layout |= norm(f"{theirs}.ln_2", f"{ours}.norm2", n_embd, bias=True)
+    layout |= norm("transformer.ln_f", "norm", n_embd, bias=True)
     if not config["tie_weights"]:
         layout["lm_head.weight"] = Weight(["head.weight"], (rows, n_embd))
     return layout
@@ -320,8 +322,9 @@ def llama_layout(config: dict, rows: int, width: int) -> dict:
     attention_bias = config["bias"] or config["qkv_bias"] is True
     layout = {"model.embed_tokens.weight": Weight(["wte.weight"], (rows, n_embd))}
     for layer in range(config["n_layer"]):
-        attention = f"model.layers.{layer}.self_attn"
-        mlp = f"model.layers.{layer}.mlp"
+        theirs = f"model.layers.{layer}"
+        attention = f"{theirs}.self_attn"
+        mlp = f"{theirs}.mlp"
         ours = f"blocks.{layer}"
         layout |= linear(f"{attention}.q_proj", [f"{ours}.attn.q"], n_embd, n_embd, attention_bias)
         layout |= linear(f"{attention}.k_proj", [f"{ours}.attn.k"], n_embd, kv_dim, attention_bias)
@@ -330,9 +333,9 @@ def llama_layout(config: dict, rows: int, width: int) -> dict:
         layout |= linear(f"{mlp}.gate_proj", [f"{ours}.mlp.gate"], n_embd, width, mlp_bias)
         layout |= linear(f"{mlp}.up_proj", [f"{ours}.mlp.up"], n_embd, width, mlp_bias)
         layout |= linear(f"{mlp}.down_proj", [f"{ours}.mlp.down"], width, n_embd, mlp_bias)
-        layout |= norm(f"model.layers.{layer}.input_layernorm", f"{ours}.norm1", n_embd, False)
-        layout |= norm(f"model.layers.{layer}.post_attention_layernorm", f"{ours}.norm2", n_embd, False)
-    layout |= norm("model.norm", "norm", n_embd, False)
+        layout |= norm(f"{theirs}.input_layernorm", f"{ours}.norm1", n_embd)
+        layout |= norm(f"{theirs}.post_attention_layernorm", f"{ours}.norm2", n_embd)
+    layout |= norm("model.norm", "norm", n_embd)
     if not config["tie_weights"]:
         layout["lm_head.weight"] = Weight(["head.weight"], (rows, n_embd))
     return layout
@@ -445,8 +448,8 @@ def switch_off_neutral(config: dict, hf: dict, ours: dict) -> dict:
             for name in extra:
                 del ours[name]
             return switches
-    raise ValueError("Inkling's Llama has no counterpart of attention_bias=True with mlp_bias=False, "
-                     "but for biases of queries, keys and values alone")
+    raise ValueError("Inkling's Llama has no counterpart of attention_bias=True with "
+                     "mlp_bias=False, but for biases of queries, keys and values alone")
 
 
 # -- weights to there ------------------------------------------------------------------------------
@@ -593,11 +596,12 @@ def import_folder(source: str, options: Options):
     out = Path(options.out or Path("out") / (Path(source).resolve().name or "model"))
     content = import_model(source, options.tokenizer)
     config = content["config"]
-    lock = claim_folder(out, resuming=False)
-    problem = save_checkpoint(content, out / "ckpt.pt")
+    folder = RunFolder(out)
+    folder.claim(resuming=False)
+    problem = folder.save(content, "ckpt.pt")
+    folder.release()
     if problem:
         raise UserError(problem)
-    lock.close()
     parameters = sum(tensor.numel() for tensor in content["model"].values())
     if config["tie_weights"]:
         parameters -= content["model"]["head.weight"].numel()
@@ -675,7 +679,7 @@ def write_folder(out: Path, files: dict, tensors: dict):
                 file.write(json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8"))
         weights = beside / "model.safetensors"
         safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
-        weights.chmod((beside / "config.json").stat().st_mode)      # save_file lets only its owner read it
+        weights.chmod((beside / "config.json").stat().st_mode)      # save_file makes it private
         if out.exists():
             os.rename(out, old)
         os.rename(beside, out)

@@ -151,7 +151,7 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict:
         return content | byte_parts()
     if tokenizer.kind == "bpe":
         return content | bpe_parts(tokenizer)
-    raise ValueError(f"tokenizer.json has no counterpart of a tokenizer of the kind {tokenizer.kind}")
+    raise ValueError(f"tokenizer.json has no counterpart of the kind {tokenizer.kind}")
 
 
 def char_parts(tokenizer: Tokenizer) -> dict:
@@ -208,7 +208,7 @@ def tokenizer_from_json(content: dict, exported: dict) -> Tokenizer:
     it. Without a name it is called gpt2 if it is that, or else bpe. Raises ValueError naming what
     Inkling cannot express."""
     model = content["model"]
-    kind = model.get("type", "BPE")     # files older than tokenizers 0.10, such as GPT-2's, have none
+    kind = model.get("type", "BPE")     # absent before tokenizers 0.10, as in GPT-2's
     if kind not in ("BPE", "WordLevel"):
         raise ValueError(f"it is {kind}, not byte-level BPE")
     if model.get("byte_fallback") and model.get("merges"):
@@ -383,8 +383,8 @@ def download_file(repository: str, file: str, revision: str) -> Path:
         path = Path(hf_hub_download(repository, file, revision=revision))
         check_sha256(path, get_hf_file_metadata(address).etag)
         return path
-    except Exception as error:          # of the HTTP library below, which is another one in each version
-        if isinstance(error, OSError) and error.errno:          # the local file system, not the network
+    except Exception as error:          # the hub's HTTP library differs between its versions
+        if isinstance(error, OSError) and error.errno:          # the file system, not the network
             raise UserError(f"cannot use the cache {constants.HF_HUB_CACHE}: {error.strerror}: set "
                             "HF_HUB_CACHE to a folder that can be written and has room")
         lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
