@@ -1,13 +1,14 @@
-"""Weights of other programs: a Hugging Face directory of GPT-2 or Llama to a checkpoint of ours, and back.
+"""Models of other programs: a Hugging Face directory of GPT-2 or Llama to a checkpoint of Inkling,
+and back.
 
-    python convert.py import gpt2               # OpenAI's; also gpt2-xl ...
+    python convert.py import gpt2               # OpenAI's; also gpt2-medium, gpt2-large, gpt2-xl
     python convert.py import path/to/folder --out=out/llama
     python convert.py export out/book/ckpt.pt --out=book
 
-A folder to import holds config.json, model.safetensors and tokenizer.json; an exported one is what transformers and its
-tokenizers load.
-Weights keep their bytes in both directions: matrices are only split, joined and transposed. What one side has and the
-other cannot express is refused by name, never dropped. A name is looked up in the local Hugging Face cache (HF_HOME,
+The folder to import holds config.json, model.safetensors and tokenizer.json; transformers loads the
+folder that an export writes, tokenizer included. Weights keep their bytes in both directions:
+matrices are only split, joined and transposed. What one side has and the other cannot express is
+refused by name, never dropped. A name is looked up in the local Hugging Face cache (HF_HOME,
 HF_HUB_CACHE) and downloaded to it when it is not there; HF_ENDPOINT names another server.
 """
 
@@ -15,201 +16,344 @@ import json
 import os
 import re
 import shutil
-import sys
 import warnings
-from base64 import b64encode
 from dataclasses import dataclass
-from math import inf
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from inkling.checkpoint import claim_folder, load_checkpoint, save_checkpoint
+from inkling.checkpoint import RunFolder, load_checkpoint
 from inkling.cli import UserError, parse, run
-from inkling.download import download
-from inkling.files import atomic_write, lock_folder
+from inkling.files import atomic_write
+from inkling.huggingface import NAMES, load_tokenizer, model_folder, read_json, tokenizer_to_json
 from inkling.tokenizer import END_OF_TEXT, Tokenizer
 
-NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")        # huggingface.co/openai-community/NAME
-FILES = ("config.json", "model.safetensors", "tokenizer.json")  # of each, what is needed; the weights are one file
-EXPORTED = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+EXPORTED = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+            "tokenizer_config.json"}
 
 
 @dataclass
 class Options:
     # -- what is written
-    out: str = ""                       # import: folder of the run, empty: out/NAME; export: the directory to write
-    tokenizer: str = ""                 # import: the tokenizer, if the directory's own cannot be used: byte, a name
-                                        # that tiktoken knows, or the path of a meta.json or ckpt.pt of Inkling
+    out: str = ""                       # import: folder of the run, empty: out/NAME; export: the
+                                        # directory to write
+    tokenizer: str = ""                 # import: the tokenizer, if the directory's own cannot be
+                                        # used: byte, a name that tiktoken knows, or the path of a
+                                        # meta.json or ckpt.pt of Inkling
 
 
-# -- architectures: fields of config.json, switches of ours ----------------------------------------------------------
-# Switches of a model that both architectures share, and then each one's own. What has no fixed value can be converted.
+# -- architectures ---------------------------------------------------------------------------------
+# Dicts of settings are called config when they are ours, and hf when they are those of config.json.
 
-PLAIN = dict(embed_norm=False, head_bias=False, qk_norm=False, logit_cap=0.0, shortcuts=False, ngrams=0)
-SWITCHES = {"gpt2": PLAIN | dict(positions="learned", norm="layernorm"),
-            "llama": PLAIN | dict(positions="rope", rope_fraction=1.0, norm="rmsnorm", mlp="swiglu")}
 TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
-SIZES = {"gpt2": dict(block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd"),
-         "llama": dict(block_size="max_position_embeddings", n_layer="num_hidden_layers", n_head="num_attention_heads",
-                       n_embd="hidden_size", n_kv_head="num_key_value_heads", ffn_dim="intermediate_size")}
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu",
-               "relu2": "relu2"}        # GPT-2's activation_function to our mlp; the first name of each goes back
-OPTIONAL = ("bias", "qkv_bias", "norm_gain")    # of ours: what a model lacks is exported as zeros or ones
+
+# The value that a switch of the model must have, since the architecture has nothing else. A switch
+# that is not listed can be converted, whatever its value.
+FIXED_IN_BOTH = dict(embed_norm=False, head_bias=False, qk_norm=False, logit_cap=0.0,
+                     shortcuts=False, ngrams=0)
+FIXED = {
+    "gpt2": FIXED_IN_BOTH | dict(positions="learned", norm="layernorm"),
+    "llama": FIXED_IN_BOTH | dict(positions="rope", rope_fraction=1.0, norm="rmsnorm",
+                                  mlp="swiglu"),
+}
+
+# Our settings that are sizes, and their names in config.json.
+SIZES = {
+    "gpt2": dict(block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd"),
+    "llama": dict(block_size="max_position_embeddings", n_layer="num_hidden_layers",
+                  n_head="num_attention_heads", n_embd="hidden_size",
+                  n_kv_head="num_key_value_heads", ffn_dim="intermediate_size"),
+}
+
+# GPT-2's activation_function, and our mlp. Of several names for one mlp, an export writes the
+# first.
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
+               "relu": "relu", "relu2": "relu2"}
+
+# Switches of ours for weights that both architectures always have: what a model lacks is exported
+# as zeros or ones.
+OPTIONAL = ("bias", "qkv_bias", "norm_gain")
 
 # Fields of config.json that say nothing about what the weights compute in evaluation.
 HARMLESS = {
-    "model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range",
-    "bos_token_id", "eos_token_id", "pad_token_id", "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout",
-    "task_specific_params", "n_special", "predict_special_tokens", "output_past", "id2label", "label2id", "_num_labels",
-    "gradient_checkpointing", "pretraining_tp", "reorder_and_upcast_attn", "summary_type", "summary_use_proj",
-    "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "_name_or_path", "is_llama_config",
-    "transformers.js_config", "tokenizer_class", "inkling"}
+    "_name_or_path", "_num_labels", "architectures", "attention_dropout", "attn_pdrop", "bos_token_id",
+    "dtype", "embd_pdrop", "eos_token_id", "gradient_checkpointing", "id2label", "initializer_range",
+    "inkling", "is_llama_config", "label2id", "model_type", "n_special", "output_past", "pad_token_id",
+    "predict_special_tokens", "pretraining_tp", "reorder_and_upcast_attn", "resid_pdrop",
+    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+    "summary_use_proj", "task_specific_params", "tokenizer_class", "torch_dtype",
+    "transformers.js_config", "transformers_version", "use_cache"}
 
 
-def read_settings(hf: dict) -> tuple:
-    """(config, vocab_size): our settings of the model that config.json's content `hf` describes, with every bias and
-    gain of its architecture. Raises ValueError naming each field that has no counterpart here."""
+# -- config.json to our settings -------------------------------------------------------------------
+
+class Fields:
+    """Reads the fields of config.json, and collects in `refused` each one that has no counterpart
+    here."""
+
+    def __init__(self, hf: dict):
+        self.hf = dict(hf)
+        self.used = set()
+        self.refused = []
+
+    def get(self, name: str, default=None):
+        """The field's value; a field that is null means the default."""
+        self.used.add(name)
+        value = self.hf.get(name)
+        return default if value is None else value
+
+    def choice(self, name: str, *allowed):
+        """A value among `allowed`, whose first is the default."""
+        value = self.get(name, allowed[0])
+        if value in allowed:
+            return value
+        self.refused.append(f"{name}={value!r}")
+        return allowed[0]
+
+    def size(self, name: str, default: int | None = None) -> int:
+        return self._positive(name, self.get(name, default), (int,))
+
+    def number(self, name: str, default: float) -> float:
+        return self._positive(name, self.get(name, default), (int, float))
+
+    def _positive(self, name: str, value, types: tuple):
+        if type(value) in types and 0 < value < 2**31:
+            return value
+        self.refused.append(f"{name}={value!r}")
+        return 1
+
+    def refuse_unread(self):
+        """Whatever was not read could change what the model computes, unless it is off or
+        harmless."""
+        for name, value in self.hf.items():
+            if name not in self.used | HARMLESS and value is not None and value is not False:
+                self.refused.append(f"{name}={value!r}")
+
+
+def settings_from_hf(hf: dict) -> tuple:
+    """(config, vocab_size): our settings of the model that config.json's content describes, with
+    every bias and gain of its architecture. Raises ValueError naming each field that has no
+    counterpart here."""
     kind = hf.get("model_type")
-    if kind not in SWITCHES:
+    if kind not in FIXED:
         raise ValueError(f"model_type={kind!r} is neither gpt2 nor llama")
-    refused, used = [], set()
+    fields = Fields(hf)
+    config = FIXED[kind] | dict(qkv_bias="auto", norm_gain=True, ffn_dim=0, pad_vocab_to=1,
+                                init="gpt2", dropout=0.0, attn_dropout=False)
+    vocab_size = fields.size("vocab_size")
+    for ours, theirs in SIZES[kind].items():
+        if ours != "n_kv_head":         # its default is n_head
+            config[ours] = fields.size(theirs)
+    config |= gpt2_settings(fields, config) if kind == "gpt2" else llama_settings(fields, config)
 
-    def take(name, default=None):
-        used.add(name)
-        return default if hf.get(name) is None else hf[name]
-
-    def number(name, default=None, whole=True):
-        value = take(name, default)
-        if type(value) is not int and (whole or type(value) is not float) or not 0 < value < 2**31:
-            refused.append(f"{name}={value!r}")
-            return 1
-        return value
-
-    def must(name, *allowed):
-        """The field's value; allowed[0] is what it means when it is not there."""
-        value = take(name, allowed[0])
-        if value not in allowed:
-            refused.append(f"{name}={value!r}")
-        return value
-
-    config = SWITCHES[kind] | dict(qkv_bias="auto", norm_gain=True, ffn_dim=0, pad_vocab_to=1, init="gpt2", dropout=0.0,
-                                      attn_dropout=False)
-    vocab_size = number("vocab_size")
-    config |= {ours: number(theirs) for ours, theirs in SIZES[kind].items() if ours != "n_kv_head"}
-    if kind == "gpt2":
-        act = must("activation_function", *ACTIVATIONS)
-        must("n_ctx", config["block_size"])
-        must("scale_attn_weights", True)
-        config |= dict(n_kv_head=0, bias=True, norm_eps=number("layer_norm_epsilon", 1e-5, False),
-                       mlp=ACTIVATIONS.get(act), tie_weights=must("tie_word_embeddings", True, False))
-        if take("n_inner"):
-            config["ffn_dim"] = number("n_inner")
-    else:
-        rope = dict(take("rope_scaling", {})) | dict(take("rope_parameters", {}))
-        hf = hf | {"rope_theta": rope.pop("rope_theta", None) or hf.get("rope_theta")}
-        kinds = {rope.pop(name, "default") for name in ("rope_type", "type")}
-        if kinds != {"default"} or rope.pop("partial_rotary_factor", 1) != 1 or any(rope.values()):
-            refused.append(f"rope_parameters={hf.get('rope_parameters') or hf.get('rope_scaling')}")
-        must("hidden_act", "silu")
-        must("partial_rotary_factor", 1)
-        must("head_dim", config["n_embd"] / config["n_head"])
-        attention, mlp = must("attention_bias", False, True), must("mlp_bias", False, True)
-        if mlp and not attention:
-            refused.append("mlp_bias=True with attention_bias=False")
-        config |= dict(n_kv_head=number("num_key_value_heads", config["n_head"]), bias=mlp,
-                       qkv_bias="auto" if attention == mlp else True,
-                       rope_theta=float(number("rope_theta", 10_000.0, False)),
-                       norm_eps=number("rms_norm_eps", 1e-6, False),
-                       tie_weights=must("tie_word_embeddings", False, True))
-    heads, kv_heads = config["n_head"], config["n_kv_head"] or config["n_head"]
-    if config["n_embd"] % (heads * (2 if kind == "llama" else 1)) or heads % kv_heads:      # rope turns pairs
-        refused.append(f"{heads} heads, {kv_heads} of keys and values, in a width of {config['n_embd']}")
-    refused += [f"{name}={value!r}" for name, value in hf.items()
-                if name not in used | HARMLESS and value is not None and value is not False]
-    if refused:
-        raise ValueError(f"Inkling's {TITLES[kind]} has no counterpart of {', '.join(refused)}"[:500])
+    heads = config["n_head"]
+    kv_heads = config["n_kv_head"] or heads
+    multiple = 2 * heads if kind == "llama" else heads          # rope turns pairs of numbers
+    if config["n_embd"] % multiple or heads % kv_heads:
+        fields.refused.append(f"{heads} heads, {kv_heads} of keys and values, in a width of "
+                              f"{config['n_embd']}")
+    fields.refuse_unread()
+    if fields.refused:
+        named = ", ".join(fields.refused)
+        raise ValueError(f"Inkling's {TITLES[kind]} has no counterpart of {named}"[:500])
     return config, vocab_size
 
 
-def write_settings(config: dict, width: int, vocab_size: int, eot: int | None) -> dict:
-    """config.json's content for our settings. width: of the MLP. Raises ValueError naming every switch that neither
-    GPT-2 nor Llama has."""
+def gpt2_settings(fields: Fields, config: dict) -> dict:
+    fields.choice("n_ctx", config["block_size"])
+    fields.choice("scale_attn_weights", True)
+    return dict(
+        n_kv_head=0,
+        bias=True,
+        ffn_dim=fields.size("n_inner") if fields.get("n_inner") else 0,
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5),
+        mlp=ACTIVATIONS[fields.choice("activation_function", *ACTIVATIONS)],
+        tie_weights=fields.choice("tie_word_embeddings", True, False),
+    )
+
+
+def llama_settings(fields: Fields, config: dict) -> dict:
+    fields.choice("hidden_act", "silu")
+    fields.choice("partial_rotary_factor", 1)
+    fields.choice("head_dim", config["n_embd"] / config["n_head"])
+    attention_bias = fields.choice("attention_bias", False, True)
+    mlp_bias = fields.choice("mlp_bias", False, True)
+    if mlp_bias and not attention_bias:
+        fields.refused.append("mlp_bias=True with attention_bias=False")
+    return dict(
+        n_kv_head=fields.size("num_key_value_heads", config["n_head"]),
+        bias=mlp_bias,
+        qkv_bias="auto" if attention_bias == mlp_bias else True,
+        rope_theta=read_rope_theta(fields),
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        tie_weights=fields.choice("tie_word_embeddings", False, True),
+    )
+
+
+def read_rope_theta(fields: Fields) -> float:
+    """The base of the rotary angles: transformers 5 has it in rope_parameters, transformers 4
+    beside rope_scaling. Any way of scaling the angles is refused."""
+    rope = dict(fields.get("rope_scaling", {})) | dict(fields.get("rope_parameters", {}))
+    if theta := rope.pop("rope_theta", None):
+        fields.hf["rope_theta"] = theta
+    types = {rope.pop(name, "default") for name in ("rope_type", "type")}
+    factor = rope.pop("partial_rotary_factor", 1)
+    if types != {"default"} or factor != 1 or any(rope.values()):
+        scaling = fields.get("rope_parameters") or fields.get("rope_scaling")
+        fields.refused.append(f"rope_parameters={scaling}")
+    return float(fields.number("rope_theta", 10_000.0))
+
+
+# -- our settings to config.json -------------------------------------------------------------------
+
+def settings_to_hf(config: dict, width: int, vocab_size: int, eot: int | None) -> dict:
+    """config.json's content for our settings. width: of the MLP. Raises ValueError naming every
+    switch that neither GPT-2 nor Llama has."""
     kind = "llama" if config["positions"] == "rope" else "gpt2"
-    refused = [name for name, value in SWITCHES[kind].items() if config[name] != value]
-    backwards = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-    if kind == "gpt2":
-        refused += ["mlp"] * (config["mlp"] not in backwards)
-        refused += ["n_kv_head"] * (config["n_kv_head"] not in (0, config["n_head"]))
-    if refused:
-        raise ValueError(f"{TITLES[kind]} (positions={config['positions']}) has no counterpart of "
-                         f"{', '.join(f'{name}={config[name]}' for name in refused)}; a model trained with "
-                         "config/shakespeare_char_nanogpt.py has none of these")
+    refuse_switches(kind, config)
     sizes = config | dict(ffn_dim=width, n_kv_head=config["n_kv_head"] or config["n_head"])
     hf = {"model_type": kind, "vocab_size": vocab_size, "bos_token_id": eot, "eos_token_id": eot,
           "tie_word_embeddings": config["tie_weights"], "dtype": "float32"}
-    hf |= {theirs: sizes[ours] for ours, theirs in SIZES[kind].items()}
+    for ours, theirs in SIZES[kind].items():
+        hf[theirs] = sizes[ours]
     hf["inkling"] = {name: config[name] for name in OPTIONAL}
-    attn_dropout = config["dropout"] if config["attn_dropout"] else 0.0
-    if kind == "gpt2":
-        return hf | dict(architectures=["GPT2LMHeadModel"], activation_function=backwards[config["mlp"]], n_inner=width,
-                         layer_norm_epsilon=config["norm_eps"], resid_pdrop=config["dropout"],
-                         embd_pdrop=config["dropout"], attn_pdrop=attn_dropout)
+    return hf | (gpt2_fields(config, width) if kind == "gpt2" else llama_fields(config))
+
+
+def refuse_switches(kind: str, config: dict):
+    """Raise ValueError naming the switches that the architecture does not have."""
+    refused = [name for name, value in FIXED[kind].items() if config[name] != value]
+    if kind == "gpt2" and config["mlp"] not in ACTIVATIONS.values():
+        refused.append("mlp")
+    if kind == "gpt2" and config["n_kv_head"] not in (0, config["n_head"]):
+        refused.append("n_kv_head")
+    if refused:
+        named = ", ".join(f"{name}={config[name]}" for name in refused)
+        raise ValueError(f"{TITLES[kind]} (positions={config['positions']}) has no counterpart of "
+                         f"{named}; a model trained with config/shakespeare_char_nanogpt.py has "
+                         "none of these")
+
+
+def gpt2_fields(config: dict, width: int) -> dict:
+    names = [theirs for theirs, ours in ACTIVATIONS.items() if ours == config["mlp"]]
+    return dict(
+        architectures=["GPT2LMHeadModel"],
+        activation_function=names[0],
+        n_inner=width,
+        layer_norm_epsilon=config["norm_eps"],
+        resid_pdrop=config["dropout"],
+        embd_pdrop=config["dropout"],
+        attn_pdrop=config["dropout"] if config["attn_dropout"] else 0.0,
+    )
+
+
+def llama_fields(config: dict) -> dict:
     theta = config["rope_theta"]        # transformers 4 reads it by itself, 5 in rope_parameters
-    bias = config["bias"]
-    return hf | dict(architectures=["LlamaForCausalLM"], hidden_act="silu", rms_norm_eps=config["norm_eps"],
-                     head_dim=config["n_embd"] // config["n_head"], attention_bias=bias or config["qkv_bias"] is True,
-                     mlp_bias=bias, attention_dropout=attn_dropout, rope_theta=theta,
-                     rope_parameters={"rope_theta": theta, "rope_type": "default"})
+    return dict(
+        architectures=["LlamaForCausalLM"],
+        hidden_act="silu",
+        rms_norm_eps=config["norm_eps"],
+        head_dim=config["n_embd"] // config["n_head"],
+        attention_bias=config["bias"] or config["qkv_bias"] is True,
+        mlp_bias=config["bias"],
+        attention_dropout=config["dropout"] if config["attn_dropout"] else 0.0,
+        rope_theta=theta,
+        rope_parameters={"rope_theta": theta, "rope_type": "default"},
+    )
 
 
-# -- architectures: names and shapes of the weights ------------------------------------------------------------------
-# A linear layer there: which of ours it holds, one after another, and its number of inputs and outputs.
+# -- names and shapes of the weights ---------------------------------------------------------------
 
-def layout(kind: str, config: dict, rows: int, width: int) -> dict:
-    """Every weight of an architecture: its name there -> (our names, its shape there, whether it is turned). Turned
-    matrices are stored (in, out) there, as GPT-2 has them, and (out, in) here. rows: of the embedding."""
-    C, gpt2 = config["n_embd"], kind == "gpt2"
-    KV = C // config["n_head"] * (config["n_kv_head"] or config["n_head"])
-    biased = {"attn": gpt2 or config["bias"] or config["qkv_bias"] is True, "mlp": gpt2 or config["bias"]}
-    if gpt2:
-        embedding, blocks, last = "transformer.wte", "transformer.h", "transformer.ln_f"
-        norms = {"ln_1": "norm1", "ln_2": "norm2"}
-        linears = {"attn.c_attn": ("attn", "q k v", C, 3 * C), "attn.c_proj": ("attn", "out", C, C),
-                   "mlp.c_fc": ("mlp", "up", C, width), "mlp.c_proj": ("mlp", "down", width, C)}
-    else:
-        embedding, blocks, last = "model.embed_tokens", "model.layers", "model.norm"
-        norms = {"input_layernorm": "norm1", "post_attention_layernorm": "norm2"}
-        linears = {"self_attn.q_proj": ("attn", "q", C, C), "self_attn.k_proj": ("attn", "k", C, KV),
-                   "self_attn.v_proj": ("attn", "v", C, KV), "self_attn.o_proj": ("attn", "out", C, C),
-                   "mlp.gate_proj": ("mlp", "gate", C, width), "mlp.up_proj": ("mlp", "up", C, width),
-                   "mlp.down_proj": ("mlp", "down", width, C)}
-    table = {f"{embedding}.weight": (["wte.weight"], (rows, C), False)}
-    if gpt2:
-        table["transformer.wpe.weight"] = (["wpe.weight"], (config["block_size"], C), False)
+class Weight(NamedTuple):
+    """A weight of an architecture. GPT-2 stores its matrices (in, out); Inkling and Llama store
+    them (out, in)."""
+    ours: list                          # names of our weights that it joins, one after another
+    shape: tuple                        # there
+    transposed: bool = False
+
+
+def linear(theirs: str, ours: list, inputs: int, outputs: int, bias: bool,
+           transposed: bool = False) -> dict:
+    """A linear layer, by the names that its weights have there."""
+    shape = (inputs, outputs) if transposed else (outputs, inputs)
+    weights = {f"{theirs}.weight": Weight([f"{name}.weight" for name in ours], shape, transposed)}
+    if bias:
+        weights[f"{theirs}.bias"] = Weight([f"{name}.bias" for name in ours], (outputs,))
+    return weights
+
+
+def norm(theirs: str, ours: str, width: int, bias: bool = False) -> dict:
+    weights = {f"{theirs}.weight": Weight([f"{ours}.weight"], (width,))}
+    if bias:
+        weights[f"{theirs}.bias"] = Weight([f"{ours}.bias"], (width,))
+    return weights
+
+
+def gpt2_layout(config: dict, rows: int, width: int) -> dict:
+    """Every weight of a GPT-2, by its name there, the embedding first. rows: of the embedding;
+    width: of the MLP."""
+    n_embd = config["n_embd"]
+    conv1d = partial(linear, bias=True, transposed=True)        # GPT-2's name of a linear layer
+    layout = {"transformer.wte.weight": Weight(["wte.weight"], (rows, n_embd)),
+              "transformer.wpe.weight": Weight(["wpe.weight"], (config["block_size"], n_embd))}
     for layer in range(config["n_layer"]):
-        for theirs, (half, ours, inputs, outputs) in linears.items():
-            names = [f"blocks.{layer}.{half}.{name}" for name in ours.split()]
-            table[f"{blocks}.{layer}.{theirs}.weight"] = (
-                [f"{name}.weight" for name in names], (inputs, outputs) if gpt2 else (outputs, inputs), gpt2)
-            if biased[half]:
-                table[f"{blocks}.{layer}.{theirs}.bias"] = ([f"{name}.bias" for name in names], (outputs,), False)
-    norms = {f"{blocks}.{layer}.{theirs}": f"blocks.{layer}.{ours}" for theirs, ours in norms.items()
-             for layer in range(config["n_layer"])} | {last: "norm"}
-    for theirs, ours in norms.items():
-        table |= {f"{theirs}.{part}": ([f"{ours}.{part}"], (C,), False) for part in ("weight", "bias")[:1 + gpt2]}
+        theirs = f"transformer.h.{layer}"
+        ours = f"blocks.{layer}"
+        qkv = [f"{ours}.attn.{name}" for name in ("q", "k", "v")]
+        layout |= conv1d(f"{theirs}.attn.c_attn", qkv, n_embd, 3 * n_embd)
+        layout |= conv1d(f"{theirs}.attn.c_proj", [f"{ours}.attn.out"], n_embd, n_embd)
+        layout |= conv1d(f"{theirs}.mlp.c_fc", [f"{ours}.mlp.up"], n_embd, width)
+        layout |= conv1d(f"{theirs}.mlp.c_proj", [f"{ours}.mlp.down"], width, n_embd)
+        layout |= norm(f"{theirs}.ln_1", f"{ours}.norm1", n_embd, bias=True)
+        layout |= norm(f"{theirs}.ln_2", f"{ours}.norm2", n_embd, bias=True)
+    layout |= norm("transformer.ln_f", "norm", n_embd, bias=True)
     if not config["tie_weights"]:
-        table["lm_head.weight"] = (["head.weight"], (rows, C), False)
-    return table
+        layout["lm_head.weight"] = Weight(["head.weight"], (rows, n_embd))
+    return layout
 
 
-def present(name: str, config: dict) -> bool:
+def llama_layout(config: dict, rows: int, width: int) -> dict:
+    """Every weight of a Llama, likewise."""
+    n_embd = config["n_embd"]
+    kv_dim = n_embd // config["n_head"] * (config["n_kv_head"] or config["n_head"])
+    mlp_bias = config["bias"]
+    attention_bias = config["bias"] or config["qkv_bias"] is True
+    layout = {"model.embed_tokens.weight": Weight(["wte.weight"], (rows, n_embd))}
+    for layer in range(config["n_layer"]):
+        theirs = f"model.layers.{layer}"
+        attention = f"{theirs}.self_attn"
+        mlp = f"{theirs}.mlp"
+        ours = f"blocks.{layer}"
+        layout |= linear(f"{attention}.q_proj", [f"{ours}.attn.q"], n_embd, n_embd, attention_bias)
+        layout |= linear(f"{attention}.k_proj", [f"{ours}.attn.k"], n_embd, kv_dim, attention_bias)
+        layout |= linear(f"{attention}.v_proj", [f"{ours}.attn.v"], n_embd, kv_dim, attention_bias)
+        layout |= linear(f"{attention}.o_proj", [f"{ours}.attn.out"], n_embd, n_embd, attention_bias)
+        layout |= linear(f"{mlp}.gate_proj", [f"{ours}.mlp.gate"], n_embd, width, mlp_bias)
+        layout |= linear(f"{mlp}.up_proj", [f"{ours}.mlp.up"], n_embd, width, mlp_bias)
+        layout |= linear(f"{mlp}.down_proj", [f"{ours}.mlp.down"], width, n_embd, mlp_bias)
+        layout |= norm(f"{theirs}.input_layernorm", f"{ours}.norm1", n_embd)
+        layout |= norm(f"{theirs}.post_attention_layernorm", f"{ours}.norm2", n_embd)
+    layout |= norm("model.norm", "norm", n_embd)
+    if not config["tie_weights"]:
+        layout["lm_head.weight"] = Weight(["head.weight"], (rows, n_embd))
+    return layout
+
+
+LAYOUTS = {"gpt2": gpt2_layout, "llama": llama_layout}
+
+
+def has_weight(name: str, config: dict) -> bool:
     """Whether a model of ours with these settings has the weight `name`."""
     *_, module, part = name.split(".")
     if module.startswith("norm"):
         return config["norm_gain"] and (part == "weight" or config["bias"])
-    of_qkv = module in ("q", "k", "v") and config["qkv_bias"] != "auto"
-    return part == "weight" or (config["qkv_bias"] if of_qkv else config["bias"])
+    if part == "weight":
+        return True
+    if module in ("q", "k", "v") and config["qkv_bias"] != "auto":
+        return config["qkv_bias"]
+    return config["bias"]
 
 
 def neutral(name: str, shape) -> torch.Tensor:
@@ -217,476 +361,347 @@ def neutral(name: str, shape) -> torch.Tensor:
     return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
 
 
-def from_hf(hf: dict, tensors: dict) -> tuple:
-    """(config, tensors, vocab_size) of ours, from config.json's content and the tensors by name. float32 keeps its
-    bytes, 16-bit weights become float32. Raises ValueError when they do not fit one another, or Inkling."""
-    config, vocab_size = read_settings(hf)
+# -- weights from there ----------------------------------------------------------------------------
+
+def model_from_hf(hf: dict, tensors: dict) -> tuple:
+    """(config, tensors, vocab_size) of ours, from config.json's content and the tensors by name.
+    float32 keeps its bytes, 16-bit weights become float32. Raises ValueError when they do not fit
+    each other, or Inkling."""
+    config, vocab_size = settings_from_hf(hf)
     kind = hf["model_type"]
     if config["n_layer"] > len(tensors):
         raise ValueError(f"its {len(tensors)} tensors are not those of {config['n_layer']} layers")
-    prefix = "transformer." if kind == "gpt2" else "model."
-    found = {}
-    for name, tensor in tensors.items():
-        if re.search(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$", name):
-            continue                    # constants that old versions stored with the weights
-        # The bare models, as OpenAI's are stored, leave out what comes first in the names.
-        found[name if name.startswith((prefix, "lm_head.")) else prefix + name] = tensor
     width = config["ffn_dim"] or 4 * config["n_embd"]
-    table = layout(kind, config, vocab_size, width)
-    head = found.pop("lm_head.weight", None) if config["tie_weights"] else None     # some store a tied matrix twice
-    if head is not None and not torch.equal(head, found.get(next(iter(table)), torch.empty(0))):
-        raise ValueError("tie_word_embeddings=True, but lm_head.weight differs from the embedding")
-    wrong = [f"{name} is missing" for name in table if name not in found]
-    wrong += [f"{name} is not known" for name in found if name not in table]
-    wrong += [f"{name} is {tuple(found[name].shape)}, not {shape}" for name, (_, shape, _) in table.items()
-              if name in found and tuple(found[name].shape) != shape]
-    wrong += [f"{name} is of {tensor.dtype}" for name, tensor in found.items()
-              if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16)]
-    if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise ValueError(f"the weights do not fit config.json: {'; '.join(wrong[:4])}{more}")
-    ours = {}
-    for name, (names, _, turned) in table.items():
-        tensor = found.pop(name).float()
-        ours |= zip(names, (piece.contiguous() for piece in (tensor.T if turned else tensor).chunk(len(names))),
-                    strict=True)
-    # What a model of ours lacked was exported as neutral; while it still is, the model gets its own switches back.
-    lacked = {name: value for name, value in dict(hf.get("inkling") or {}).items() if name in OPTIONAL}
-    for switches in (config | lacked, config):
-        extra = [name for name in ours if not present(name, switches)]
-        given = [name for name in extra if not torch.equal(ours[name], neutral(name, ours[name].shape))]
-        if not given:
-            break
-    else:
-        raise ValueError("Inkling's Llama has no counterpart of attention_bias=True with mlp_bias=False, but for "
-                         "biases of queries, keys and values alone")
-    config, ours = switches, {name: tensor for name, tensor in ours.items() if name not in extra}
+    layout = LAYOUTS[kind](config, vocab_size, width)
+    tensors = full_names(kind, tensors)
+    if config["tie_weights"]:
+        drop_tied_head(tensors, embedding=next(iter(layout)))
+    check_tensors(layout, tensors)
+    ours = split_tensors(layout, tensors)
+    config = switch_off_neutral(config, hf, ours)
     if config["tie_weights"]:
         ours["head.weight"] = ours["wte.weight"]
     return config, ours, vocab_size
 
 
-def to_hf(config: dict, tensors: dict, vocab_size: int, eot: int | None = None) -> tuple:
-    """(config.json's content, tensors by their name there) of a model of ours, without the rows that pad its
-    vocabulary. Raises ValueError naming the switches that neither architecture has."""
-    rows, width = (tensors[name].size(0) for name in ("wte.weight", "blocks.0.mlp.up.weight"))
-    hf = write_settings(config, width, vocab_size, eot)
+def full_names(kind: str, tensors: dict) -> dict:
+    """The tensors without the constants that old versions stored with the weights, by their full
+    names: the bare models, as OpenAI's are stored, leave out the prefix."""
+    prefix = "transformer." if kind == "gpt2" else "model."
+    full = {}
+    for name, tensor in tensors.items():
+        if re.search(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$", name):
+            continue
+        if not name.startswith((prefix, "lm_head.")):
+            name = prefix + name
+        full[name] = tensor
+    return full
+
+
+def drop_tied_head(tensors: dict, embedding: str):
+    """Some programs store a tied matrix twice."""
+    head = tensors.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, tensors.get(embedding, torch.empty(0))):
+        raise ValueError("tie_word_embeddings=True, but lm_head.weight differs from the embedding")
+
+
+def check_tensors(layout: dict, tensors: dict):
+    """Raise ValueError naming the tensors that are not what the layout says."""
+    wrong = [f"{name} is missing" for name in layout if name not in tensors]
+    for name, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        if name not in layout:
+            wrong.append(f"{name} is not known")
+        elif shape != layout[name].shape:
+            wrong.append(f"{name} is {shape}, not {layout[name].shape}")
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            wrong.append(f"{name} is of {tensor.dtype}")
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(f"the weights do not fit config.json: {'; '.join(wrong[:4])}{more}")
+
+
+def split_tensors(layout: dict, tensors: dict) -> dict:
+    """Our weights. Takes each tensor out of `tensors`, so that a large model is not in memory
+    twice."""
+    ours = {}
+    for name, weight in layout.items():
+        tensor = tensors.pop(name).float()
+        if weight.transposed:
+            tensor = tensor.T
+        pieces = tensor.chunk(len(weight.ours))
+        for our_name, piece in zip(weight.ours, pieces, strict=True):
+            ours[our_name] = piece.contiguous()
+    return ours
+
+
+def switch_off_neutral(config: dict, hf: dict, ours: dict) -> dict:
+    """Our settings for these weights. Weights that a model of ours lacked were exported as neutral,
+    and the switches beside them: while they are still neutral, they are taken out of `ours` again,
+    and the model gets its own switches. Raises ValueError when weights remain that no switches can
+    express."""
+    stored = dict(hf.get("inkling") or {})
+    exported = {name: stored[name] for name in OPTIONAL if name in stored}
+    for switches in (config | exported, config):
+        extra = [name for name in ours if not has_weight(name, switches)]
+        if all(torch.equal(ours[name], neutral(name, ours[name].shape)) for name in extra):
+            for name in extra:
+                del ours[name]
+            return switches
+    raise ValueError("Inkling's Llama has no counterpart of attention_bias=True with "
+                     "mlp_bias=False, but for biases of queries, keys and values alone")
+
+
+# -- weights to there ------------------------------------------------------------------------------
+
+def model_to_hf(config: dict, tensors: dict, vocab_size: int, eot: int | None = None) -> tuple:
+    """(config.json's content, tensors by their name there) of a model of ours, without the rows
+    that pad its vocabulary. Raises ValueError naming the switches that neither architecture has."""
+    rows = tensors["wte.weight"].size(0)
+    width = tensors["blocks.0.mlp.up.weight"].size(0)
+    hf = settings_to_hf(config, width, vocab_size, eot)
     if config["n_layer"] > len(tensors):
         raise ValueError(f"its {len(tensors)} tensors are not those of {config['n_layer']} layers")
-    table = layout(hf["model_type"], config, rows, width)
-    needed = {name for names, _, _ in table.values() for name in names if present(name, config)} | {"head.weight"}
+    layout = LAYOUTS[hf["model_type"]](config, rows, width)
+    needed = {"head.weight"}
+    for weight in layout.values():
+        needed |= {name for name in weight.ours if has_weight(name, config)}
     if needed != set(tensors):
-        raise ValueError(f"its weights do not fit its settings: {sorted(needed ^ set(tensors))[:4]}")
+        differing = sorted(needed ^ set(tensors))
+        raise ValueError(f"its weights do not fit its settings: {differing[:4]}")
     theirs = {}
-    for name, (names, shape, turned) in table.items():
-        # Only biases and gains can be absent.
-        pieces = [tensors[part] if part in tensors else neutral(part, shape[0] // len(names)) for part in names]
-        tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        tensor = tensor.T if turned else tensor
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"its weights do not fit its settings: {names[0]} gives {name} {tuple(tensor.shape)}, "
-                             f"not {shape}")
-        theirs[name] = (tensor[:vocab_size] if names[0] in ("wte.weight", "head.weight") else tensor).contiguous()
+    for name, weight in layout.items():
+        tensor = join_tensors(name, weight, tensors)
+        if weight.ours[0] in ("wte.weight", "head.weight"):
+            tensor = tensor[:vocab_size]
+        theirs[name] = tensor.contiguous()
     return hf, theirs
 
 
-# -- tokenizers ------------------------------------------------------------------------------------------------------
-# Both sides split a text by a regular expression and merge bytes pair by pair. tiktoken's ranks are the ids, and it may
-# merge any two neighbours that form a token, the lowest rank first; tokenizer.json lists the pairs.
-
-# GPT-2's way to split a text, as tiktoken spells it.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-
-
-def byte_letters() -> list:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's encoder.py)."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(value if value in printable else next(others)) for value in range(256)]
-
-
-LETTERS = byte_letters()
-BYTES = {letter: value for value, letter in enumerate(LETTERS)}
-
-
-def spelled(token: bytes) -> str:
-    return "".join(LETTERS[value] for value in token)
+def join_tensors(name: str, weight: Weight, tensors: dict) -> torch.Tensor:
+    """One tensor as it is there; a bias or gain that the model lacks is neutral."""
+    pieces = []
+    for ours in weight.ours:
+        if ours in tensors:
+            pieces.append(tensors[ours])
+        else:
+            pieces.append(neutral(ours, weight.shape[0] // len(weight.ours)))
+    tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+    if weight.transposed:
+        tensor = tensor.T
+    shape = tuple(tensor.shape)
+    if shape != weight.shape:
+        raise ValueError(f"its weights do not fit its settings: {weight.ours[0]} gives {name} "
+                         f"{shape}, not {weight.shape}")
+    return tensor
 
 
-def merged_pairs(ranks: dict) -> list:
-    """[(left, right)] in the order of ranks (bytes -> id): the last two parts that each token is merged from,
-    which are the only ones in any text, since a token's inside is merged before and without its outside. A token that
-    lower ranks do not merge into two parts can only be met as a whole, and is left out."""
-    pairs = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            best, at = min((ranks.get(left + right, inf), i)
-                           for i, (left, right) in enumerate(zip(parts, parts[1:], strict=False)))
-            if best >= rank:
-                break
-            parts[at:at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            pairs.append(tuple(parts))
-    return pairs
+# -- import ----------------------------------------------------------------------------------------
 
-
-def pattern_there(pattern: str) -> str:
-    """A pattern of tiktoken's in the dialect of the tokenizers library, where {1,3}+ repeats instead of being
-    possessive and $ also matches before a line break."""
-    pattern = re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", pattern)
-    return re.sub(r"(?<!\\)\$(?=[|)]|$)", r"\\z", pattern)
-
-
-def split_by(pattern: str) -> dict:
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-
-
-def write_tokenizer(tokenizer: Tokenizer) -> dict:
-    """tokenizer.json's content, for the same ids of any text (one that looks like a special token aside: there it
-    becomes that token)."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-               "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level}
-    if tokenizer.kind == "char":
-        vocab = {char: value for value, char in enumerate(tokenizer.stored["chars"])}
-        if tokenizer.fallback is not None:              # rare characters are spelled in bytes
-            vocab |= {f"<0x{value:02X}>": tokenizer.fallback + value for value in range(256)}
-            return content | {"pre_tokenizer": split_by(r"[\s\S]"),
-                              "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
-                              "model": {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": True}}
-        return content | {"pre_tokenizer": split_by(r"[\s\S]"), "decoder": {"type": "Fuse"},
-                          "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}}
-    ranks = {bytes([value]): value for value in range(256)}
-    if tokenizer.kind == "bpe":
-        ranks = tokenizer.bpe["mergeable_ranks"]
-        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers":
-                                    [split_by(pattern_there(tokenizer.bpe["pat_str"])), byte_level]}
-    vocab = {spelled(token): rank for token, rank in ranks.items()}
-    for text, value in tokenizer.bpe["special_tokens"].items() if tokenizer.kind == "bpe" else ():
-        vocab[text] = value             # its place in the vocabulary is what gives it this id
-        content["added_tokens"].append({"id": value, "content": text, "single_word": False, "lstrip": False,
-                                        "rstrip": False, "normalized": False, "special": True})
-    merges = [[spelled(left), spelled(right)] for left, right in merged_pairs(ranks)]
-    return content | {"model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                                "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                                "ignore_merges": True, "vocab": vocab, "merges": merges}}
-
-
-def read_pattern(content: dict, ours: dict) -> str:
-    """The pattern by which tokenizer.json's content splits a text, in tiktoken's dialect, or ValueError."""
-    steps = content.get("pre_tokenizer") or {"type": "nothing"}
-    steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
-    *first, last = steps
-    if last["type"] == "ByteLevel" and not last.get("add_prefix_space"):
-        if not first and last.get("use_regex", True):
-            return GPT2_PATTERN
-        if len(first) == 1 and not last.get("use_regex", True) and first[0]["type"] == "Split":
-            there = first[0]["pattern"].get("Regex", "")
-            if first[0] == split_by(there):
-                if pattern_there(ours.get("pattern", "")) == there:
-                    return ours["pattern"]
-                # Possessive repeats and anchors differ between the dialects; all else that is in use does not.
-                if not re.search(r"([?*+]|\{\d+(,\d*)?\})\+|\\[zZAG]|(?<!\\)[$^]", there.replace("[^", "")):
-                    return there
-                raise ValueError(f"it splits a text by {there!r}, which may mean something else in tiktoken")
-    raise ValueError(f"it prepares a text by {', '.join(str(step['type']) for step in steps)}, unlike byte-level BPE")
-
-
-def read_tokenizer(content: dict, ours: dict) -> Tokenizer:
-    """The tokenizer in tokenizer.json's content, or ValueError with what Inkling cannot express. `ours`: name and
-    pattern, if it was exported by Inkling. One that has no name is called bpe, or gpt2 where it is that."""
-    model, added = content["model"], content.get("added_tokens") or []
-    kind = model.get("type", "BPE")     # files older than tokenizers 0.10, as GPT-2's own, leave it out
-    fallback = bool(model.get("byte_fallback"))
-    if kind not in ("BPE", "WordLevel") or fallback and model.get("merges"):
-        raise ValueError(f"it is {kind}, {'with byte_fallback, ' * fallback}"
-                         "not byte-level BPE")
-    if not model.get("merges"):         # char and byte: ours, if we would write the same
-        chars = "".join(sorted((one for one in model["vocab"] if len(one) == 1), key=model["vocab"].get))
-        tokenizer = Tokenizer({"kind": "char", "chars": chars, "bytes": True} if fallback else {"kind": "byte"}
-                              if kind == "BPE" else {"kind": "char", "chars": chars})
-        same = write_tokenizer(tokenizer)
-        if any(content.get(part) != same[part] for part in ("pre_tokenizer", "normalizer")) or added or (
-                model["vocab"] != same["model"]["vocab"]):
-            raise ValueError(f"it is {kind} without merges, and was not exported by Inkling")
-        return tokenizer
-    unlike = [f"{key}={model[key]!r}" for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-              if model.get(key)]
-    unlike += [f"the normalizer {content['normalizer']['type']}"] if content.get("normalizer") else []
-    unlike += [f"the added token {token['content']!r} that is not special" for token in added if not token["special"]]
-    if unlike:
-        raise ValueError(f"it has {', '.join(unlike[:5])}")
-    pattern, special = read_pattern(content, ours), {token["content"]: token["id"] for token in added}
-    plain = {token: value for token, value in model["vocab"].items() if token not in special}
-    if strange := {letter for token in plain for letter in token} - BYTES.keys():
-        raise ValueError(f"its vocabulary is not spelled in bytes: it has {min(strange)!r}")
-    ranks = {bytes(BYTES[letter] for letter in token): value for token, value in plain.items()}
-    if lacking := [value for value in range(256) if bytes([value]) not in ranks]:
-        raise ValueError(f"its vocabulary lacks byte {lacking[0]:#04x}")
-    # tiktoken merges in the order of the ids, and knows every pair that forms a token.
-    listed = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-    order = [plain[left + right] for left, right in listed]
-    pairs = [(spelled(left), spelled(right)) for left, right in merged_pairs(ranks)]
-    by_merges = len(pairs) == len(ranks) - 256 or model.get("ignore_merges")
-    if order != sorted(order) or not set(pairs) <= set(listed) or not by_merges:
-        raise ValueError("its merges are not in the order of its ids, as tiktoken needs them")
-    # Sets that prepare.py made with tiktoken's gpt2 are to have the very same tokenizer.
-    gpt2 = pattern == GPT2_PATTERN and special == {END_OF_TEXT: 50_256} and len(ranks) == 50_256
-    name = ours.get("name", "gpt2" if gpt2 else "bpe")
-    return Tokenizer({"kind": "bpe", "name": name, "pattern": pattern, "special": special,
-                      "ranks": "\n".join(f"{b64encode(token).decode()} {rank}"
-                                         for token, rank in sorted(ranks.items(), key=lambda item: item[1]))})
-
-
-# -- directories -----------------------------------------------------------------------------------------------------
-
-def safetensors():
+def import_safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        raise UserError("reading and writing model.safetensors needs the package safetensors: pip install safetensors")
+        raise UserError("reading and writing model.safetensors needs the package safetensors: "
+                        "pip install safetensors")
     return safetensors
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object, or one line."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it holds no object")
-        return content
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; a Hugging Face directory has {', '.join(FILES)}")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: {str(error)[:100]}")
-
-
-def shards(folder: Path) -> list:
+def weight_files(folder: Path) -> list:
     """The files that hold the weights in `folder`, or [] when any is missing."""
-    if (folder / "model.safetensors.index.json").is_file():
-        names = set(dict(read_json(folder / "model.safetensors.index.json").get("weight_map") or {}).values())
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(dict(read_json(index).get("weight_map") or {}).values())
         if any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise UserError(f"{folder / 'model.safetensors.index.json'} names files outside its folder")
+            raise UserError(f"{index} names files outside its folder")
         paths = [folder / name for name in sorted(names)]
         return paths if all(path.is_file() for path in paths) else []
-    return [path for name in ("model.safetensors", "pytorch_model.bin") if (path := folder / name).is_file()][:1]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+    return []
 
 
-def read_weights(folder: Path) -> dict:
-    """Every tensor of a Hugging Face directory by its name there, on the CPU, or one line. Pickles are read with
-    weights_only=True, so that nothing in them can run."""
-    paths, tensors = shards(folder), {}
+def load_tensors(folder: Path) -> dict:
+    """Every tensor of a Hugging Face directory by its name there, on the CPU."""
+    paths = weight_files(folder)
     if not paths:
-        raise UserError(f"{folder} holds no complete model.safetensors (nor pytorch_model.bin): is the download finished?")
+        raise UserError(f"{folder} holds no complete model.safetensors (nor pytorch_model.bin): is "
+                        "the download finished?")
+    tensors = {}
     for path in paths:
-        try:
-            if path.suffix == ".bin":
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    part = torch.load(path, map_location="cpu", weights_only=True)
-                if not all(isinstance(tensor, torch.Tensor) for tensor in part.values()):
-                    raise ValueError("it holds more than tensors")
-            else:
-                part = safetensors().torch.load_file(path)
-        except Exception as error:      # a damaged file can fail anywhere in these libraries
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-            raise UserError(f"{path} is damaged or holds no weights ({reason}); nothing was loaded from it")
-        if twice := tensors.keys() & part.keys():
-            raise UserError(f"{path} holds {min(twice)} again, which an earlier part of the weights has")
-        tensors |= part
+        content = load_weight_file(path)
+        if twice := tensors.keys() & content.keys():
+            raise UserError(f"{path} holds {min(twice)} again, which is in an earlier part, too")
+        tensors |= content
     return tensors
 
 
-def folder_tokenizer(folder: Path, hf: dict) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory, or one line that says how to name another."""
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+def load_weight_file(path: Path) -> dict:
+    """The tensors in one file."""
+    load_file = load_pickle if path.suffix == ".bin" else import_safetensors().torch.load_file
     try:
-        if (folder / "tokenizer.json").is_file():
-            content = read_json(folder / "tokenizer.json")
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            vocab = read_json(folder / "vocab.json")
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-            eot = [{"content": END_OF_TEXT, "id": vocab[END_OF_TEXT], "special": True}] if END_OF_TEXT in vocab else []
-            content = {"model": {"type": "BPE", "vocab": vocab,
-                                 "merges": [line for line in lines if line and not line.startswith("#version")]},
-                       "added_tokens": eot, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": bool(
-                           settings.get("add_prefix_space"))}}
-        elif hf.get("model_type") == "gpt2" and hf.get("vocab_size") == 50_257:
-            return Tokenizer.build("gpt2", "")
-        else:
-            raise ValueError("neither tokenizer.json nor vocab.json with merges.txt is there")
-        tokenizer = read_tokenizer(content, dict(settings.get("inkling") or {}))
-        if "TemplateProcessing" in str(content.get("post_processor")):
-            print(f"note     the tokenizer in {folder} puts special tokens around every text; Inkling does not",
-                  file=sys.stderr, flush=True)
-        if tokenizer.kind == "bpe":
-            tokenizer.encode("Once")    # tiktoken reads the pattern here
-        return tokenizer
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        reason = str(error) if isinstance(error, ValueError) else f"damaged ({type(error).__name__}: {error})"
-        raise UserError(f"the tokenizer in {folder} cannot be used: {reason[:300]}; name another with --tokenizer=NAME, one that "
-             "tiktoken knows, or the path of a meta.json or ckpt.pt that has it")
+        return load_file(path)
+    except Exception as error:          # a damaged file can fail anywhere in these libraries
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise UserError(f"{path} is damaged or holds no weights ({reason}); nothing was loaded")
 
 
-def named_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that --tokenizer asks for."""
-    if name == "char":
-        raise UserError("--tokenizer=char: a char tokenizer comes from a text; name the meta.json of its data set")
-    return Tokenizer.build(name, "")
+def load_pickle(path: Path) -> dict:
+    """The tensors in a pickle, read with weights_only=True, so that nothing in it can run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+        raise ValueError("it holds more than tensors")
+    return content
 
 
-def imported(source: str, tokenizer: str = "") -> dict:
-    """The content of a checkpoint with the weights of a Hugging Face directory, or of one of NAMES. `fail`s in one line
-    on what is not there, is damaged, or has no counterpart in Inkling."""
+def find_folder(source: str) -> Path:
+    """The directory that holds the model: a folder, or the cache's of one of NAMES."""
     folder = Path(source)
     if source in NAMES and not (folder / "config.json").is_file():
-        folder = cached(source) or downloaded(source)
-    elif not folder.is_dir():
+        return model_folder(source)
+    if not folder.is_dir():
         raise UserError(f"{source} is neither a folder nor one of {', '.join(NAMES)}")
+    return folder
+
+
+def import_model(source: str, tokenizer: str = "") -> dict:
+    """A checkpoint's content with the weights of a Hugging Face directory, or of one of NAMES.
+    Raises UserError about what is not there, is damaged, or has no counterpart in Inkling."""
+    if tokenizer == "char":
+        raise UserError("--tokenizer=char: a char tokenizer comes from a text; name the meta.json "
+                        "of its data set")
+    folder = find_folder(source)
     hf = read_json(folder / "config.json")
     try:
-        read_settings(hf)                               # says in a moment what gigabytes are not needed for
-        config, tensors, rows = from_hf(hf, read_weights(folder))
+        settings_from_hf(hf)            # says in a moment what needs no gigabytes
+        config, tensors, rows = model_from_hf(hf, load_tensors(folder))
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{folder}: {error}")
-    found = named_tokenizer(tokenizer) if tokenizer else folder_tokenizer(folder, hf)
-    if found.vocab_size > rows:
-        raise UserError(f"{folder}: the tokenizer has {found.vocab_size:,} tokens, the model only {rows:,}: name its own with "
-             "--tokenizer")
-    if found.vocab_size < rows:                         # rows that stand for no token
+    chosen = Tokenizer.build(tokenizer, "") if tokenizer else load_tokenizer(folder, hf)
+    vocab_size = chosen.vocab_size
+    if vocab_size > rows:
+        raise UserError(f"{folder}: the tokenizer has {vocab_size:,} tokens, the model only "
+                        f"{rows:,}: name its own with --tokenizer")
+    if vocab_size < rows:               # the further rows stand for no token
         config["pad_vocab_to"] = rows
-    return {"config": config, "vocab_size": found.vocab_size, "tokenizer": found.stored, "model": tensors, "step": 0}
+    return {"config": config, "vocab_size": vocab_size, "tokenizer": chosen.stored,
+            "model": tensors, "step": 0}
 
-
-# -- the Hugging Face cache, and downloads to it ----------------------------------------------------------------------
-
-def hub() -> Path:
-    """The folder of the cache, found as huggingface_hub finds it."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
-
-
-def cached(name: str) -> Path | None:
-    """The newest whole copy of a named model in the cache, under its present or its former name."""
-    for repository in (f"openai-community--{name}", name):
-        folder = hub() / f"models--{repository}"
-        snapshots = sorted(folder.glob("snapshots/*"), key=lambda path: path.stat().st_mtime, reverse=True)
-        with_refs = [folder / "snapshots" / path.read_text(encoding="utf-8").strip()
-                     for path in folder.glob("refs/main")]
-        for snapshot in with_refs + snapshots:
-            if (snapshot / "config.json").is_file() and shards(snapshot):
-                return snapshot
-    return None
-
-
-def bring(url: str, path: Path) -> str:
-    """Bring `url` to `path`, whole and checked. Returns the server's commit, or ""."""
-    reason, commit = download(url, path)
-    if reason:
-        raise UserError(f"could not download {url} ({reason}); try again, which goes on from what has arrived, or bring a folder "
-             f"with {', '.join(FILES)} here by other means and name it: python convert.py import FOLDER --out=out/NAME")
-    return commit
-
-
-def downloaded(name: str) -> Path:
-    """Download a named model to the cache, laid out as huggingface_hub does, so that it is found there next time."""
-    folder, server = hub() / f"models--openai-community--{name}", os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
-        raise UserError(f"{name} is not in {hub()}, and HF_HUB_OFFLINE forbids a download")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock_folder(folder, wait=True):           # of the processes of torchrun, one downloads
-            if found := cached(name):
-                return found
-            url = f"{server.rstrip('/')}/openai-community/{name}/resolve"
-            commit = bring(f"{url}/main/{FILES[0]}", folder / FILES[0])
-            revision = commit if re.fullmatch("[0-9a-f]{40}", commit) else "main"
-            snapshot = folder / "snapshots" / revision
-            snapshot.mkdir(parents=True, exist_ok=True)
-            for file in FILES[1:]:
-                if not (snapshot / file).is_file():
-                    bring(f"{url}/{revision}/{file}", snapshot / file)
-            os.replace(folder / FILES[0], snapshot / FILES[0])      # last: with it the copy is whole
-            (folder / "refs").mkdir(exist_ok=True)
-            (folder / "refs" / "main").write_text(revision, encoding="utf-8")
-            return snapshot
-    except OSError as error:
-        raise UserError(f"cannot use the cache {folder}: {error.strerror or error}: set HF_HOME to a folder that can be written")
-
-
-# -- commands --------------------------------------------------------------------------------------------------------
 
 def import_folder(source: str, options: Options):
+    """The command: a Hugging Face directory to a run's folder."""
     out = Path(options.out or Path("out") / (Path(source).resolve().name or "model"))
-    content = imported(source, options.tokenizer)
-    config, tensors = content["config"], content["model"]
-    lock = claim_folder(out, resuming=False)
-    if problem := save_checkpoint(content, out / "ckpt.pt"):
+    content = import_model(source, options.tokenizer)
+    config = content["config"]
+    folder = RunFolder(out)
+    folder.claim(resuming=False)
+    problem = folder.save(content, "ckpt.pt")
+    folder.release()
+    if problem:
         raise UserError(problem)
-    lock.close()
-    parameters = sum(tensor.numel() for name, tensor in tensors.items()
-                     if name != "head.weight" or not config["tie_weights"])
-    print(f"{out / 'ckpt.pt'}: {parameters:,} parameters, {config['n_layer']} layers, {config['n_head']} heads, "
-          f"{config['n_embd']} wide, context {config['block_size']:,}, vocabulary {content['vocab_size']:,}\n"
-          f"next     python sample.py --out_dir={out}", flush=True)
+    parameters = sum(tensor.numel() for tensor in content["model"].values())
+    if config["tie_weights"]:
+        parameters -= content["model"]["head.weight"].numel()
+    print(f"{out / 'ckpt.pt'}: {parameters:,} parameters, {config['n_layer']} layers, "
+          f"{config['n_head']} heads, {config['n_embd']} wide, context {config['block_size']:,}, "
+          f"vocabulary {content['vocab_size']:,}")
+    print(f"next     python sample.py --out_dir={out}", flush=True)
 
+
+# -- export ----------------------------------------------------------------------------------------
 
 def export_folder(source: str, options: Options):
+    """The command: a checkpoint to a Hugging Face directory."""
     if not options.out:
         raise UserError(f"say where to: python convert.py export {source} --out=DIR")
     out = Path(options.out)
-    if out.exists() and not replaceable(out):
-        raise UserError(f"{out} is there and holds something other than an export: name a new folder with --out")
+    if out.exists() and not is_replaceable(out):
+        raise UserError(f"{out} is there and holds something other than an export: name a new "
+                        "folder with --out")
     content = load_checkpoint(source)
     config = content["config"]
     try:
         tokenizer = Tokenizer(content["tokenizer"])
-        hf, tensors = to_hf(config, content["model"], content["vocab_size"], tokenizer.eot)
+        hf, tensors = model_to_hf(config, content["model"], content["vocab_size"], tokenizer.eot)
+        files = {
+            "config.json": hf,
+            "tokenizer.json": tokenizer_to_json(tokenizer),
+            "tokenizer_config.json": tokenizer_config(tokenizer, config["block_size"]),
+            "generation_config.json": {"bos_token_id": tokenizer.eot,
+                                       "eos_token_id": tokenizer.eot},
+        }
     except ValueError as error:
         raise UserError(f"{source}: {error}")
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise UserError(f"{source}: its parts do not fit together ({type(error).__name__}: {str(error)[:200]})")
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config["block_size"],
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError(f"{source}: its parts do not fit together ({reason})")
+    write_folder(out, files, tensors)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    print(f"{out}: {TITLES[hf['model_type']]}, {parameters:,} parameters, and its tokenizer "
+          f"({tokenizer.kind})")
+    print(f"next     hf upload USER/NAME {out}", flush=True)
+
+
+def is_replaceable(path: Path) -> bool:
+    """Whether all that is there is an empty folder or a former export."""
+    if not path.is_dir():
+        return False
+    names = {entry.name for entry in path.iterdir()}
+    if not names:
+        return True
+    return names <= EXPORTED and "inkling" in read_json(path / "config.json")
+
+
+def tokenizer_config(tokenizer: Tokenizer, block_size: int) -> dict:
+    """tokenizer_config.json's content."""
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
                 "clean_up_tokenization_spaces": False}
     if tokenizer.eot is not None:
         settings |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     if tokenizer.kind == "bpe":
         settings["inkling"] = {key: tokenizer.stored[key] for key in ("name", "pattern")}
-    beside, old = out.with_name(out.name + ".tmp"), out.with_name(out.name + ".old.tmp")
+    return settings
+
+
+def write_folder(out: Path, files: dict, tensors: dict):
+    """Write an export beside `out`, and let it take the place of a former one when it is whole."""
+    safetensors = import_safetensors()
+    beside = out.with_name(out.name + ".tmp")
+    old = out.with_name(out.name + ".old.tmp")
     try:
         shutil.rmtree(beside, ignore_errors=True)       # a killed process may have left it
         beside.mkdir(parents=True)
-        for name, part in (("config.json", hf), ("tokenizer.json", write_tokenizer(tokenizer)),
-                           ("tokenizer_config.json", settings), ("generation_config.json", {
-                               "bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot})):
+        for name, content in files.items():
             with atomic_write(beside / name) as file:
-                file.write(json.dumps(part, ensure_ascii=False, indent=1).encode("utf-8"))
-        safetensors().torch.save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
-        (beside / "model.safetensors").chmod((beside / "config.json").stat().st_mode)     # it is its owner's alone
+                file.write(json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8"))
+        weights = beside / "model.safetensors"
+        safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+        weights.chmod((beside / "config.json").stat().st_mode)      # save_file makes it private
         if out.exists():
             os.rename(out, old)
         os.rename(beside, out)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"could not write {out}: {getattr(error, 'strerror', None) or error}")
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    print(f"{out}: {TITLES[hf['model_type']]}, {sum(map(torch.numel, tensors.values())):,} parameters, and its "
-          f"tokenizer ({tokenizer.kind})\nnext     hf upload USER/NAME {out}", flush=True)
 
 
-def replaceable(folder: Path) -> bool:
-    """Whether all that is in `folder` is a former export."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
-    return not names or names <= EXPORTED and "inkling" in read_json(folder / "config.json")
+# -- commands --------------------------------------------------------------------------------------
+
+COMMANDS = {"import": import_folder, "export": export_folder}
 
 
 def main(argv: list):
     parsed = parse(Options, argv, __doc__, takes="words")
-    if len(parsed.words) != 2 or parsed.words[0] not in ("import", "export"):
-        raise UserError("say what to convert: python convert.py import DIR_OR_NAME, or export CKPT.pt --out=DIR; see --help")
-    (import_folder if parsed.words[0] == "import" else export_folder)(parsed.words[1], Options(**parsed.values))
+    if len(parsed.words) != 2 or parsed.words[0] not in COMMANDS:
+        raise UserError("say what to convert: python convert.py import DIR_OR_NAME, or export "
+                        "CKPT.pt --out=DIR; see --help")
+    command, source = parsed.words
+    COMMANDS[command](source, Options(**parsed.values))
 
 
 if __name__ == "__main__":

@@ -1364,7 +1364,7 @@ def read_checkpoint(source) -> dict:
     """A checkpoint's content, from its path or, for OpenAI's weights, their name."""
     if str(source).startswith("gpt2") and not os.path.isfile(source):
         import convert  # only needed here
-        return convert.imported(source)
+        return convert.import_model(source)
     return load_checkpoint(Path(source))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from convert import read_settings
+from convert import settings_from_hf
 from inkling import dataset as dataset_module
 from inkling.cli import fail, parse, run
 from sample import select_top_k
@@ -117,7 +117,7 @@ def gpt2(check: Verdict, _options: Options):
     sizes = {"gpt2": (12, 12, 768, 124_439_808), "gpt2-medium": (24, 16, 1024, 354_823_168),
              "gpt2-large": (36, 20, 1280, 774_030_080), "gpt2-xl": (48, 25, 1600, 1_557_611_200)}
     for name, (n_layer, n_head, n_embd, count) in sizes.items():
-        settings, _ = read_settings(dict(model_type="gpt2", n_layer=n_layer, n_head=n_head, n_embd=n_embd,
+        settings, _ = settings_from_hf(dict(model_type="gpt2", n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                                          vocab_size=50257, n_positions=1024, activation_function="gelu_new"))
         with torch.device("meta"):
             found = parameters(GPT(Config(**settings), 50257))

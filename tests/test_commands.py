@@ -183,7 +183,7 @@ def test_a_folder_called_gpt2_is_a_run_only_if_it_holds_one(start, monkeypatch):
     assert train.load("gpt2")[0].cfg.n_layer == 2
     Path("gpt2/ckpt.pt").unlink()
     asked = []
-    monkeypatch.setattr("convert.imported", lambda name: asked.append(name) or torch.load("out/toy/ckpt.pt"))
+    monkeypatch.setattr("convert.import_model", lambda name: asked.append(name) or torch.load("out/toy/ckpt.pt"))
     start()
     train.load("gpt2")
     assert asked == ["gpt2"]                            # OpenAI's, whatever else may lie in that folder

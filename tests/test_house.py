@@ -70,7 +70,7 @@ def test_train_py_can_be_read_in_one_sitting():
 
 
 def test_requirements_hold_what_the_programs_import():
-    named = set(re.findall(r"^([a-z]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M))
+    named = set(re.findall(r"^([a-z_]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M))
     optional = {"wandb", "triton", "rustbpe", "pyarrow", "zstandard"}   # only when asked for, or PyTorch brings it
     own = {"train", "prepare", "sample", "convert", "inkling"}
     third_party = {module.split(".")[0] for name in PROGRAMS for module in imports(name)} - set(sys.stdlib_module_names)

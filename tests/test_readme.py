@@ -101,6 +101,7 @@ def serve():
     import prepare
     import sample
     import train
+    from inkling.huggingface import GPT2_PATTERN
     from support import cli, report, runtime, sources
 
     programs = {"train.py": train, "prepare.py": prepare, "sample.py": sample, "convert.py": convert,
@@ -116,7 +117,7 @@ def serve():
     # GPT-2's and GPT-4's tokenizers with a single merge, instead of those that tiktoken downloads.
     ranks = {bytes([value]): value for value in range(256)} | {b"th": 256}
     tiktoken.get_encoding = lambda name: tiktoken.Encoding(
-        name, pat_str=convert.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 257})
+        name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 257})
 
     def command(words: list):
         if any(tuple(words[:len(known)]) == known for known in NOT_RUN):
@@ -233,6 +234,7 @@ def in_folder(folder: Path):
         made = bash(f"""python prepare.py book.txt --name=bytes --tokenizer=gpt2
                         python train.py --dataset=bytes --out_dir=small {' '.join(gpt2)}
                         python convert.py export small/ckpt.pt --out=hf/hub/models--gpt2/snapshots/one
+                        mkdir hf/hub/models--gpt2/refs && printf one > hf/hub/models--gpt2/refs/main
                         mkdir -p path/to && cp -r hf/hub/models--gpt2/snapshots/one path/to/folder""")
         assert made.returncode == 0, made.stderr
         yield bash
