@@ -1,15 +1,14 @@
 """--dry_run says what a run would take, from three real steps, and writes nothing."""
 
 import math
-import os
 import re
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TOY, flags, log_rows, one_line_error
+from conftest import TOY, log_rows, one_line_error
+from test_processes import together
 
 import train
 from inkling.dry_run import (
@@ -192,13 +191,11 @@ def test_a_missing_named_set_is_prepared(start, tmp_path):
 
 
 def test_two_processes_share_it_and_one_speaks(data_dir, tmp_path):
-    words = flags(**TOY | dict(data_dir=data_dir, out_dir="run"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = subprocess.run([*launcher, str(ROOT / "train.py"), *words, "--dry_run"], cwd=tmp_path, text=True,
-                             capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.count("nothing was written") == 1
-    assert "backward pass of 2 sequences" in process.stdout
+    assert together(data_dir, tmp_path / "run", 2, dry_run=True) == [0, 0]
+    first, second = ((tmp_path / f"run-{rank}.txt").read_text() for rank in (0, 1))
+    assert first.count("nothing was written") == 1
+    assert "backward pass of 2 sequences" in first
+    assert second == ""
     assert not (tmp_path / "run").exists()
 
 
