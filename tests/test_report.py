@@ -383,7 +383,7 @@ def test_a_finished_run_says_what_came_of_it(make_run, tmp_path, capsys):
 def test_overfitting_is_said_at_the_end(make_run, tmp_path, capsys, last, overfits):
     state = DONE | {"losses": {"train": 1.0, "val": last}, "best_step": 3}
     said = finished(make_run(state=state), tmp_path, capsys)
-    assert ("the val loss has risen to 2.5150 since then: the model is overfitting" in said) == overfits
+    assert (f"the val loss has risen to {last:.4f} since then: the model is overfitting" in said) == overfits
 
 
 @pytest.mark.parametrize(("state", "stop", "said"), [
