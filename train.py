@@ -1159,15 +1159,15 @@ def train(cfg: Config, out_dir: Path, origin: Origin | None = None) -> int:
     report = Report(run, out_dir)
     report.banner()
     compile_and_wrap(run, report, deadline.seconds_left())
-    if cfg.dry_run:
-        evaluate = partial(estimate_loss, run, eval_iters=1)
-        dry_run(run, report, out_dir, update, evaluate, partial(sample_text, run), run.compile_seconds)
-        return leave(run, 0)
+    try:
+        if cfg.dry_run:
+            evaluate = partial(estimate_loss, run, eval_iters=1)
+            dry_run(run, report, out_dir, update, evaluate, partial(sample_text, run))
+            return leave(run, 0)
 
-    report.open()
-    run.stopwatch.start()
-    with Stop(deadline) as stop:
-        try:
+        report.open()
+        run.stopwatch.start()
+        with Stop(deadline) as stop:
             while True:
                 fit_steps_to_time(run, report, deadline)
                 evaluate_and_save(run, report, stop)
@@ -1178,9 +1178,9 @@ def train(cfg: Config, out_dir: Path, origin: Origin | None = None) -> int:
                 report_and_save(run, report, loss, norm, stop)
                 if stop.agreed:
                     break
-        except NotFinite as error:
-            report.not_finite(error)
-            return leave(run, 3)
+    except NotFinite as error:
+        report.not_finite(error)
+        return leave(run, 3)
     unsaved = run.folder.unsaved if run.folder else {}
     report.finish(stop, unsaved)
     if stop.signal:

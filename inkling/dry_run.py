@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from inkling.dataset import windows_at_once
-from inkling.device import synchronize
+from inkling.device import device_type, synchronize
+from inkling.distributed import is_sharded
 from inkling.format import align_columns, duration, milliseconds, short, size
 from inkling.report import count_parameters, evaluations_left, peak_memory
 
@@ -22,10 +23,11 @@ TRIAL_STEPS = 3
 TRIAL_WINDOWS = 16              # of each split, in the trial's evaluation
 
 
-def dry_run(run, report, out_dir: Path, update, evaluate, sample, compile_seconds: float):
-    """Print what `run` would take. update(run, step) makes a step, evaluate() evaluates TRIAL_WINDOWS windows of each
-    split, sample() generates a text. In a run of several processes all of them call this; the first prints."""
-    trial = measure(run, update, evaluate, sample, compile_seconds)
+def dry_run(run, report, out_dir: Path, update, evaluate, sample):
+    """Print what `run` would take. update(run, step) makes a step, evaluate() evaluates TRIAL_WINDOWS
+    windows of each split, sample() generates a text. Every process of a run calls it; the first prints.
+    Raises NotFinite if the loss of a step is not."""
+    trial = measure(run, update, evaluate, sample)
     if not run.ranks.first:
         return
     work = remaining_work(run, trial)
@@ -66,21 +68,21 @@ class Trial:
     step_seconds: list = field(default_factory=list)
     evaluation_seconds: float = 0.0
     sample_seconds: float = 0.0
-    compile_seconds: float = 0.0
 
     @property
     def seconds_per_step(self) -> float:
         return min(self.step_seconds, default=0.0)      # the first one warms up, and compiles the optimizer
 
 
-def measure(run, update, evaluate, sample, compile_seconds: float) -> Trial:
+def measure(run, update, evaluate, sample) -> Trial:
     """Take TRIAL_STEPS steps, an evaluation and a sample, or fewer where the run has fewer before it."""
     device = run.plan.device
-    if device.startswith("cuda"):
+    if device_type(device) == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    trial = Trial(measure_saved_tensors(run), compile_seconds=compile_seconds)
+    trial = Trial(measure_saved_tensors(run))
     for step in range(run.first_step, run.first_step + trial_steps(run)):
         trial.step_seconds.append(seconds_of(device, update, run, step))
+        run.guard.verify(step + 1)
     if not is_complete(run):
         trial.evaluation_seconds = seconds_of(device, evaluate)
         # The processes of a sharded model generate together, since each holds a part of the weights.
@@ -144,13 +146,8 @@ def measure_saved_tensors(run) -> SavedTensors:
                         max(activation_bytes.values(), default=0))
 
 
-def is_sharded(tensor) -> bool:
-    """Whether it is a DTensor, of which each process holds a part."""
-    return hasattr(tensor, "to_local")
-
-
 def local_bytes(tensor) -> int:
-    """The bytes of a tensor, or of this process's part of it."""
+    """The bytes of a tensor, or of this process's share of it."""
     if is_sharded(tensor):
         return tensor.to_local().nbytes
     return tensor.nbytes
@@ -250,10 +247,7 @@ def estimate_memory(run, trial: Trial) -> Memory:
     if run.ranks.world > 1 and not cfg.shard:
         gradients *= 2                                  # DistributedDataParallel gathers them in buckets
     state = optimizer_bytes(run.optimizers)
-    working = 0
-    for optimizer in run.optimizers:
-        if hasattr(optimizer, "working_bytes"):         # AdamW needs next to nothing
-            working = max(working, optimizer.working_bytes())
+    working = max(optimizer.working_bytes() for optimizer in run.optimizers)
     position_logits = 4 * run.model.vocab_size          # bytes of the logits of one position
     logits = trial.saved.logits + 2 * micro_batch * cfg.block_size * position_logits    # and two of their gradients
 
@@ -306,7 +300,7 @@ def print_memory(report, run, memory: Memory):
     report.label("", f"about {size(memory.peaks[highest])} of tensors at once: {moments[highest]}")
     facts = []
     if measured := peak_memory(device):
-        with_what = "" if device.startswith("cuda") else ", Python, PyTorch and the allocator's gaps included"
+        with_what = "" if device_type(device) == "cuda" else ", Python, PyTorch and the allocator's gaps included"
         facts.append(f"measured {size(measured)}{with_what}")
     if free := free_memory(device):
         facts.append(f"{size(free)} are free")
@@ -315,7 +309,7 @@ def print_memory(report, run, memory: Memory):
 
 def free_memory(device: str) -> int:
     """The bytes that this process can hold on the device, those it holds now included; 0 where that is not known."""
-    if torch.device(device).type == "cuda":
+    if device_type(device) == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return proc_bytes("/proc/meminfo", "MemAvailable") + proc_bytes("/proc/self/status", "VmRSS")
 
@@ -352,7 +346,7 @@ class Times:
 def estimate_time(run, trial: Trial, work: Work) -> Times:
     per_step = trial.seconds_per_step
     per_evaluation = estimate_evaluation(run, trial)
-    compiling = trial.compile_seconds
+    compiling = run.compile_seconds
     if run.plan.compile and trial.step_seconds:         # the optimizer compiles at its first step
         compiling += trial.step_seconds[0] - per_step
     return Times(per_step, per_evaluation, trial.sample_seconds, steps=work.steps * per_step,
@@ -478,7 +472,7 @@ def evaluation_doubts(cfg, max_iters: int) -> list:
 
 def vocabulary_doubts(cfg, vocab_size: int, device: str) -> list:
     rows = vocab_size + -vocab_size % cfg.pad_vocab_to
-    if not device.startswith("cuda") or rows % 64 == 0:
+    if device_type(device) != "cuda" or rows % 64 == 0:
         return []
     return [f"a vocabulary of {vocab_size:,} makes slow matrix products on a GPU: --pad_vocab_to=64"]
 

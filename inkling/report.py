@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from inkling.cli import UserError, printable
+from inkling.device import device_type
 from inkling.files import atomic_write
 from inkling.format import duration, fit_line, milliseconds, short, size, terminal_width
 from inkling.plots import plot_run, read_log
@@ -54,7 +55,7 @@ def flops_per_token(cfg, model) -> float:
 
 def peak_flops(device: str, dtype: str) -> float:
     """The card's peak rate in operations per second; 0 where it is not known."""
-    if torch.device(device).type != "cuda" or dtype == "float32":
+    if device_type(device) != "cuda" or dtype == "float32":
         return 0
     words = re.findall(r"\w+", torch.cuda.get_device_name(device))
     for card, teraflops in PEAKS.items():
@@ -66,7 +67,7 @@ def peak_flops(device: str, dtype: str) -> float:
 def peak_memory(device: str) -> int:
     """The most bytes this process has held so far: on an NVIDIA GPU those of its tensors, elsewhere its resident
     memory. 0 where the system does not tell."""
-    if torch.device(device).type == "cuda":
+    if device_type(device) == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
@@ -77,7 +78,7 @@ def peak_memory(device: str) -> int:
 
 
 def describe_machine(device: str) -> str:
-    kind = torch.device(device).type
+    kind = device_type(device)
     if kind == "cuda":
         return f"{device}, {torch.cuda.get_device_name(device)}"
     if kind == "cpu":
@@ -443,11 +444,10 @@ class Report:
                 self.label("unsaved", problem)
         if not self.writes:
             return
-        state = self.run.state
-        if stop.asked and (state.evaluated is None or state.evaluated < state.step):
-            self.say_stopped(stop)
+        if self.run.state.evaluated == self.run.state.step:
+            self.say_done()
         else:
-            self.say_done(stop)
+            self.say_stopped(stop)
 
     def say_stopped(self, stop):
         """The run ended between two evaluations."""
@@ -457,7 +457,7 @@ class Report:
         if max_iters is not None:
             place += f" of {max_iters}"
         if not stop.signal:
-            place += f" ({self.time_limit()})"
+            place += f" (time limit max_minutes={self.run.cfg.max_minutes:g} reached)"
         rest = "continues"
         if step == max_iters:
             rest = "runs its last evaluation"
@@ -465,14 +465,14 @@ class Report:
         self.label("stopped", f"at {place}: the same command with --init_from=resume {rest}; "
                               f"python sample.py --ckpt={last} samples from the current weights")
 
-    def say_done(self, stop):
-        """The run ended after an evaluation: its last one, or the one that patience or the clock made the last."""
+    def say_done(self):
+        """The run ended after an evaluation: its last one, or the one that patience made the last."""
         run = self.run
         state = run.state
         seconds = run.stopwatch.seconds()
         if run.first_step == state.step == run.plan.max_iters:
             self.label("note", "nothing was left to do: a larger --max_iters trains longer")
-        self.label("done", f"{state.step:,} steps{self.cut_short(stop)} in {duration(seconds)} of training; "
+        self.label("done", f"{state.step:,} steps{self.cut_short()} in {duration(seconds)} of training; "
                            f"best val loss {state.best_val_loss:.4f} at step {state.best_step}")
         self.label("speed", self.describe_speed(state.step * run.tokens_per_step, seconds))
         last_val_loss = state.losses.get("val", -math.inf)
@@ -483,22 +483,15 @@ class Report:
         self.label("files", f"{self.out_dir}/: {', '.join(files)}")
         self.say(f"next     python sample.py --out_dir={shlex.quote(str(self.out_dir))}")     # whole, to be copied
 
-    def cut_short(self, stop) -> str:
-        """Of how many steps, and why not all of them; "" after all of them."""
+    def cut_short(self) -> str:
+        """Of how many steps, if patience ended the run before all of them."""
         max_iters = self.run.plan.max_iters
         if self.run.state.step == max_iters:
             return ""
         reason = f"patience={self.run.cfg.patience}"
-        if stop.signal:
-            reason = "interrupted; --init_from=resume continues"
-        elif stop.asked:
-            reason = f"{self.time_limit()}; --init_from=resume continues"
         if max_iters is None:
             return f" ({reason})"
         return f" of {max_iters:,} ({reason})"
-
-    def time_limit(self) -> str:
-        return f"time limit max_minutes={self.run.cfg.max_minutes:g} reached"
 
     def describe_speed(self, tokens: int, seconds: float) -> str:
         rate = f" at {short(tokens / seconds)} tok/s" if tokens and seconds else ""

@@ -1,15 +1,14 @@
 """--dry_run says what a run would take, from three real steps, and writes nothing."""
 
 import math
-import os
 import re
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TOY, flags, log_rows, one_line_error
+from conftest import TOY, log_rows, one_line_error
+from test_processes import together
 
 import train
 from inkling.dry_run import (
@@ -31,12 +30,12 @@ from inkling.dry_run import (
 )
 from inkling.format import size
 from inkling.report import Report
-from train import GPT, Config
+from train import GPT, AdamW, Config
 
 VOCAB_SIZE = 50
 
 
-class GreedyAdamW(torch.optim.AdamW):
+class GreedyAdamW(AdamW):
     """AdamW that says it needs a lot of memory for each update."""
 
     def working_bytes(self) -> int:
@@ -46,7 +45,7 @@ class GreedyAdamW(torch.optim.AdamW):
 @pytest.fixture
 def make_run(tmp_path):
     """make_run(state={"step": 4}, n_embd=64): what dry_run sees of a run, on random tokens, with toy settings."""
-    def make_run(state=None, plan=None, tokens=None, world=1, rank=0, optimizer=torch.optim.AdamW, **settings):
+    def make_run(state=None, plan=None, tokens=None, world=1, rank=0, optimizer=AdamW, **settings):
         cfg = Config(**TOY | {"out_dir": str(tmp_path / "run")} | settings)
         state = {"step": 0, "evaluated": None, "best_step": 0, "best_val_loss": math.inf, "losses": {}} | (state or {})
         plan = {"device": "cpu", "dtype": "float32", "compile": False, "max_iters": cfg.max_iters,
@@ -67,7 +66,8 @@ def make_run(tmp_path):
             optimizers=[optimizer(model.parameters())], forward_backward=forward_backward,
             meta={"splits": {split: {"tokens": count, "bytes": count} for split, count in tokens.items()},
                   "vocab_size": VOCAB_SIZE},
-            stopwatch=SimpleNamespace(seconds=lambda: 0.0), first_step=state["step"],
+            stopwatch=SimpleNamespace(seconds=lambda: 0.0), guard=SimpleNamespace(verify=nothing),
+            compile_seconds=0.0, first_step=state["step"],
             tokens_per_step=cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size,
             tokens_per_epoch=tokens["train"] // cfg.block_size * cfg.block_size)
     return make_run
@@ -191,13 +191,11 @@ def test_a_missing_named_set_is_prepared(start, tmp_path):
 
 
 def test_two_processes_share_it_and_one_speaks(data_dir, tmp_path):
-    words = flags(**TOY | dict(data_dir=data_dir, out_dir="run"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = subprocess.run([*launcher, str(ROOT / "train.py"), *words, "--dry_run"], cwd=tmp_path, text=True,
-                             capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.count("nothing was written") == 1
-    assert "backward pass of 2 sequences" in process.stdout
+    assert together(data_dir, tmp_path / "run", 2, dry_run=True) == [0, 0]
+    first, second = ((tmp_path / f"run-{rank}.txt").read_text() for rank in (0, 1))
+    assert first.count("nothing was written") == 1
+    assert "backward pass of 2 sequences" in first
+    assert second == ""
     assert not (tmp_path / "run").exists()
 
 
@@ -236,18 +234,18 @@ def test_a_resumed_run_is_as_if_there_had_been_no_dry_run(start, tmp_path):
     ({"max_iters": 6, "state": {"step": 6, "evaluated": 3}}, ["evaluate", "sample"]),
     ({"max_iters": 6, "state": {"step": 6, "evaluated": 6}}, []),
     ({"max_iters": 1, "world": 2, "rank": 1}, [0, "evaluate"]),
-    ({"max_iters": 1, "world": 2, "rank": 1, "shard": True, "optimizer": torch.optim.SGD}, [0, "evaluate", "sample"])],
+    ({"max_iters": 1, "world": 2, "rank": 1, "shard": True}, [0, "evaluate", "sample"])],
     ids=str)
 def test_it_takes_three_steps_an_evaluation_and_a_sample_or_what_remains(make_run, settings, calls):
     called = []
     measure(make_run(**settings), lambda run, step: called.append(step), lambda: called.append("evaluate"),
-            lambda: called.append("sample"), 0.0)
+            lambda: called.append("sample"))
     assert called == calls
 
 
 def test_processes_other_than_the_first_say_nothing(make_run, tmp_path, capsys):
     run = make_run(world=2, rank=1)
-    dry_run(run, Report(run, tmp_path), tmp_path, update, nothing, nothing, 0.0)
+    dry_run(run, Report(run, tmp_path), tmp_path, update, nothing, nothing)
     assert capsys.readouterr() == ("", "")
 
 
@@ -299,7 +297,7 @@ def test_the_table_of_the_parameters_adds_up(toy, changes):
 
 def test_memory_by_part(make_run):
     run = make_run(optimizer=GreedyAdamW, n_layer=1)
-    memory = estimate_memory(run, measure(run, update, nothing, nothing, 0.0))
+    memory = estimate_memory(run, measure(run, update, nothing, nothing))
     parameters = sum(p.numel() for p in run.model.parameters())
     assert memory.gradients == 4 * parameters
     assert memory.weights == 4 * (parameters + 2 * 32 * 8)          # with RoPE's two tables: 32 places, 8 pairs
@@ -317,7 +315,7 @@ def test_memory_by_part(make_run):
      "in an evaluation, 16 windows together")], ids=["backward", "update", "evaluation"])
 def test_the_peak_is_where_most_is_held_at_once(make_run, tmp_path, capsys, settings, moment, where):
     run = make_run(**settings)
-    dry_run(run, Report(run, tmp_path), tmp_path, update, nothing, nothing, 0.0)
+    dry_run(run, Report(run, tmp_path), tmp_path, update, nothing, nothing)
     said = capsys.readouterr().out
     trial = Trial(measure_saved_tensors(run))
     memory = estimate_memory(run, trial)
@@ -353,14 +351,16 @@ def test_the_time_adds_up(make_run, tmp_path, capsys, monkeypatch):
 
     def text(run) -> str:
         dry_run(run, Report(run, tmp_path), tmp_path, lambda run, step: advance(2 if step else 9), lambda: advance(4),
-                lambda: advance(0.5), 30.0 if run.plan.compile else 0.0)
+                lambda: advance(0.5))
         only, = lines(capsys.readouterr().out, "time")
         return only
 
     settings = {"max_iters": 100, "eval_interval": 50, "eval_iters": 2}
     assert text(make_run(**settings, sample_tokens=0)) == \
         "100 steps of 2,000 ms 3m20s, 3 evaluations of 8 s 24s: about 3m44s in all"
-    assert text(make_run(**settings, plan={"compile": True})) == (
+    compiled = make_run(**settings, plan={"compile": True})
+    compiled.compile_seconds = 30.0
+    assert text(compiled) == (
         "100 steps of 2,000 ms 3m20s, 3 evaluations of 8 s 24s, 3 samples of 0.5 s 2s, compiling 37s: "
         "about 4m23s in all")
     assert text(make_run(**settings, eval_only=True)) == \
