@@ -1,8 +1,8 @@
 """A reader's folder for the commands of the READMEs: a copy of the checkout, with texts and a small GPT-2 in the cache.
 
-Bash runs the commands as they stand. The words `python`, `torchrun`, `pip` and `hf` are stand-ins there: they send their
-command line to `serve`, a process that has imported the programs and runs each command in a fork of itself, in toy size
-and without a network. For POSIX systems, the only ones that fork."""
+Bash runs the commands as they stand. The words `python`, `torchrun`, `pip` and `hf` are stand-ins there: they send
+their command line to `serve`, a process that has imported the programs and runs each command in a fork of itself, in
+toy size and without a network. For POSIX systems, the only ones that fork."""
 
 import contextlib
 import csv
@@ -17,9 +17,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ("python", "torchrun", "pip", "hf")
-TOY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2", "--gradient_accumulation_steps=1",
-       "--max_iters=2", "--eval_interval=2", "--eval_iters=1", "--sample_tokens=4", "--device=cpu", "--dtype=float32",
-       "--compile=False"]
+TOY = ["--n_layer=1", "--n_head=2", "--n_kv_head=0", "--n_embd=16", "--block_size=16", "--batch_size=2",
+       "--gradient_accumulation_steps=1", "--max_iters=2", "--eval_interval=2", "--eval_iters=1", "--sample_tokens=4",
+       "--device=cpu", "--dtype=float32", "--compile=False"]
 GPT2 = ["--positions=learned", "--norm=layernorm", "--norm_gain=True", "--embed_norm=False", "--mlp=gelu_tanh",
         "--bias=True", "--qk_norm=False", "--logit_cap=0", "--shortcuts=False", "--ngrams=0", "--tie_weights=True",
         "--init=gpt2"]
