@@ -6,8 +6,10 @@ import os
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, log_rows, same_runs
 from reader import Reader
+
+import train
 
 READMES = ["README.md", "README.zh.md"]
 PAGES = [*READMES, "CONTRIBUTING.md", "CHANGELOG.md", "bench/RESULTS.md"]
@@ -144,6 +146,20 @@ def test_the_messages_under_troubleshooting_are_those_of_the_programs(name):
         if message not in texts and filled_in not in texts:
             missing.append(message)
     assert missing == []
+
+
+def test_the_optimizer_of_contributing_trains_and_resumes(start, toy, tmp_path, monkeypatch):
+    """It is all that a third optimizer needs, last.pt and resuming included."""
+    [code] = [code for language, code in blocks("CONTRIBUTING.md") if language == "python"]
+    monkeypatch.setattr(train, "OPTIMIZERS", dict(train.OPTIMIZERS))
+    exec(compile(code, "CONTRIBUTING.md", "exec"), dict(vars(train)))
+    settings = dict(optimizer="sgd", learning_rate=0.1, weight_decay=0.0)
+    for words in (dict(out="whole"), dict(out="parts", max_iters=3), dict(out="parts", init_from="resume")):
+        done = start(words.pop("out"), **settings | words | dict(decay_lr=False))
+        assert done.returncode == 0, done.stderr
+    losses = [float(row["val_loss"]) for row in log_rows(tmp_path / "whole") if row["val_loss"]]
+    assert losses[-1] < losses[0]
+    same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
 # -- their code ------------------------------------------------------------------------------------------------------
