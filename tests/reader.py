@@ -105,6 +105,7 @@ class Reader:
         done = self.run(f"""python prepare.py book.txt --name=bytes --tokenizer=gpt2
                             python train.py --dataset=bytes --out_dir=small {' '.join(GPT2)}
                             python convert.py export small/ckpt.pt --out=hf/hub/models--gpt2/snapshots/one
+                            mkdir hf/hub/models--gpt2/refs && printf one > hf/hub/models--gpt2/refs/main
                             mkdir -p path/to && cp -r hf/hub/models--gpt2/snapshots/one path/to/folder""")
         assert done.returncode == 0, done.stderr
 
