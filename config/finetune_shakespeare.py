@@ -3,17 +3,17 @@
 #     python train.py config/finetune_shakespeare.py
 #     python sample.py --out_dir=out/finetune_shakespeare --start="ROMEO:"
 #
-# nanoGPT starts from gpt2-xl, and says to take a smaller one when memory is short. This file starts from gpt2 (124M),
-# whose weights, gradients and AdamW moments take 2 GB beside the activations; gpt2-xl (1.6B) takes 25 GB:
+# nanoGPT starts from gpt2-xl and suggests a smaller model when memory is short. This file starts from gpt2 (124M),
+# whose weights, gradients and AdamW moments take 2 GB in addition to the activations; gpt2-xl (1.6B) takes 25 GB:
 #
 #     python train.py config/finetune_shakespeare.py --init_from=gpt2-xl
 #
-# On a CPU or a small card, a quarter of the context takes less memory and a quarter of the time:
+# On a CPU or a small card, a quarter of the context needs less memory and a quarter of the time:
 #
 #     python train.py config/finetune_shakespeare.py --block_size=256
 #
-# A step is 32 sequences of 1024 tokens, an epoch is 9.2 steps. The loss and the time are not measured here: OpenAI's
-# weights could not be downloaded to the machine on which this was written.
+# A step is 32 sequences of 1024 tokens; an epoch is 9.2 steps. Loss and time are not measured: OpenAI's weights could
+# not be downloaded to the machine on which this was written.
 
 dataset = "shakespeare"
 

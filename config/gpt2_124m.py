@@ -1,16 +1,16 @@
-# A GPT of GPT-2's smallest size with the fast recipe, for web text: tens of millions to billions of tokens.
+# A GPT the size of GPT-2 small with the default recipe, for web text: tens of millions to billions of tokens.
 #
-#     python prepare.py "web/*.parquet" --name=web --tokenizer=gpt2       # any text of yours; --text_column=text
+#     python prepare.py "web/*.parquet" --name=web --tokenizer=gpt2       # your own text; --text_column=text
 #     python train.py config/gpt2_124m.py                                 # one GPU
 #     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py
 #
-# 524,288 tokens a step, whatever the number of GPUs: 16 micro-batches of 32 windows are shared by the processes.
-# Memory: 162M parameters, since the output layer is not the embedding (124M as in GPT-2 but for that): 0.65 GB each for
-# weights and gradients, 1.0 GB for the optimizers. Activations and logits grow with batch_size: --batch_size=8
-# --gradient_accumulation_steps=64 is the same training in a quarter of theirs, --activation_checkpointing less still.
-# `--dry_run` estimates it for the machine at hand.
+# 524,288 tokens per step, whatever the number of GPUs: the processes share 16 micro-batches of 32 windows. Memory:
+# 162M parameters, because the output layer does not share the embedding's weights (otherwise 124M, as in GPT-2): 0.65
+# GB each for weights and gradients, 1.0 GB for the optimizers. Activations and logits grow with batch_size:
+# --batch_size=8 --gradient_accumulation_steps=64 is the same training with a quarter of them, and
+# --activation_checkpointing needs still less. `--dry_run` estimates the memory for your machine.
 #
-# Not trained whole here, for want of a GPU: the rates are those of public speedruns at this size (modded-nanogpt).
+# Not trained to the end here, for want of a GPU: the rates are those of public speedruns at this size (modded-nanogpt).
 
 dataset = "web"
 

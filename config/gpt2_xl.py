@@ -1,4 +1,4 @@
-# OpenAI's gpt2-xl, as it is: its loss on Shakespeare in GPT-2's tokens, and text written by it. Nothing is trained.
+# OpenAI's gpt2-xl as it is: its loss on Shakespeare in GPT-2's tokens, and a sample. Nothing is trained.
 #
 #     python train.py config/gpt2_xl.py
 #     python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?" \
@@ -6,9 +6,9 @@
 #
 # 1,557,611,200 parameters (a test counts them): 48 layers, 25 heads, 1600 wide, context 1024, vocabulary 50,257. The
 # weights come from the local Hugging Face cache, or are downloaded to it once: 6.2 GB, as much as they take in memory,
-# and twice that while they are read. nanoGPT, after whose config/eval_gpt2_xl.py this is, reports a val loss of
-# 2.54 on OpenWebText. On Shakespeare (val: 35 windows of 1024 tokens, all of them read) it is not measured: the weights
-# could not be had where this was written.
+# and twice that while they are read. nanoGPT reports a val loss of 2.54 on OpenWebText (its config/eval_gpt2_xl.py,
+# after which this file is made). The loss on Shakespeare (val: 35 windows of 1024 tokens, all of them read) is not
+# measured: the weights could not be downloaded where this was written.
 
 dataset = "shakespeare"
 

@@ -1,17 +1,17 @@
-# nanoGPT's `train_shakespeare_char`: its architecture and hyper-parameters, as the reference to compare with.
+# nanoGPT's `train_shakespeare_char`: its architecture and hyperparameters, as a reference for comparison.
 # Source: github.com/karpathy/nanoGPT, config/train_shakespeare_char.py and the defaults of its train.py.
 #
 #     python train.py config/shakespeare_char_nanogpt.py
 #
-# 10.65M parameters without the position embeddings. nanoGPT publishes a best val loss of 1.4697, about 3 minutes on an
-# A100; not run here, where 2 CPU cores would need hours. This is nanoGPT's own command for such machines (0.80M):
+# 10.65M parameters without the position embeddings. nanoGPT publishes a best val loss of 1.4697, after about 3 minutes
+# on an A100. Not run here: 2 CPU cores would need hours. This is nanoGPT's own command for such machines (0.80M):
 #
 #     python train.py config/shakespeare_char_nanogpt.py --device=cpu --compile=False --eval_iters=20 \
 #         --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 \
 #         --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0
 #
-# Expected, with --dtype=float32 as nanoGPT has it on a CPU: full val loss 1.895 at context 64 (nanoGPT's own
-# checkpoints of that command, evaluated in the same way: 1.898 and 1.892), about a minute on 2 cores.
+# Expected with --dtype=float32, which nanoGPT uses on a CPU: full val loss 1.895 at context 64 (nanoGPT's own
+# checkpoints from that command, evaluated in the same way: 1.898 and 1.892), about a minute on 2 cores.
 
 dataset = "shakespeare_char"
 

@@ -1,17 +1,20 @@
-# GPT-2's architecture on one short story: what it looks like when a model learns its text by heart.
+# GPT-2's architecture on one short story: what overfitting looks like.
 # After "Build a Large Language Model (From Scratch)", chapter 5 (github.com/rasbt/LLMs-from-scratch).
 #
 #     python prepare.py verdict
+#     python train.py config/verdict.py --eval_only   # the untrained model: its loss and a sample; writes nothing
 #     python train.py config/verdict.py
 #
-# 162,419,712 parameters for 4,612 training tokens (534 for validation): 18 windows of 256, 9 updates an epoch, 90 in
-# all. Expected: first loss about 10.98; train loss under 1 at the end (the book: 0.569); val loss lowest, about 6.12
-# (6.0-6.4), near update 50, and rising from there on. A greedy sample every epoch: commas at first, then the story.
+# 162,419,712 parameters for 4,612 training tokens (534 for validation): 18 windows of 256, 9 updates per epoch, 90 in
+# all. Expected: first loss about 10.98; train loss below 1 at the end (the book: 0.569); val loss lowest, about 6.12
+# (6.0-6.4), near update 50, then rising. A greedy sample after every epoch: commas at first, then the story.
+# The book evaluates after its first update (9.817 / 9.924); step 0 here is before it.
 #
-# Measured on 2 cores of an AMD EPYC, PyTorch 2.13, 2026-11-21: train / val 10.99 / 10.98 at first, 8.05 / 8.57 after 5
-# updates, best val 6.132 at update 55, 0.559 / 6.335 at the end; 4 minutes of training, 8 in all with evaluations,
-# samples and checkpoints of 2 GB. At this learning rate without warm-up the loss jumps for a step or two now and then:
-# here at update 25; with seed=1337 at 20, and that run ended at 1.08 / 6.36 with its best val of 6.134 at 55, too.
+# Measured on 2 cores of an AMD EPYC, PyTorch 2.13, 2026-11-21: train / val 10.99 / 10.98 before training, 8.05 / 8.57
+# after 5 updates, best val 6.132 at update 55, 0.559 / 6.335 at the end; 4 minutes of training, 8 in all with
+# evaluations, samples and checkpoints of 2 GB. At this learning rate without warm-up the loss occasionally jumps for a
+# step or two: here at update 25; with seed=1337 at update 20, and that run ended at 1.08 / 6.36, its best val 6.134,
+# also at 55.
 
 dataset = "verdict"
 seed = 123
@@ -26,7 +29,7 @@ sample_temperature = 0.0
 
 batch_size = 2
 block_size = 256
-sampling = "fixed"                      # the same windows in every epoch, as in the book: learnt by heart sooner
+sampling = "fixed"                      # the same windows in every epoch, as in the book: overfits sooner
 
 n_layer = 12
 n_head = 12
