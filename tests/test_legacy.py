@@ -1,17 +1,18 @@
 """What earlier versions wrote still works: data sets, ckpt.pt, last.pt and log.csv, made by the code of commit c4323b8.
 
-tests/legacy/ holds what these commands left (one thread, PyTorch 2.13 on a CPU; text.txt is the first 9,000 characters of
-the embedded fables). --dropout=0.1, so that a resumed run has to find the same random numbers:
+tests/legacy/ holds what these commands left (one thread, PyTorch 2.13 on a CPU; text.txt is the first 9,000
+characters of the embedded fables). With dropout, so that a resumed run has to find the same random numbers:
 
-    python prepare.py text.txt --name=char                      # likewise rare --min_count=8,
-                                                                # sharded --shard_tokens=3000, bpe --tokenizer=bpe:300
+    python prepare.py text.txt --name=char      # and rare --min_count=8, sharded --shard_tokens=3000,
+                                                # bpe --tokenizer=bpe:300
     python train.py --dataset=char --n_layer=2 --n_head=2 --n_embd=16 --ffn_dim=32 --block_size=32 --batch_size=4
         --ngrams=3 --ngram_rows=97 --max_iters=12 --eval_interval=4 --eval_iters=1 --log_interval=1 --sample_tokens=0
-        --device=cpu --dtype=float32 --compile=False --dropout=0.1      # muon; the others change what RUNS says
+        --device=cpu --dtype=float32 --compile=False --dropout=0.1      # muon; the others add what RUNS says
 
 Each run was stopped by SIGTERM after 6 of its 12 steps (minutes after 2, before max_minutes had set its max_iters).
-expected.json: what the same code made of each when it resumed it to step 12 (minutes with --max_iters=12 typed): the rows
-of log.csv without their timings, the last evaluation, and the SHA-256 of the weights' bytes (in the order of their names).
+expected.json: what the same code made of each when it resumed it to step 12 (minutes with --max_iters=12 typed): the
+rows of log.csv without their timings, the last evaluation, and the SHA-256 of the weights' bytes, in the order of
+their names.
 """
 
 import hashlib
@@ -33,10 +34,11 @@ LEGACY = ROOT / "tests" / "legacy"
 EXPECTED = json.loads((LEGACY / "expected.json").read_text(encoding="utf-8"))
 RUNS = {
     "muon": "",
-    "adamw": "--optimizer=adamw --learning_rate=0.003 --weight_decay=0.1 --gradient_accumulation_steps=2 --save_interval=2",
+    "adamw": "--optimizer=adamw --learning_rate=0.003 --weight_decay=0.1 --gradient_accumulation_steps=2 "
+             "--save_interval=2",
     "gpt2": "--positions=learned --norm=layernorm --norm_gain --bias --init=gpt2 --mlp=gelu --embed_norm=False "
-            "--tie_weights --qk_norm=False --logit_cap=0 --shortcuts=False --attn_dropout --ngrams=0 --optimizer=adamw "
-            "--learning_rate=0.003 --schedule=cosine --warmup_iters=3 --min_lr=0.0003 --grad_clip=1 --sampling=random",
+            "--tie_weights --qk_norm=False --logit_cap=0 --shortcuts=False --attn_dropout --ngrams=0 "
+            "--optimizer=adamw --learning_rate=0.003 --schedule=cosine --warmup_iters=3 --min_lr=0.0003 --grad_clip=1 --sampling=random",
     "minutes": "--max_minutes=5",
     "auto": "--dtype=auto --compile=auto --dataset=sharded",        # stored as bfloat16 and False
 }
@@ -53,7 +55,7 @@ def folder(tmp_path):
 
 
 def resume(folder, name: str, *words):
-    done = inside(train.main, "--init_from=resume", f"--data_dir={folder / 'data'}", f"--out_dir={folder / name}", *words)
+    done = inside(train.main, *flags(init_from="resume", data_dir=folder / "data", out_dir=folder / name), *words)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -142,15 +144,15 @@ def test_its_weights_load_and_write(folder, name):
     model, tokenizer = train.load(path)
     assert model.cfg.n_embd == 16
     assert model.vocab_size == tokenizer.vocab_size
-    done = inside(sample.main, f"--ckpt={path}", "--start=The", "--max_new_tokens=20", "--temperature=0", "--device=cpu")
+    done = inside(sample.main, *flags(ckpt=path, start="The", max_new_tokens=20, temperature=0, device="cpu"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("The")
 
 
 @pytest.mark.parametrize("name", ["muon", "gpt2"])
 def test_a_new_run_starts_from_an_old_ckpt(folder, tmp_path, name):
-    done = inside(train.main, *flags(init_from=folder / name / "ckpt.pt", dataset="char", data_dir=folder / "data",
-                                     out_dir=tmp_path / "new", max_iters=1, sample_tokens=0, device="cpu", compile=False))
+    settings = dict(dataset="char", data_dir=folder / "data", out_dir=tmp_path / "new", max_iters=1, sample_tokens=0)
+    done = inside(train.main, *flags(init_from=folder / name / "ckpt.pt", device="cpu", compile=False, **settings))
     assert done.returncode == 0, done.stderr
     assert stored(tmp_path / "new" / "last.pt")["config"]["n_embd"] == 16
 
