@@ -38,7 +38,8 @@ RUNS = {
              "--save_interval=2",
     "gpt2": "--positions=learned --norm=layernorm --norm_gain --bias --init=gpt2 --mlp=gelu --embed_norm=False "
             "--tie_weights --qk_norm=False --logit_cap=0 --shortcuts=False --attn_dropout --ngrams=0 "
-            "--optimizer=adamw --learning_rate=0.003 --schedule=cosine --warmup_iters=3 --min_lr=0.0003 --grad_clip=1 --sampling=random",
+            "--optimizer=adamw --learning_rate=0.003 --schedule=cosine --warmup_iters=3 --min_lr=0.0003 --grad_clip=1 "
+            "--sampling=random",
     "minutes": "--max_minutes=5",
     "auto": "--dtype=auto --compile=auto --dataset=sharded",        # stored as bfloat16 and False
 }
