@@ -150,7 +150,8 @@ def load_checkpoint(path: Path, resumable: bool = False) -> dict:
     content = read_zip_of_tensors(path, resumable)
     whole = isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT
     if not whole or wrong_types(content, ENTRIES):
-        raise UserError(f"{path} is not an Inkling checkpoint (format {CHECKPOINT_FORMAT}); python train.py writes them")
+        raise UserError(f"{path} is not an Inkling checkpoint (format {CHECKPOINT_FORMAT}); python train.py "
+                        "writes them")
     content["config"].setdefault("ngrams", 0)       # a checkpoint from before n-grams has none
     lacking = [name for name in RESUME_ENTRIES if name not in content]
     if resumable and lacking:

@@ -1,6 +1,6 @@
 """A batch depends on the seed, the step and nothing else; an epoch shows every token once."""
 
-from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +8,8 @@ import torch
 from conftest import log_rows
 
 import train
-from inkling import distributed as distributed_module
+from inkling.cli import UserError
+from inkling.distributed import Ranks
 from train import get_batch, window_starts
 
 
@@ -58,7 +59,7 @@ def test_accumulation_trains_the_same_model(start, tmp_path, optimizer):
         losses = [float(row["loss"]) for row in log_rows(tmp_path / folder) if row["loss"]]
         results.append((losses, torch.load(tmp_path / folder / "last.pt")["model"]))
     (losses, weights), *others = results
-    assert losses[-1] < losses[0] - 0.01                # it has learnt, so the weights have moved
+    assert losses[-1] < losses[0] - 0.01                # it has learned, so the weights have moved
     for other_losses, other_weights in others:
         assert other_losses == pytest.approx(losses, abs=1e-5)
         for name in weights:
@@ -66,47 +67,25 @@ def test_accumulation_trains_the_same_model(start, tmp_path, optimizer):
 
 
 @pytest.mark.parametrize(("world", "size", "steps"), [(1, 2, 3), (2, 4, 1), (2, 4, 3), (3, 2, 3), (4, 1, 4)])
-def test_the_slices_of_all_processes_are_the_global_batch(start, toy, monkeypatch, world, size, steps):
-    """Each process in turn, alone: what it would send to the others stays with it."""
-    seen = []
-
-    class Alone(distributed_module.Ranks):
-        def join(self, backend, device):
-            return device
-
-        def tell(self, value):
-            return value
-
-        def total(self, tensor):
-            return tensor
-
-        def spreading(self):
-            return {}
-
-        def leave(self):
-            pass
-
-    def wrapped(model, devices, **_):
-        model.no_sync = nullcontext
-        return model
-
-    def recorded(data, starts, block_size, vocab_size, split, device):
-        if split == "train" and torch.is_grad_enabled():
-            seen.append(starts)
-        return get_batch(data, starts, block_size, vocab_size, split, device)
-
-    monkeypatch.setattr(runtime, "Ranks", Alone)
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", wrapped)
-    monkeypatch.setattr(train, "get_batch", recorded)
+def test_the_slices_of_all_processes_are_the_global_batch(toy, monkeypatch, world, size, steps):
+    """Each process in turn, alone: a batch needs nothing of the others."""
+    whole = train.start(toy(batch_size=size, gradient_accumulation_steps=steps))
+    expected = torch.cat([x for x, _ in whole.batches(7)])
+    slices = []
     monkeypatch.setenv("WORLD_SIZE", str(world))
     for rank in range(world):
         monkeypatch.setenv("RANK", str(rank))
-        result = start(f"rank{rank}", max_iters=1, eval_iters=4, batch_size=size, gradient_accumulation_steps=steps)
-        assert result.returncode == 0, result.stderr
-    cfg = toy(batch_size=size, gradient_accumulation_steps=steps)
-    assert (np.concatenate(seen) == window_starts(0, cfg, 18_000)).all()
-    assert max(map(len, seen)) <= size                  # no micro-batch is larger than asked for
-    assert len({len(starts) for starts in seen}) == 1   # equal shares, so that a mean of means is the mean
+        ranks = Ranks()
+        sequences, micro_batches = ranks.share(size * steps, size)
+        plan = replace(whole.plan, sequences=sequences, micro_batches=micro_batches)
+        run = replace(whole, ranks=ranks, plan=plan)
+        inputs = [x for x, _ in run.batches(7)]
+        assert len(inputs) == micro_batches
+        slices += inputs
+    assert torch.equal(torch.cat(slices), expected)
+    lengths = {len(x) for x in slices}
+    assert len(lengths) == 1            # equal shares, so that a mean of means is the mean
+    assert max(lengths) <= size         # no micro-batch is larger than asked for
 
 
 @pytest.mark.parametrize("tokens", [320, 321, 351, 100_000], ids=lambda n: f"{n} tokens")
@@ -173,16 +152,12 @@ def test_targets_are_the_inputs_one_token_on(dtype):
 
 
 @pytest.mark.parametrize("place", [3, 11], ids=["an input", "the last target"])
-def test_ids_beyond_the_vocabulary_are_refused(capsys, place):
+def test_ids_beyond_the_vocabulary_are_refused(place):
     data = np.zeros(40, np.uint16)
     data[place] = 59
     get_batch(data, np.array([3]), 8, 60, "train", "cpu")               # 59 is the last id of 60
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError, match=r"train\.bin holds token id 59, .*--check"):
         get_batch(data, np.array([3]), 8, 59, "train", "cpu")
-    message = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert len(message.splitlines()) == 1
-    assert all(part in message for part in ("train.bin", "59", "--check"))
 
 
 def test_a_run_stops_at_the_batch_that_holds_a_bad_id(start, data_dir, tmp_path):

@@ -2,12 +2,14 @@
 the sizes, steps and settings that are published."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT, TOY, log_rows, trained
 
-from inkling.cli import parse
+from inkling.cli import parse, problems
+from prepare import write_set
 from train import GPT, Config, window_starts
 
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
@@ -24,7 +26,7 @@ def parameters(cfg: Config, vocab_size: int) -> int:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_valid_and_its_header_shows_its_command(path):
-    assert settings(path.stem).problems() == []
+    assert problems(settings(path.stem)) == []
     header = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))[0]
     assert f"python train.py config/{path.name}" in header
     assert "MEASURED" not in header                     # a place kept for a figure
@@ -55,7 +57,6 @@ def test_verdict_in_toy_size_shows_a_greedy_sample_each_epoch_and_the_overfittin
     assert cfg.sample_start == "Every effort moves you"
     text = "Every effort moves you on. " + (data_dir / "toy.txt").read_text(encoding="utf-8")[:1300]
     (tmp_path / "short.txt").write_text(text, encoding="utf-8")
-    from prepare import write_set
     write_set(tmp_path / "data" / "short", [tmp_path / "short.txt"], "char", 0.1)
     process = trained(tmp_path / "data", tmp_path / "run", str(ROOT / "config" / "verdict.py"), dataset="short",
                       max_iters=90, eval_interval=5, sample_tokens=5, learning_rate=5e-3, n_embd=64, n_head=4,
@@ -72,7 +73,7 @@ def test_verdict_in_toy_size_shows_a_greedy_sample_each_epoch_and_the_overfittin
 
 def test_the_layers_of_the_seeds_are_those_of_the_originals():
     verdict, lecture, llama = (settings(name) for name in ("verdict", "lecture", "tinystories_llama"))
-    model = GPT(verdict.__class__(**vars(verdict) | dict(n_layer=1, n_embd=24)), 30)
+    model = GPT(replace(verdict, n_layer=1, n_embd=24), 30)
     block = model.blocks[0]
     assert block.attn.q.bias is None
     assert block.attn.out.bias is not None
@@ -82,7 +83,7 @@ def test_the_layers_of_the_seeds_are_those_of_the_originals():
     model = GPT(lecture, 65)
     assert model.head.bias is not None
     assert model.blocks[0].attn.q.bias is None
-    model = GPT(llama.__class__(**vars(llama) | dict(n_layer=1)), 100)
+    model = GPT(replace(llama, n_layer=1), 100)
     assert model.blocks[0].attn.k.out_features == 128   # 8 heads of 16
     assert model.blocks[0].mlp.gate.out_features == 768
     assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]

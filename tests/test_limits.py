@@ -1,7 +1,9 @@
 """Limits on a run: minutes, numbered checkpoints, memory, and a device that computes something wrong."""
 
+import os
 import re
-import types
+import shutil
+import time
 
 import pytest
 import torch
@@ -9,133 +11,175 @@ import torch.nn.functional as F
 from conftest import log_rows, one_line_error
 
 import train
-from inkling import checkpoint as checkpoint_module
-from inkling import device as device_module
-from inkling import distributed as distributed_module
-from inkling import stopping as stopping_module
+from inkling.clock import Deadline
+from inkling.device import compare_with_cpu, compile_pays
+from inkling.distributed import Ranks
 from train import GPT
 
 
 class Clock:
-    """Stands in for the time module: nothing passes but what a test adds."""
+    """Stands in for the time module's clocks: nothing passes but what a test adds."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self):
         self.now = 1000.0
-        monkeypatch.setattr(runtime.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(runtime.time, "perf_counter", lambda: self.now)
+        self.seconds_of_step = lambda step: 1.0     # but for the first, which takes 10, as if it compiled
+
+    def read(self) -> float:
+        return self.now
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    return Clock(monkeypatch)
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock.read)
+    monkeypatch.setattr(time, "perf_counter", clock.read)
+    return clock
 
 
 @pytest.fixture
 def paced(clock, monkeypatch):
-    """Evaluations take 5 seconds, and steps as long as paced.step says: 10 for the first, which compiles, then 1."""
-    pace = types.SimpleNamespace(step=lambda step: 1.0)
-    original, evaluate = train.window_starts, train.estimate_loss
+    """The clock of a machine on which an evaluation takes 5 seconds, and a step what clock.seconds_of_step says."""
+    update, estimate_loss = train.update, train.estimate_loss
 
-    def starts(step, *rest):
-        clock.now += 10 if step == 0 else pace.step(step)
-        return original(step, *rest)
+    def timed_update(run, step):
+        clock.now += 10 if step == 0 else clock.seconds_of_step(step)
+        return update(run, step)
 
-    def estimate(*args):
+    def timed_estimate_loss(*args):
         clock.now += 5
-        return evaluate(*args)
-    monkeypatch.setattr(train, "window_starts", starts)
-    monkeypatch.setattr(train, "estimate_loss", estimate)
-    return pace
+        return estimate_loss(*args)
+
+    monkeypatch.setattr(train, "update", timed_update)
+    monkeypatch.setattr(train, "estimate_loss", timed_estimate_loss)
+    return clock
 
 
 def last_step(folder) -> int:
     return int(log_rows(folder)[-1]["step"])
 
 
-# Minutes
+def last(folder) -> dict:
+    """The content of last.pt."""
+    return torch.load(folder / "last.pt", weights_only=True)
 
-def test_max_minutes_fit_the_steps_to_the_time_once(start, clock, paced, tmp_path):
-    begin = clock.now
-    done = start("run", max_minutes=5, max_iters=None, eval_interval=20)
+
+MINUTES = dict(max_minutes=2, max_iters=None, eval_interval=20)
+
+
+# ---- minutes
+
+def test_max_minutes_fit_the_steps_to_the_time_once(start, paced, tmp_path):
+    began = paced.now
+    done = start("run", **MINUTES)
     assert done.returncode == 0, done.stderr
-    count = int(re.search(r"max_iters=(\d+)", done.stdout[done.stdout.index("time "):])[1])
-    assert last_step(tmp_path / "run") == count == torch.load(tmp_path / "run" / "last.pt")["config"]["max_iters"]
-    assert 300 * 0.9 < clock.now - begin <= 300
+    line, = [line for line in done.stdout.splitlines() if line.startswith("time ")]
+    count = int(re.search(r"max_iters=(\d+)", line)[1])
+    assert last_step(tmp_path / "run") == count == last(tmp_path / "run")["plan"]["max_iters"]
+    assert 120 * 0.9 < paced.now - began <= 120
     rates = [float(row["lr"]) for row in log_rows(tmp_path / "run") if row["lr"]]
     assert rates[0] == rates[count // 10] == max(rates)     # flat, then down to nearly nothing: fitted to the count
     assert rates[-1] < 0.02 * rates[0]
     assert f"{count}/{count}" in done.stdout
-    assert str(checkpoint_module.OPEN) not in done.stdout
+    assert "/?" in done.stdout                              # before the count was known
 
 
-def test_a_run_fitted_to_minutes_goes_on_as_an_ordinary_one(start, clock, paced, tmp_path):
-    """Cut before its length is known, or after, a run of the same pace comes to the same steps and weights."""
-    assert start("whole", max_minutes=5, max_iters=None, eval_interval=20).returncode == 0
-    whole = torch.load(tmp_path / "whole" / "last.pt")
-    for cut in (60, 130):
-        until = clock.now + cut
+def interrupt_after(paced, seconds: float):
+    """Ctrl-C, twice, as it were: no step begins after so many seconds."""
+    end = paced.now + seconds
 
-        def step(_, until=until):
-            if clock.now > until:
-                raise KeyboardInterrupt
-            return 1.0
-        paced.step = step
-        with pytest.raises(KeyboardInterrupt):
-            start(f"cut{cut}", max_minutes=5, max_iters=None, eval_interval=20, save_interval=10)
-        paced.step = lambda step: 1.0
-        done = start(f"cut{cut}", "--init_from=resume", max_iters=None, eval_interval=20)
-        assert done.returncode == 0, done.stderr
-        resumed = torch.load(tmp_path / f"cut{cut}" / "last.pt")
-        assert "time     for" not in done.stdout
-        assert resumed["config"]["max_iters"] == whole["config"]["max_iters"] == resumed["step"]
-        assert all(torch.equal(resumed["model"][name], whole["model"][name]) for name in whole["model"])
+    def seconds_of_step(_):
+        if paced.now > end:
+            raise KeyboardInterrupt
+        return 1.0
+    paced.seconds_of_step = seconds_of_step
 
 
-def test_a_run_that_slows_down_is_stopped_when_its_time_is_over(start, clock, paced, tmp_path):
-    begin = clock.now
-    paced.step = lambda step: 1.0 if step < 50 else 4.0
-    done = start("run", max_minutes=5, max_iters=None, eval_interval=20)
+@pytest.mark.parametrize("seconds", [40, 80])
+def test_a_run_cut_after_its_length_is_known_resumes_to_that_length(start, paced, tmp_path, seconds):
+    """It comes to the same steps and weights as a run of the same pace that nobody cut."""
+    assert start("whole", **MINUTES).returncode == 0
+    interrupt_after(paced, seconds)
+    assert start("cut", **MINUTES, save_interval=10).returncode == 130
+    paced.seconds_of_step = lambda step: 1.0
+    done = start("cut", init_from="resume", max_iters=None, eval_interval=20)
+    assert done.returncode == 0, done.stderr
+    assert "time     for" not in done.stdout
+    whole, resumed = last(tmp_path / "whole"), last(tmp_path / "cut")
+    assert resumed["plan"]["max_iters"] == whole["plan"]["max_iters"] == resumed["step"]
+    assert all(torch.equal(resumed["model"][name], whole["model"][name]) for name in whole["model"])
+
+
+def test_a_run_cut_before_its_length_is_known_measures_again(start, paced, tmp_path):
+    interrupt_after(paced, 22)
+    assert start("cut", **MINUTES, save_interval=1).returncode == 130
+    assert last(tmp_path / "cut")["plan"]["max_iters"] is None
+    paced.seconds_of_step = lambda step: 1.0
+    began = paced.now
+    done = start("cut", init_from="resume", max_iters=None, eval_interval=20)
+    assert done.returncode == 0, done.stderr
+    assert "time     for" in done.stdout
+    saved = last(tmp_path / "cut")
+    assert saved["step"] <= saved["plan"]["max_iters"]      # it has not seen yet how long an evaluation takes
+    assert 120 * 0.9 < paced.now - began <= 125
+
+
+def test_a_run_that_slows_down_is_stopped_when_its_time_is_over(start, paced, tmp_path):
+    began = paced.now
+    paced.seconds_of_step = lambda step: 1.0 if step < 40 else 4.0
+    done = start("run", **MINUTES)
     assert done.returncode == 0
-    assert 300 <= clock.now - begin < 310
-    saved = torch.load(tmp_path / "run" / "last.pt")
-    assert saved["step"] == last_step(tmp_path / "run") < saved["config"]["max_iters"]
-    assert "max_minutes=5 are over" in done.stdout
+    assert 120 <= paced.now - began < 130
+    saved = last(tmp_path / "run")
+    assert saved["step"] == last_step(tmp_path / "run") < saved["plan"]["max_iters"]
+    assert "max_minutes=2" in done.stdout
     assert "--init_from=resume" in done.stdout
-    paced.step = lambda step: 1.0
-    assert start("run", "--init_from=resume", max_iters=None, eval_interval=20).returncode == 0
-    assert last_step(tmp_path / "run") == saved["config"]["max_iters"]
+    paced.seconds_of_step = lambda step: 1.0
+    assert start("run", init_from="resume", max_iters=None, eval_interval=20).returncode == 0
+    assert last_step(tmp_path / "run") == saved["plan"]["max_iters"]
 
 
-def test_typed_max_iters_stand_and_the_time_only_stops(start, clock, paced, tmp_path):
+def test_typed_max_iters_stand_and_the_time_only_stops(start, paced, tmp_path):
     done = start("run", max_minutes=5, max_iters=7)
     assert last_step(tmp_path / "run") == 7
     assert "time     for" not in done.stdout
-    begin = clock.now
+    began = paced.now
     assert start("long", max_minutes=2, max_iters=1000, eval_interval=1000).returncode == 0
-    assert clock.now - begin < 130
-    assert torch.load(tmp_path / "long" / "last.pt")["config"]["max_iters"] == 1000
+    assert paced.now - began < 130
+    assert last(tmp_path / "long")["plan"]["max_iters"] == 1000
 
 
-def test_the_time_may_end_before_the_pace_is_known(start, clock, paced, tmp_path):
-    paced.step = lambda step: 50.0
+def test_the_time_may_end_before_the_pace_is_known(start, paced, tmp_path):
+    paced.seconds_of_step = lambda step: 50.0
     assert start("run", max_minutes=1, max_iters=None).returncode == 0
-    assert torch.load(tmp_path / "run" / "last.pt")["step"] >= 1
+    saved = last(tmp_path / "run")
+    assert saved["step"] >= 1
+    assert saved["plan"]["max_iters"] is None
+
+
+def test_time_that_ends_between_evaluations_names_the_weights_of_now(start, paced):
+    done = start("run", max_minutes=2, max_iters=1000, eval_interval=1000)
+    stopped, = [line for line in done.stdout.splitlines() if line.startswith("stopped ")]
+    assert "max_minutes=2" in stopped
+    assert "last.pt" in stopped
 
 
 def test_two_lengths_are_refused(start):
     one_line_error(start("run", max_minutes=1, max_epochs=1), "max_epochs", "max_minutes")
 
 
-def test_compiling_must_pay_within_the_minutes(clock):
-    def run_once(_):
+def test_max_iters_without_end_is_refused(start):
+    one_line_error(start("run", max_iters=2**31), "max_iters=2147483648")
+
+
+@pytest.mark.parametrize(("minutes", "pays"), [(0, True), (1, False), (30, True)])
+def test_compiling_must_pay_within_the_minutes(clock, minutes, pays):
+    def forward_backward():
         clock.now += 1
-    ranks = distributed_module.Ranks()
-    pays = [device_module.compile_pays("auto", None, run_once, 1000, "cpu", ranks, stopping_module.Deadline(minutes))
-            for minutes in (0, 1, 30)]
-    assert pays == [True, False, True]
+    seconds_left = Deadline(minutes).seconds_left()
+    assert compile_pays("auto", forward_backward, 1000, Ranks(), seconds_left) == pays
 
 
-# Numbered checkpoints
+# ---- numbered checkpoints
 
 def test_keep_leaves_the_checkpoints_of_the_latest_evaluations(start, tmp_path):
     start("run", max_iters=8, eval_interval=2, save_interval=1, keep=2)
@@ -152,12 +196,12 @@ def test_one_can_go_back_to_a_numbered_checkpoint(start, monkeypatch, tmp_path, 
     if not links:                                       # as on a file system of a memory card
         def link(*_):
             raise PermissionError("no links here")
-        monkeypatch.setattr(runtime.os, "link", link)
+        monkeypatch.setattr(os, "link", link)
     start("run", max_iters=8, eval_interval=2, keep=9)
     end = torch.load(tmp_path / "run" / "last.pt")["model"]
     (tmp_path / "run" / "last.pt").write_bytes((tmp_path / "run" / "last-4.pt").read_bytes())
     done = start("run", "--init_from=resume", max_iters=8, eval_interval=2)
-    assert "going on at step 4" in done.stdout
+    assert "resuming at step 4" in done.stdout
     again = torch.load(tmp_path / "run" / "last.pt")["model"]
     assert all(torch.equal(again[name], end[name]) for name in end)
     assert not list((tmp_path / "run").glob("*.tmp"))
@@ -166,14 +210,14 @@ def test_one_can_go_back_to_a_numbered_checkpoint(start, monkeypatch, tmp_path, 
 def test_a_disk_too_full_for_a_numbered_checkpoint_is_said(start, monkeypatch, tmp_path):
     def no_room(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(runtime.os, "link", no_room)
-    monkeypatch.setattr(runtime.shutil, "copyfileobj", no_room)
+    monkeypatch.setattr(os, "link", no_room)
+    monkeypatch.setattr(shutil, "copyfileobj", no_room)
     done = start("run", keep=2)
     assert "No space left on device" in done.stdout
     assert torch.load(tmp_path / "run" / "last.pt")["step"] == 6
 
 
-# Memory
+# ---- memory
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError(),
@@ -202,7 +246,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(start, monkeypatch):
         start("run")
 
 
-# A device that computes something wrong
+# ---- a device that computes something wrong
 
 @pytest.mark.parametrize("wrong", ["nothing", "the loss", "a gradient"])
 def test_a_device_that_differs_from_the_cpu_is_named(toy, monkeypatch, capsys, wrong):
@@ -227,7 +271,7 @@ def test_a_device_that_differs_from_the_cpu_is_named(toy, monkeypatch, capsys, w
         return WrongGradient.apply(y) if len(calls) == 3 and wrong == "a gradient" else y
     monkeypatch.setattr(F, "rms_norm", rms_norm)
     x = torch.arange(64).view(2, 32) % 59
-    device_module.compare_with_cpu(model, x, x.flip(1), "cpu")
+    compare_with_cpu(model, x, x.flip(1), "cpu")
     said = capsys.readouterr().out
     assert calls
     assert ("computes something wrong" in said) == (wrong != "nothing"), said
@@ -279,25 +323,12 @@ def test_a_run_that_another_process_has_gone_on_with_is_left_alone(start, monkey
     assert torch.load(tmp_path / "run" / "last.pt")["step"] == 6
 
 
-def test_a_best_checkpoint_that_was_lost_is_said_again_after_a_resume(start, monkeypatch, tmp_path):
-    save = checkpoint_module.save_checkpoint
-
-    def failing(content, path, *rest):
-        return "could not write ckpt.pt: No space left on device" if path.name == "ckpt.pt" and content["step"] else \
-            save(content, path, *rest)
-    monkeypatch.setattr(runtime, "save_checkpoint", failing)
+def test_a_best_checkpoint_that_was_lost_is_said_again_after_a_resume(start, tmp_path):
+    """A folder stands where its temporary file should be."""
+    obstacle = tmp_path / "run" / "ckpt.pt.tmp"
+    obstacle.mkdir(parents=True)
     assert start("run").returncode == 4
-    monkeypatch.setattr(runtime, "save_checkpoint", save)
-    done = start("run", "--init_from=resume")
+    obstacle.rmdir()
+    done = start("run", init_from="resume")
     assert done.returncode == 4
-    assert "ckpt.pt: No space left" in done.stdout
-
-
-def test_max_iters_of_no_end_is_refused(start):
-    one_line_error(start("run", max_iters=checkpoint_module.OPEN), "max_iters")
-
-
-def test_time_that_ends_between_evaluations_names_the_weights_of_now(start, clock, paced):
-    done = start("run", max_minutes=2, max_iters=1000, eval_interval=1000)
-    assert "max_minutes=2 are over" in done.stdout
-    assert "last.pt" in done.stdout[done.stdout.index("stopped "):]
+    assert "ckpt.pt: Is a directory" in done.stdout
