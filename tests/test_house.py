@@ -137,17 +137,9 @@ def required() -> set:
 
 
 def test_requirements_hold_what_the_programs_import():
-<<<<<<< HEAD
-    named = set(re.findall(r"^([a-z_]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M))
-    optional = {"wandb", "triton", "rustbpe", "pyarrow", "zstandard"}   # only when asked for, or PyTorch brings it
-    own = {"train", "prepare", "sample", "convert", "inkling"}
-    third_party = {module.split(".")[0] for name in PROGRAMS for module in imports(name)} - set(sys.stdlib_module_names)
-    assert third_party - own - optional <= named
-=======
     own = packages(set(ORDER))
     used = set().union(*(packages(imports(tree)) for tree in trees().values()))
     assert used - own - set(sys.stdlib_module_names) - OPTIONAL - BROUGHT_BY_TORCH <= required()
->>>>>>> 1cf7587b6c3223c1baa1f7d07976285e4513de0f
 
 
 def test_without_the_optional_packages_and_those_for_people_everything_still_runs(tmp_path):
