@@ -1,7 +1,8 @@
-"""--dry_run: what a run would take in memory, time and disk space, estimated from three real steps, and what in its
-settings is rarely meant. Nothing is written.
+"""--dry_run: what a run would take in memory, time and disk space, estimated from three real steps,
+and what in its settings is rarely meant. Nothing is written.
 
-`dry_run` measures (`measure`), estimates (`remaining_work`, `estimate_memory`, `estimate_time`) and prints.
+`dry_run` measures (`measure`), estimates (`remaining_work`, `estimate_memory`, `estimate_time`) and
+prints.
 """
 
 import os
@@ -24,9 +25,9 @@ TRIAL_WINDOWS = 16              # of each split, in the trial's evaluation
 
 
 def dry_run(run, report, out_dir: Path, update, evaluate, sample):
-    """Print what `run` would take. update(run, step) makes a step, evaluate() evaluates TRIAL_WINDOWS
-    windows of each split, sample() generates a text. Every process of a run calls it; the first prints.
-    Raises NotFinite if the loss of a step is not."""
+    """Print what `run` would take. update(run, step) makes a step, evaluate() evaluates
+    TRIAL_WINDOWS windows of each split, sample() generates a text. Every process of a run calls it;
+    the first prints. Raises NotFinite if the loss of a step is not."""
     trial = measure(run, update, evaluate, sample)
     if not run.ranks.first:
         return
@@ -75,7 +76,7 @@ class Trial:
 
 
 def measure(run, update, evaluate, sample) -> Trial:
-    """Take TRIAL_STEPS steps, an evaluation and a sample, or fewer where the run has fewer before it."""
+    """Take TRIAL_STEPS steps, an evaluation and a sample, or what remains of the run if it is less."""
     device = run.plan.device
     if device_type(device) == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -85,7 +86,7 @@ def measure(run, update, evaluate, sample) -> Trial:
         run.guard.verify(step + 1)
     if not is_complete(run):
         trial.evaluation_seconds = seconds_of(device, evaluate)
-        # The processes of a sharded model generate together, since each holds a part of the weights.
+        # With sharding the processes generate together: each holds a part of the weights.
         if run.cfg.sample_tokens and (run.ranks.first or run.cfg.shard):
             trial.sample_seconds = seconds_of(device, sample)
     return trial
@@ -118,8 +119,7 @@ def seconds_of(device: str, function, *arguments) -> float:
 def measure_saved_tensors(run) -> SavedTensors:
     """What autograd keeps of one micro-batch: every storage once, and no weights."""
     model = run.model
-    micro_batch = run.plan.sequences // run.plan.micro_batches
-    logits_numel = micro_batch * run.cfg.block_size * model.vocab_size
+    logits_numel = micro_batch_size(run) * run.cfg.block_size * model.vocab_size
     weights = set()
     gathered_shapes = set()
     for p in model.parameters():
@@ -144,6 +144,11 @@ def measure_saved_tensors(run) -> SavedTensors:
         run.forward_backward()
     return SavedTensors(sum(activation_bytes.values()), sum(logits_bytes.values()),
                         max(activation_bytes.values(), default=0))
+
+
+def micro_batch_size(run) -> int:
+    """Sequences that a process computes at once."""
+    return run.plan.sequences // run.plan.micro_batches
 
 
 def local_bytes(tensor) -> int:
@@ -190,7 +195,7 @@ def print_parameters(report, model):
 
 
 def parameter_table(model) -> list:
-    """Lines of a table of all parameters. Those that have the same name and shape in several blocks are one row."""
+    """The lines of a table of all parameters. Those that all blocks have are one row."""
     names = {}                  # of each parameter, the first: a tied one has two
     rows = {}                   # (name, shape): [times, numbers]
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -225,7 +230,7 @@ def print_data(report, run, work: Work):
 
 @dataclass
 class Memory:
-    """Bytes by part. They add up to none of the peaks, since not all of them are there at the same time."""
+    """Bytes by part. They do not add up to a peak, since they are not all there at the same time."""
 
     weights: int
     gradients: int
@@ -240,7 +245,6 @@ class Memory:
 
 def estimate_memory(run, trial: Trial) -> Memory:
     cfg = run.cfg
-    micro_batch = run.plan.sequences // run.plan.micro_batches
     parameters = sum(local_bytes(p) for p in run.model.parameters())
     weights = parameters + sum(local_bytes(buffer) for buffer in run.model.buffers())
     gradients = parameters
@@ -249,14 +253,15 @@ def estimate_memory(run, trial: Trial) -> Memory:
     state = optimizer_bytes(run.optimizers)
     working = max(optimizer.working_bytes() for optimizer in run.optimizers)
     position_logits = 4 * run.model.vocab_size          # bytes of the logits of one position
-    logits = trial.saved.logits + 2 * micro_batch * cfg.block_size * position_logits    # and two of their gradients
+    gradients_of_logits = 2 * micro_batch_size(run) * cfg.block_size * position_logits
 
     # An evaluation keeps no activations, but computes several windows at once, with their logits.
     eval_windows = max(windows_evaluated_at_once(run, split) for split in ("train", "val"))
     logit_copies = 4 if cfg.logit_cap else 2
     evaluation = eval_windows * cfg.block_size * (4 * 17 * cfg.n_embd + logit_copies * position_logits)
 
-    # As the backward pass begins, everything it needs is there, and about three tensors between two layers.
+    # As the backward pass begins, all it needs is there, and about three tensors between two layers.
+    logits = trial.saved.logits + gradients_of_logits
     backward = trial.saved.activations + logits + 3 * trial.saved.largest
     if run.plan.micro_batches > 1:
         backward += gradients                           # of the micro-batches before
@@ -275,8 +280,12 @@ def optimizer_bytes(optimizers: list) -> int:
 
 
 def windows_evaluated_at_once(run, split: str) -> int:
-    windows = (run.meta["splits"][split]["tokens"] - 1) // run.cfg.block_size
-    return min(windows, windows_at_once(run.cfg.block_size, run.model.vocab_size))
+    return min(count_windows(run, split), windows_at_once(run.cfg.block_size, run.model.vocab_size))
+
+
+def count_windows(run, split: str) -> int:
+    """The whole windows of a split."""
+    return (run.meta["splits"][split]["tokens"] - 1) // run.cfg.block_size
 
 
 def print_memory(report, run, memory: Memory):
@@ -284,7 +293,7 @@ def print_memory(report, run, memory: Memory):
     parts = ("weights", "gradients", "optimizer", "activations", "logits")
     notes = {
         "optimizer": f"and {size(memory.working)} while it works" if memory.working else "",
-        "activations": f"kept for the backward pass of {run.plan.sequences // run.plan.micro_batches} sequences",
+        "activations": f"kept for the backward pass of {micro_batch_size(run)} sequences",
         "logits": "and their gradients",
     }
     table = align_columns([(part, size(getattr(memory, part))) for part in parts])
@@ -308,7 +317,7 @@ def print_memory(report, run, memory: Memory):
 
 
 def free_memory(device: str) -> int:
-    """The bytes that this process can hold on the device, those it holds now included; 0 where that is not known."""
+    """The bytes that this process can hold in all on the device; 0 where that is not known."""
     if device_type(device) == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return proc_bytes("/proc/meminfo", "MemAvailable") + proc_bytes("/proc/self/status", "VmRSS")
@@ -355,16 +364,15 @@ def estimate_time(run, trial: Trial, work: Work) -> Times:
 
 
 def estimate_evaluation(run, trial: Trial) -> float:
-    """Seconds of an evaluation of the run. The trial's read TRIAL_WINDOWS of each split, or all there are, and one
-    process computed them."""
-    block_size = run.cfg.block_size
-    windows = {split: (run.meta["splits"][split]["tokens"] - 1) // block_size for split in ("train", "val")}
-    evaluated = windows["val"]                          # of either split
+    """Seconds of one evaluation of the run. In the trial's, one process computed TRIAL_WINDOWS of
+    each split, or all there are."""
+    evaluated = count_windows(run, "val")               # of either split
     if run.cfg.eval_iters:
         evaluated = TRIAL_WINDOWS * run.cfg.eval_iters
     factors = []
-    for count in windows.values():
-        factor = min(count, evaluated) / min(count, TRIAL_WINDOWS) / run.ranks.world
+    for split in ("train", "val"):
+        windows = count_windows(run, split)
+        factor = min(windows, evaluated) / min(windows, TRIAL_WINDOWS) / run.ranks.world
         factors.append(max(1, factor))
     return trial.evaluation_seconds * sum(factors) / len(factors)
 
@@ -406,38 +414,39 @@ def free_disk(out_dir: Path) -> int:
 def setting_doubts(run, work: Work) -> list:
     cfg = run.cfg
     max_iters = work.max_iters
-    parameters, ngrams = count_parameters(run.model)
-    tokens = {split: run.meta["splits"][split]["tokens"] for split in ("train", "val")}
     return [
-        *data_doubts(cfg, tokens, parameters - ngrams),         # most n-gram vectors stay near 0: few come often
-        *length_doubts(cfg, tokens["train"], max_iters),
+        *data_doubts(run),
+        *length_doubts(run, max_iters),
         *schedule_doubts(cfg, max_iters),
         *evaluation_doubts(cfg, max_iters),
         *vocabulary_doubts(cfg, run.model.vocab_size, run.plan.device),
     ]
 
 
-def data_doubts(cfg, tokens: dict, parameters: int) -> list:
+def data_doubts(run) -> list:
     doubts = []
-    windows = (tokens["val"] - 1) // cfg.block_size
+    windows = count_windows(run, "val")
     if windows < 16:
-        doubts.append(f"val holds {windows} windows of {cfg.block_size} tokens, too few for a precise val loss: bring "
-                      "more text, raise prepare.py's --val_fraction or lower --block_size")
-    if tokens["train"] < 0.02 * parameters:
-        doubts.append(f"{parameters / tokens['train']:,.0f} parameters for each train token: the model will overfit "
+        doubts.append(f"val holds {windows} windows of {run.cfg.block_size} tokens, too few for a precise val loss: "
+                      "bring more text, raise prepare.py's --val_fraction or lower --block_size")
+    parameters, ngrams = count_parameters(run.model)
+    parameters -= ngrams                # most of them stay near 0, since few n-grams are frequent
+    tokens = run.meta["splits"]["train"]["tokens"]
+    if tokens < 0.02 * parameters:
+        doubts.append(f"{parameters / tokens:,.0f} parameters for each train token: the model will overfit "
                       "(memorize it); take a smaller model or more text, and watch the val loss")
     return doubts
 
 
-def length_doubts(cfg, train_tokens: int, max_iters: int) -> list:
+def length_doubts(run, max_iters: int) -> list:
     doubts = []
-    tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
-    epochs = max_iters * tokens_per_step / train_tokens
-    if epochs > 10 and not cfg.dropout:
+    tokens = run.meta["splits"]["train"]["tokens"]
+    epochs = max_iters * run.tokens_per_step / tokens
+    if epochs > 10 and not run.cfg.dropout:
         doubts.append(f"{epochs:,.0f} epochs without dropout: it may overfit; try --dropout=0.1, fewer steps or "
                       "--patience=3")
-    if tokens_per_step > train_tokens:
-        doubts.append(f"a step of {tokens_per_step:,} tokens is more than an epoch, so it repeats windows: lower "
+    if run.tokens_per_step > tokens:
+        doubts.append(f"a step of {run.tokens_per_step:,} tokens is more than an epoch, so it repeats windows: lower "
                       "--batch_size or --gradient_accumulation_steps")
     return doubts
 

@@ -49,7 +49,8 @@ def terminal_width() -> int:
 
 
 def fit_line(parts: dict, width: int) -> str:
-    """The parts, {name: text}, as one line. While it is wider than `width`, the least important part is dropped."""
+    """The parts, {name: text}, as one line of at most `width` columns: the least important ones are
+    dropped."""
     parts = {name: text for name, text in parts.items() if text}
     for name in LEAST_IMPORTANT_FIRST:
         if len(" | ".join(parts.values())) <= width:

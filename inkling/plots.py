@@ -26,7 +26,8 @@ class Options:
 
 
 def read_log(path: Path) -> list:
-    """The rows of a log.csv as dicts of numbers, without empty cells. A row that a kill cut short is dropped."""
+    """The rows of a log.csv as dicts of numbers, without empty cells and without a row that a kill
+    cut short."""
     rows = []
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -87,8 +88,8 @@ def add_axis(axes, location, units_per_step: float):
 # -- several runs ----------------------------------------------------------------------------------
 
 def plot_comparison(runs: dict, by: str, path: Path):
-    """Draw the val losses of several runs, {name: rows of its log}, in one PNG, and the train losses thinner.
-    Raises ImportError without matplotlib."""
+    """Draw the val losses of several runs, {name: rows of its log}, in one PNG, and the train
+    losses thinner. Raises ImportError without matplotlib."""
     column, unit, label = {
         "steps": ("step", 1, "steps"),
         "tokens": ("tokens", 1, "tokens seen"),

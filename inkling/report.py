@@ -1,7 +1,8 @@
-"""What a person sees of a run and what is recorded of it: the banner, a line per step and evaluation, log.csv, other
-loggers, the closing summary.
+"""What a person sees of a run and what is recorded of it: the banner, a line per step and
+evaluation, log.csv, other loggers, the closing summary.
 
-A Report reads the Run that train.py built and changes nothing in it. It prints and records; it decides nothing.
+A Report reads the Run that train.py built and changes nothing in it. It prints and records; it
+decides nothing.
 """
 
 import contextlib
@@ -28,7 +29,8 @@ from inkling.plots import plot_run, read_log
 TIMINGS = ["ms", "tokens_per_second", "seconds"]        # what differs between two runs of the same command
 COLUMNS = ["step", "tokens", "loss", "lr", "norm", "train_loss", "val_loss", "val_bits_per_byte", *TIMINGS]
 
-# Peak rates of dense bfloat16 or float16 in TFLOP/s, from the makers' data sheets, by a word of the card's name.
+# Peak rates of dense bfloat16 or float16 in TFLOP/s, from the makers' data sheets. The keys are
+# words of the cards' names.
 PEAKS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70, "4090": 165, "3090": 71,
          "V100": 125}
 
@@ -38,7 +40,7 @@ PURPOSES = {"ckpt.pt": "best weights", "last.pt": "to resume", "log.csv": "metri
 # -- facts about a run -----------------------------------------------------------------------------
 
 def count_parameters(model) -> tuple:
-    """(all parameters of the model, those of its n-gram table, of which each token reads a few rows)."""
+    """(all parameters of the model, those of its n-gram table)."""
     total = sum(p.numel() for p in model.parameters())
     if model.ngrams is None:
         return total, 0
@@ -46,8 +48,8 @@ def count_parameters(model) -> tuple:
 
 
 def flops_per_token(cfg, model) -> float:
-    """Floating-point operations to train on one token: 6 for each weight of a matrix product, and attention's
-    (PaLM's count, arXiv 2204.02311, appendix B)."""
+    """Floating-point operations to train on one token: 6 for each weight of a matrix product, and
+    attention's (PaLM's count, arXiv 2204.02311, appendix B)."""
     weights = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
     weights += model.head.weight.numel()
     return 6 * weights + 12 * cfg.n_layer * cfg.block_size * cfg.n_embd
@@ -65,8 +67,8 @@ def peak_flops(device: str, dtype: str) -> float:
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes this process has held so far: on an NVIDIA GPU those of its tensors, elsewhere its resident
-    memory. 0 where the system does not tell."""
+    """The most bytes this process has held so far: on an NVIDIA GPU those of its tensors, elsewhere
+    its resident memory. 0 where the system does not tell."""
     if device_type(device) == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -87,8 +89,8 @@ def describe_machine(device: str) -> str:
 
 
 def changed_settings(cfg) -> list:
-    """NAME=VALUE of every setting that differs from its default, in the order of --help: those of the class itself
-    come before those of its parents."""
+    """NAME=VALUE of every setting that differs from its default, in the order of --help: those of
+    the class itself come before those of its parents."""
     own = type(cfg).__annotations__
     changed = []
     for field in sorted(fields(cfg), key=lambda field: field.name not in own):
@@ -99,8 +101,8 @@ def changed_settings(cfg) -> list:
 
 
 def evaluations_left(max_iters: int, eval_interval: int, step: int, evaluated: int | None) -> int:
-    """How many evaluations a run at `step` still has to do. They are at multiples of eval_interval and at max_iters;
-    `evaluated` is the step of the last one, None before the first."""
+    """How many evaluations a run at `step` still has to do. They are at multiples of eval_interval
+    and at max_iters; `evaluated` is the step of the last one, None before the first."""
     next_step = step
     if evaluated is not None:
         if evaluated >= max_iters:
@@ -160,8 +162,8 @@ def check_loggers(cfg):
 # -- log.csv ---------------------------------------------------------------------------------------
 
 class LogFile:
-    """log.csv of a run that begins at `first_step`, after an evaluation at step `evaluated`: the rows that this run
-    will write again are cut off."""
+    """log.csv of a run that begins at `first_step`, after an evaluation at step `evaluated`: the
+    rows that this run will write again are cut off."""
 
     def __init__(self, path: Path, first_step: int, evaluated: int | None):
         rows = []
@@ -198,7 +200,7 @@ def is_settled(row: dict, first_step: int, evaluated: int | None) -> bool:
 # -- the report ------------------------------------------------------------------------------------
 
 class Report:
-    """Prints and records what a run does. Processes other than the first print and write nothing."""
+    """Prints and records what a run does; in processes other than the first, nothing."""
 
     def __init__(self, run, out_dir: Path):
         self.run = run
@@ -270,7 +272,7 @@ class Report:
             count = f"{run.plan.max_iters:,}"
         steps_per_epoch = run.tokens_per_epoch / run.tokens_per_step
         text = f"{count} of {run.tokens_per_step:,} tokens, {steps_per_epoch:.1f} to an epoch"
-        # Weights from a checkpoint, or of the other kinds of init, do not begin at equal probabilities.
+        # Neither trained weights nor the other kinds of init begin at equal probabilities.
         from_scratch = run.cfg.init_from in ("scratch", "auto") and not run.first_step
         if from_scratch and run.cfg.init in ("zero", "gpt2"):
             vocab_size = run.meta["vocab_size"]
@@ -342,7 +344,7 @@ class Report:
         return f"{step:{len(str(max_iters))}}/{max_iters}"
 
     def time_left(self, step: int, seconds_per_step: float) -> str:
-        """How long the rest of the run takes if its steps and its evaluations go on at this pace."""
+        """How long the rest of the run takes if its steps and evaluations keep this pace."""
         run = self.run
         max_iters = run.plan.max_iters
         if max_iters is None:
@@ -351,7 +353,7 @@ class Report:
         return duration(seconds_per_step * (max_iters - step) + run.stopwatch.pause_seconds() * evaluations)
 
     def utilization(self, tokens_per_second: float) -> str:
-        """The share of the cards' peak rate that the run uses (model FLOPs utilization), where it is known."""
+        """Model FLOPs utilization, the share of the cards' peak rate; "" where it is not known."""
         run = self.run
         peak = run.ranks.world * peak_flops(run.plan.device, run.plan.dtype)
         if not peak:
@@ -376,8 +378,8 @@ class Report:
             "best": best,
         }, terminal_width()))
         self.log(step, train_loss=losses["train"], val_loss=losses["val"], val_bits_per_byte=bits_per_byte)
-        # At step 0 it would be a picture of one point. A run by the clock draws it all the same, since the pace of its
-        # evaluations counts what a picture takes.
+        # At step 0 it would be a picture of one point. A run by the clock draws it all the same,
+        # since the pace of its evaluations counts what a picture takes.
         if step or self.run.cfg.max_minutes:
             self.draw_losses()
 
@@ -399,7 +401,7 @@ class Report:
         self.say("\n".join([f"--- sample at step {step}", *lines, "---"]))
 
     def log(self, step: int, **row):
-        """A row of log.csv, sent to the other loggers as well. A full disk costs the row, not the run."""
+        """Write a row to log.csv and the other loggers. A full disk costs the row, not the run."""
         if not self.log_file:
             return
         row["tokens"] = step * self.run.tokens_per_step
@@ -426,7 +428,7 @@ class Report:
         self.loggers = []
 
     def not_finite(self, error: Exception):
-        """Say on stderr that a loss or gradient was not finite; `error` says which one and what came of it."""
+        """Say on stderr what `error` says, what is kept on disk, and what to try."""
         self.close()
         if not self.speaks:
             return
@@ -437,7 +439,7 @@ class Report:
               "--dtype=float32", file=sys.stderr, flush=True)
 
     def finish(self, stop, unsaved: dict):
-        """Say how the run ended. `unsaved`: for each file, what went wrong in its last save ("": nothing)."""
+        """Say how the run ended. unsaved: {file: what went wrong in its last save, or ""}."""
         self.close()
         for problem in unsaved.values():
             if problem:
@@ -466,7 +468,7 @@ class Report:
                               f"python sample.py --ckpt={last} samples from the current weights")
 
     def say_done(self):
-        """The run ended after an evaluation: its last one, or the one that patience made the last."""
+        """The run ended after an evaluation, the last of its schedule or of its patience."""
         run = self.run
         state = run.state
         seconds = run.stopwatch.seconds()

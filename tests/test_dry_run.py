@@ -403,6 +403,7 @@ def doubts_about(make_run, tokens=None, plan=None, **settings) -> list:
 
 def test_sound_settings_raise_no_doubts(make_run):
     assert doubts_about(make_run) == []
+    assert doubts_about(make_run, ngram_rows=400_000) == []     # most n-gram vectors are never learned
 
 
 @pytest.mark.parametrize(("settings", "tokens", "said"), [
