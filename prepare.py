@@ -24,7 +24,7 @@ import json
 import os
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -275,7 +275,7 @@ class Corpus:
 
     reader: Reader
     val_reader: Reader                  # of a separate text for validation, if there is one
-    survey: Survey  # of the text; its character counts include the text for validation
+    survey: Survey                      # of the text, with the character counts of both
     val_fraction: float                 # 0 if there is a text for validation
     seed: int
 
@@ -385,8 +385,8 @@ def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction:
     tokenizer = existing_tokenizer(options)
     origin = describe_origin(paths, val_sources, options)
     if not options.force and is_unchanged(folder, origin, options.tokenizer or "char", tokenizer):
-        print(f"{folder}: nothing has changed since it was prepared (--force prepares it "
-              "again)", flush=True)
+        print(f"{folder}: nothing has changed since it was prepared (--force prepares it again)",
+              flush=True)
         return read_meta(folder)
     note_same_content([*paths, *val_sources], origin["sources"] + origin.get("val_sources", []))
 
@@ -529,24 +529,26 @@ def text_sizes(tokenizer: Tokenizer) -> dict:
     return {"characters": characters * is_text, "bytes": tokenizer.lengths * is_text}
 
 
-@dataclass
 class Scan:
-    """What is found in the ids of a file, or of several."""
+    """Reads the files of a split and adds up what is in them. sizes: from text_sizes."""
 
-    vocab_size: int
-    counts: dict = field(default_factory=lambda: {"characters": 0, "bytes": 0})
-    beginning: list = field(default_factory=list)       # the first ids
+    def __init__(self, split: str, sizes: dict, vocab_size: int):
+        self.split = split
+        self.sizes = sizes
+        self.counts = dict.fromkeys(sizes, 0)
+        self.used = np.zeros(vocab_size, bool)          # which ids occur
+        self.beginning = []                             # the first ids of the last file
 
-    def read(self, path: Path, dtype: str, split: str, sizes: dict) -> str:
-        """Count what a file holds, check each id, and return its SHA-256. sizes: from
-        text_sizes."""
+    def read(self, path: Path, dtype: str) -> str:
+        """Check and count every id of a file; returns its SHA-256."""
         digest = hashlib.sha256()
         self.beginning = []
         for ids in read_chunks(path, dtype):
-            check_ids(ids, self.vocab_size, split)
+            check_ids(ids, len(self.used), self.split)
             digest.update(ids)
             self.beginning = self.beginning or ids[:30].tolist()
-            for what, size in sizes.items():
+            self.used[ids] = True
+            for what, size in self.sizes.items():
                 self.counts[what] += int(size[ids].sum())
         return digest.hexdigest()
 
@@ -558,9 +560,9 @@ def check_set(folder: Path):
     sizes = text_sizes(tokenizer)
     for split in SPLITS:
         open_split(folder, meta, split)                 # checks the files' sizes
-        scan = Scan(meta["vocab_size"])
+        scan = Scan(split, sizes, meta["vocab_size"])
         for name, tokens, expected in split_files(meta, split):
-            if scan.read(folder / name, meta["dtype"], split, sizes) != expected:
+            if scan.read(folder / name, meta["dtype"]) != expected:
                 raise UserError(f"{folder / name} differs from its checksum in meta.json: prepare "
                                 f"{folder.name} again")
             print(f"{folder}/{name}: {tokens:,} tokens of {meta['dtype']}, as meta.json says; "
@@ -630,11 +632,10 @@ def count_adopted(folder: Path, tokenizer: Tokenizer) -> tuple:
         path = folder / f"{split}.bin"
         if not path.is_file() or path.stat().st_size % 2:
             raise UserError(f"{path} is missing, or not an array of uint16")
-        scan = Scan(tokenizer.vocab_size)
-        digest = scan.read(path, "uint16", split, sizes)
+        scan = Scan(split, sizes, tokenizer.vocab_size)
+        digest = scan.read(path, "uint16")
         splits[split] = {"tokens": path.stat().st_size // 2, **scan.counts, "sha256": digest}
-        for ids in read_chunks(path, "uint16"):
-            used[ids] = True
+        used |= scan.used
     return splits, float(used.mean())
 
 

@@ -84,13 +84,13 @@ def lock_folder(folder: Path, wait: bool = False) -> FolderLock:
     while not try_lock(lock, folder):
         holder = read_holder(folder / HOLDER)
         if not wait:
-            raise UserError(f"{folder} is in use by {holder}: wait for it, or give another "
-                            "--out_dir")
+            raise UserError(f"{folder} is in use by {holder}: wait for it, or give another --out_dir")
         if not announced:
             print(f"waiting  for {holder}, which uses {folder}", flush=True)
         announced = True
-    write_holder(folder / HOLDER)
-    return FolderLock(lock, folder / HOLDER)
+    holder_file = (folder / HOLDER).absolute()
+    write_holder(holder_file)
+    return FolderLock(lock, holder_file)
 
 
 def try_lock(lock: filelock.BaseFileLock, folder: Path) -> bool:
@@ -104,10 +104,9 @@ def try_lock(lock: filelock.BaseFileLock, folder: Path) -> bool:
         return try_lock(lock, folder)
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-            raise UserError(f"cannot use the folder {folder}: {error.strerror or error}: name "
-                            "another")
-        print(f"note     {folder} lies on a file system without locks: let no second process use "
-              "it meanwhile", flush=True)
+            raise UserError(f"cannot use the folder {folder}: {error.strerror or error}: name another")
+        print(f"note     {folder} lies on a file system without locks: let no second process use it "
+              "meanwhile", flush=True)
     return True
 
 
@@ -125,7 +124,9 @@ def read_holder(path: Path) -> str:
     except (OSError, ValueError):
         return "another process"
     pid = re.match(r"process (\d+), started ", name)
-    return name.strip() if pid and is_running(int(pid[1])) else "another process"
+    if pid and is_running(int(pid[1])):
+        return name.strip()
+    return "another process"
 
 
 def is_running(pid: int) -> bool:

@@ -247,7 +247,7 @@ def decode_blocks(blocks, path: Path, encoding: str):
     decoded = 0                                         # bytes before this block
     at_start = True
     for block in chain(blocks, [b""]):                  # a decoder must be told of the end
-        held_back = len(decoder.getstate()[0])  # bytes of a character that the last block began
+        held_back = len(decoder.getstate()[0])          # bytes of a character begun before it
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
@@ -362,7 +362,7 @@ def read_json_values(blocks, path: Path, column: str):
     text = ""
     position = 0
     number = 0                                          # values read so far
-    enough = 0  # characters to have before the next value is tried
+    enough = 0                                          # characters to have before the next try
     for block in chain(blocks, [""]):
         text = text[position:] + block
         position = 0
@@ -493,7 +493,8 @@ class Reader:
         for path in self.paths:
             for begins, piece in read_documents(path, self.options, progress):
                 if begins:
-                    self.empty += 0 if begun else 1
+                    if not begun:
+                        self.empty += 1
                     begun = False
                 if not piece:
                     continue
@@ -512,7 +513,8 @@ class Reader:
                 if is_last:
                     progress.end()
                     return
-        self.empty += 0 if begun else 1
+        if not begun:
+            self.empty += 1
         progress.end()
 
 

@@ -4,6 +4,7 @@ import base64
 import json
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -126,11 +127,13 @@ LONG = {"English": FABLES * 2, "Chinese": "漢字。我們的，春眠不覺曉�
         "no spaces": "abc,DEF.ghi;" * 20_000, "blank lines": "one \n\n two\r\n\r\n" * 12_000}
 
 
+build_once = cache(Tokenizer.build)
+
 if (SHARED / "tiktoken_cache").is_dir():                # OpenAI's own ranks
     @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
     @pytest.mark.parametrize("kind", LONG)
     def test_named_encodings_give_the_ids_of_the_whole_text(kind, name, monkeypatch):
-        tokenizer = Tokenizer.build(name)
+        tokenizer = build_once(name)
         monkeypatch.setattr(inkling.tokenizer, "BOUNDED", 999)
         assert tokenizer.encode(LONG[kind]).tolist() == tiktoken.get_encoding(name).encode_ordinary(LONG[kind])
 

@@ -68,7 +68,7 @@ def test_a_killed_process_holds_nothing(other, tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_killed_process_holds_nothing_although_its_forked_child_lives(other, tmp_path):
-    process = other(f"lock = lock_folder(folder)\nif os.fork() == 0: os.close(1); time.sleep(9)\n{WAITS}")
+    process = other(f"lock = lock_folder(folder)\nif os.fork() == 0: os.close(1); time.sleep(9); os._exit(0)\n{WAITS}")
     with pytest.raises(UserError, match=f"process {process.pid}, started"):
         lock_folder(tmp_path / "run")
     process.kill()

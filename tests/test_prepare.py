@@ -213,7 +213,7 @@ def test_the_files_say_exactly_what_the_text_says(kind, mark, write):
         PUZZLE[:int(len(PUZZLE) * 0.75)], PUZZLE[int(len(PUZZLE) * 0.75):]]
 
 
-@settings(same_every_time, max_examples=40)
+@settings(same_every_time, max_examples=25)
 @given(text=st.text(min_size=1), val_fraction=st.floats(0, 0.99))
 def test_any_text_and_any_fraction_make_a_whole_set(text, val_fraction, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any")

@@ -280,7 +280,7 @@ def test_windows_of_a_huge_set_cost_no_memory_and_no_time(sampling, shards, here
 
 
 def test_a_long_training_run_on_a_big_set_keeps_its_memory(here):
-    """Anonymous memory at step 100 and step 399 of one run, seen through the batches that it asks for."""
+    """Anonymous memory at step 50 and step 199 of one run, seen through the batches that it asks for."""
     big_set(here / "big", 4_000_000_000, 2)
     seen = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -288,10 +288,10 @@ def test_a_long_training_run_on_a_big_set_keeps_its_memory(here):
             seen[step] = anonymous()
             return window_starts(step, *rest)
         patch.setattr("train.window_starts", measured)
-        done = trained(here, here / "run", dataset="big", n_layer=1, max_iters=400, eval_interval=400,
-                       log_interval=400, sample_tokens=0, sampling="epoch")
+        done = trained(here, here / "run", dataset="big", n_layer=1, max_iters=200, eval_interval=200,
+                       log_interval=200, sample_tokens=0, sampling="epoch")
     assert done.returncode == 0, done.stderr
-    assert seen[399] < seen[100] + 10_000_000
+    assert seen[199] < seen[50] + 10_000_000
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 1000, 17_000])
