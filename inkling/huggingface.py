@@ -66,12 +66,19 @@ def last_parts(token: bytes, ranks: dict) -> list:
     """What merging by ranks makes of `token` before the merge that completes it: two parts, or more
     if lower ranks never lead to it."""
     parts = [token[i:i + 1] for i in range(len(token))]
+    # The rank of what each part and its right neighbour would make.
+    pair_ranks = [ranks.get(token[i:i + 2], inf) for i in range(len(token) - 1)]
     while len(parts) > 2:
-        neighbours = enumerate(zip(parts, parts[1:], strict=False))
-        rank, place = min((ranks.get(left + right, inf), i) for i, (left, right) in neighbours)
-        if rank >= ranks[token]:
+        lowest = min(pair_ranks)
+        if lowest >= ranks[token]:
             break
+        place = pair_ranks.index(lowest)
         parts[place:place + 2] = [parts[place] + parts[place + 1]]
+        del pair_ranks[place]
+        if place > 0:
+            pair_ranks[place - 1] = ranks.get(parts[place - 1] + parts[place], inf)
+        if place < len(pair_ranks):
+            pair_ranks[place] = ranks.get(parts[place] + parts[place + 1], inf)
     return parts
 
 

@@ -1,6 +1,7 @@
 """Weights and tokenizers travel to Hugging Face directories and back: the same logits, the same bytes, the same ids;
 what has no counterpart is refused by name. Compared with the installed transformers; no network."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -22,7 +23,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 import torch
-from conftest import ROOT, ZYGOTE, flags, inside, one_line_error, perturbed, serving
+from conftest import ROOT, flags, inside, one_line_error, perturbed, serving
 from huggingface_hub import constants, try_to_load_from_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,6 +61,11 @@ from inkling.huggingface import (
 from inkling.tokenizer import END_OF_TEXT, Tokenizer
 from prepare import write_set
 from train import GPT, Config
+
+try:
+    import resource
+except ImportError:                     # Windows
+    resource = None
 
 TEXT = (ROOT / "data" / "fables" / "input.txt").read_text(encoding="utf-8")[:20_000]
 VOCAB = 300
@@ -665,13 +671,25 @@ def test_an_export_replaces_an_export_and_nothing_else(run_of):
     convert_ok("export", "run/ckpt.pt", "--out=empty")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits the size of files")
+@contextlib.contextmanager
+def full_disk(room: int):
+    """No file grows beyond `room` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.skipif(resource is None, reason="Windows limits no sizes of files")
 @pytest.mark.parametrize("room", [100, 10_000])             # the first file, and the weights, do not fit
 def test_a_full_disk_leaves_the_former_export(run_of, room):
     run_of(OUR_GPT2)
     convert_ok("export", "run/ckpt.pt", "--out=there")
-    process = ZYGOTE.run("convert.py", "export", "run/ckpt.pt", "--out=there", folder=Path.cwd(), room=room)
-    one_line_error(process, "could not write there", "File too large")
+    with full_disk(room):
+        outcome = inside(convert.main, "export", "run/ckpt.pt", "--out=there")
+    one_line_error(outcome, "could not write there", "File too large")
     assert {path.name for path in Path().iterdir()} == {"run", "there"}
     assert AutoModelForCausalLM.from_pretrained("there").config.n_layer == 2
 
