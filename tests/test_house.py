@@ -18,7 +18,7 @@ for path in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("inkling/*.py"))]:
 WITHOUT_TORCH = ["inkling.cli", "inkling.format", "inkling.files", "inkling.download", "inkling.dataset",
                  "inkling.readers", "inkling.tokenizer", "prepare"]
 ORDER = [*WITHOUT_TORCH, "inkling.device", "inkling.cpu", "inkling.clock", "inkling.checkpoint", "inkling.distributed",
-         "inkling.stopping", "inkling.plots", "inkling.plan", "inkling.dry_run", "inkling.report",
+         "inkling.stopping", "inkling.plots", "inkling.plan", "inkling.report", "inkling.dry_run",
          "inkling.huggingface", "convert", "train", "sample"]
 # A checkpoint's tokenizer is read with torch: the one way back, and inside a function.
 WAYS_BACK = {("inkling.tokenizer", "inkling.checkpoint")}
