@@ -7,7 +7,6 @@ decides nothing.
 
 import contextlib
 import csv
-import importlib
 import io
 import math
 import re
@@ -148,15 +147,16 @@ def check_loggers(cfg):
     """Raise UserError if the package of a logger that cfg asks for is missing."""
     if cfg.eval_only:                       # logs nothing
         return
-    packages = {"tensorboard": "torch.utils.tensorboard", "wandb_log": "wandb"}
-    for setting, module in packages.items():
-        if not getattr(cfg, setting):
-            continue
-        try:
-            importlib.import_module(module)
-        except ImportError:
-            package = module.rpartition(".")[2]
-            raise UserError(f"{setting}=True needs a package that is not installed: pip install {package}")
+    setting = package = ""
+    try:
+        if cfg.tensorboard:
+            setting, package = "tensorboard", "tensorboard"
+            from torch.utils import tensorboard  # noqa: F401
+        if cfg.wandb_log:
+            setting, package = "wandb_log", "wandb"
+            import wandb  # noqa: F401
+    except ImportError:
+        raise UserError(f"{setting}=True needs a package that is not installed: pip install {package}")
 
 
 # -- log.csv ---------------------------------------------------------------------------------------

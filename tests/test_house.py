@@ -15,11 +15,12 @@ for path in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("inkling/*.py"))]:
         PATHS[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
 
 # A module imports only from those before it. The first ones need no torch.
-WITHOUT_TORCH = ["inkling.cli", "inkling.format", "inkling.files", "inkling.download", "inkling.dataset",
-                 "inkling.readers", "inkling.tokenizer", "prepare"]
+WITHOUT_TORCH = ["inkling.cli", "inkling.format", "inkling.progress", "inkling.files", "inkling.dataset",
+                 "inkling.download", "inkling.readers", "inkling.tokenizer", "inkling.split", "inkling.encode",
+                 "prepare"]
 ORDER = [*WITHOUT_TORCH, "inkling.device", "inkling.cpu", "inkling.clock", "inkling.checkpoint", "inkling.distributed",
-         "inkling.stopping", "inkling.plots", "inkling.plan", "inkling.dry_run", "inkling.report",
-         "inkling.huggingface", "convert", "train", "sample"]
+         "inkling.stopping", "inkling.plots", "inkling.report", "inkling.dry_run", "inkling.huggingface", "convert",
+         "train", "sample"]
 # A checkpoint's tokenizer is read with torch: the one way back, and inside a function.
 WAYS_BACK = {("inkling.tokenizer", "inkling.checkpoint")}
 
@@ -127,9 +128,9 @@ def test_nothing_runs_what_is_not_the_users_own_config(name):
 # -- what must be installed
 
 # Only when asked for, or PyTorch brings it.
-OPTIONAL = {"wandb", "tensorboard", "triton", "rustbpe", "pyarrow", "zstandard", "tokenizers", "transformers",
-            "huggingface_hub", "gguf"}
-BROUGHT_BY_TORCH = {"filelock"}
+OPTIONAL = {"wandb", "tensorboard", "triton", "rustbpe", "pyarrow", "zstandard", "tokenizers", "transformers", "gguf"}
+# Required, and yet everything else runs without them, in plain lines.
+FOR_PEOPLE = {"tqdm", "matplotlib", "safetensors", "huggingface_hub"}
 
 
 def required() -> set:
@@ -139,14 +140,14 @@ def required() -> set:
 def test_requirements_hold_what_the_programs_import():
     own = packages(set(ORDER))
     used = set().union(*(packages(imports(tree)) for tree in trees().values()))
-    assert used - own - set(sys.stdlib_module_names) - OPTIONAL - BROUGHT_BY_TORCH <= required()
+    assert used - own - set(sys.stdlib_module_names) - OPTIONAL <= required()
 
 
-def test_without_the_optional_packages_and_those_for_people_everything_still_runs(tmp_path):
+def test_the_three_programs_run_without_optional_packages_and_those_for_people(tmp_path):
     """The three programs in one process that can import torch, numpy and tiktoken, and not the others."""
     hidden = tmp_path / "hidden"
     hidden.mkdir()
-    for package in OPTIONAL - {"triton"} | {"tqdm", "matplotlib", "safetensors"}:
+    for package in (OPTIONAL - {"triton"}) | FOR_PEOPLE:
         (hidden / f"{package}.py").write_text(f"raise ImportError('{package} is hidden')\n", encoding="utf-8")
     (tmp_path / "cats.txt").write_text("The cat sat on the mat. " * 200, encoding="utf-8")
     words = {

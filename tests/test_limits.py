@@ -110,7 +110,7 @@ def test_a_run_cut_after_its_length_is_known_resumes_to_that_length(start, paced
 
 
 def test_a_run_cut_before_its_length_is_known_measures_again(start, paced, tmp_path):
-    interrupt_after(paced, 22)
+    interrupt_after(paced, 19)
     assert start("cut", **MINUTES, save_interval=1).returncode == 130
     assert last(tmp_path / "cut")["plan"]["max_iters"] is None
     paced.seconds_of_step = lambda step: 1.0
