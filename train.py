@@ -125,7 +125,8 @@ class Config(ModelConfig):
     sampling: Literal["epoch", "fixed", "random"] = "epoch"  # epoch: each window once, shifted every epoch; fixed: the
                                         # same windows every epoch; random: random places
     # -- regularization and initial weights
-    dropout: BelowOne = 0.0             # dropout rate on the embedding and on what attention and MLP output
+    dropout: Annotated[float, at_least(0).at_most(0.99)] = 0.0  # dropout rate on the embedding and on
+                                        # what attention and MLP output
     attn_dropout: bool = False          # the same rate on the attention weights, too
     init: Literal["zero", "gpt2", "torch", "kaiming"] = "zero"  # initial weights; zero: outputs start at 0
     # -- optimizer

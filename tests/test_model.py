@@ -1,15 +1,17 @@
 """The model computes what its switches say, for every pair of their values and as GPT-2 and Llama do."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import pairwise, perturbed
 
-from inkling import cpu as cpu_module
-from inkling.cpu import in_blocks
-from train import GPT, Config, NGrams, draw, dropout
+from inkling import cpu
+from inkling.cli import problems
+from inkling.cpu import dropout, in_blocks
+from train import GPT, Config, NGrams, draw
 
 VOCAB, T = 50, 16
 SMALL = dict(n_layer=3, n_head=4, n_embd=32, block_size=T, dropout=0.0, ngrams=0, ngram_rows=97, init="gpt2")
@@ -29,6 +31,14 @@ SWITCHES = pairwise(
 def small(**changes) -> GPT:
     torch.manual_seed(0)
     return GPT(Config(**SMALL | changes), VOCAB).eval()
+
+
+def fast(**changes) -> GPT:
+    """As train.py and sample.py have it on a CPU."""
+    return cpu.accelerate(small(**changes))
+
+
+WITH_BOTH = pytest.mark.parametrize("make", [small, fast])
 
 
 def tokens(*shape, seed=0):
@@ -138,31 +148,44 @@ def plain_logits(model, idx):
     return cfg.logit_cap * z / (z ** 2 + cfg.logit_cap ** 2).sqrt() if cfg.logit_cap else z
 
 
+@WITH_BOTH
 @pytest.mark.parametrize("switches", [*SWITCHES, GPT2, LLAMA])
-def test_logits_equal_plain_formulas(switches):
-    model, idx = perturbed(small(**switches)), tokens(T)
+def test_logits_equal_plain_formulas(switches, make):
+    model, idx = perturbed(make(**switches)), tokens(T)
     near(model(idx[None])[0][0], plain_logits(model, idx), atol=1e-3)
+
+
+def test_the_docstrings_example_of_ngrams_is_right():
+    """The ids 5, 7, 9: which rows the 9 reads."""
+    table = NGrams(1000, 1, longest=3)
+    with torch.no_grad():
+        table.weight.copy_(torch.arange(1000.0)[:, None])
+    pair = 9 * NGrams.FACTOR + 8
+    triple = pair * NGrams.FACTOR + 6
+    rows = [key % NGrams.PRIME % 1000 for key in (pair, triple)]
+    with torch.no_grad():
+        assert table(torch.tensor([[5, 7, 9]]), torch.tensor([2])).item() == sum(rows)
 
 
 def test_ngrams_are_the_same_wherever_they_stand_and_differ_by_what_stands_in_them():
     """Three tokens are told apart by what they are and by their order, not by what comes before them."""
-    table = NGrams(2 ** 20, 8)
+    table = NGrams(2 ** 20, 8, longest=3)
     ids = torch.tensor([[1, 2, 3, 1, 2, 3, 2, 1, 3, 2]])
     with torch.no_grad():
-        x = table(ids, torch.arange(10), 3)[0]
+        x = table(ids, torch.arange(10))[0]
     same = [(a, b) for a in range(10) for b in range(a) if torch.equal(x[a], x[b])]
     assert same == [(5, 2)]                             # only 1 2 3 is there twice
     with torch.no_grad():
-        assert torch.equal(table(ids, torch.tensor([4, 9]), 3)[0], x[[4, 9]])
+        assert torch.equal(table(ids, torch.tensor([4, 9]))[0], x[[4, 9]])
 
 
 def test_ngrams_spread_over_their_table_evenly():
     """All pairs of 256 tokens in a table of 1,024 rows: no row has many more than its share of 64."""
     ids = torch.cartesian_prod(torch.arange(256), torch.arange(256))
-    table = NGrams(1024, 1)
+    table = NGrams(1024, 1, longest=2)
     with torch.no_grad():
         table.weight.copy_(torch.arange(1024.0)[:, None])
-        seen = table(ids, torch.tensor([1]), 2).flatten().long()
+        seen = table(ids, torch.tensor([1])).flatten().long()
     counts = torch.bincount(seen, minlength=1024)
     assert counts.sum() == 256 * 256
     assert counts.max() < 128
@@ -498,15 +521,17 @@ def test_dropout_keeps_the_mean_and_has_its_rate(p):
     assert abs((kept[1:] * kept[:-1]).mean() - kept.mean() ** 2) < error        # neighbours are independent
 
 
+@WITH_BOTH
 @pytest.mark.parametrize("p", [0.99, 0.997, 0.999, 0.99999])
-def test_any_dropout_that_is_accepted_works(p):
-    model = perturbed(small(dropout=p))
-    assert model.cfg.problems() or model.train()(tokens(2, T))[0].isfinite().all()
+def test_any_dropout_that_is_accepted_works(p, make):
+    model = perturbed(make(dropout=p))
+    assert problems(model.cfg) or model.train()(tokens(2, T))[0].isfinite().all()
 
 
+@WITH_BOTH
 @pytest.mark.parametrize(("part", "other"), [("attn", "mlp.down"), ("mlp", "attn.out")])
-def test_dropout_acts_on_what_each_half_block_adds(part, other):
-    added, model = [], perturbed(small(dropout=0.25, shortcuts=False))
+def test_dropout_acts_on_what_each_half_block_adds(part, other, make):
+    added, model = [], perturbed(make(dropout=0.25, shortcuts=False))
     for block in model.blocks:
         torch.nn.init.zeros_(block.get_submodule(other).weight)         # the other half adds nothing
         block.register_forward_hook(lambda _, args, out: added.append(out[0] - args[0]))
@@ -514,16 +539,18 @@ def test_dropout_acts_on_what_each_half_block_adds(part, other):
     assert [(x == 0).float().mean().item() for x in added] == pytest.approx([0.25] * 3, abs=0.02)
 
 
-def test_dropout_acts_on_the_embedding():
-    seen, model = [], perturbed(small(dropout=0.25))
+@WITH_BOTH
+def test_dropout_acts_on_the_embedding(make):
+    seen, model = [], perturbed(make(dropout=0.25))
     model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model.train()(tokens(64, T))
     assert (seen[0] == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
 
 
+@WITH_BOTH
 @pytest.mark.parametrize("attn_dropout", [False, True])
-def test_dropout_is_off_in_evaluation(attn_dropout):
-    model, idx = perturbed(small(dropout=0.3, attn_dropout=attn_dropout)), tokens(2, T)
+def test_dropout_is_off_in_evaluation(attn_dropout, make):
+    model, idx = perturbed(make(dropout=0.3, attn_dropout=attn_dropout)), tokens(2, T)
     sure = loaded(model.state_dict(), dropout=0.0)(idx)[0]
     assert torch.equal(model(idx)[0], sure)
     model.train()
@@ -551,6 +578,23 @@ def test_attention_weights_are_not_dropped_by_default():
     for block in model.blocks:
         block.attn.train()
     assert torch.equal(model(idx)[0], sure)
+
+
+# ---- what a CPU computes in another way
+
+
+def test_acceleration_keeps_weights_names_and_gradients():
+    model, idx = perturbed(small(bias=True)), tokens(2, T)
+    faster = cpu.accelerate(deepcopy(model))
+    assert type(faster.head) is cpu.Linear
+    assert type(faster.dropout) is cpu.Dropout
+    assert type(model.head) is torch.nn.Linear
+    assert faster.state_dict().keys() == model.state_dict().keys()
+    for candidate in (model, faster):
+        candidate.train()(idx, idx)[1].backward()
+    for plain, other in zip(model.parameters(), faster.parameters(), strict=True):
+        assert torch.equal(plain, other)
+        assert torch.equal(plain.grad, other.grad)
 
 
 @pytest.mark.parametrize("length", [1, 64, 100, 256, 700])
@@ -588,7 +632,7 @@ def test_attention_goes_in_blocks_where_that_is_faster(dtype, p, taken, monkeypa
     seen, (q, k, v) = [], torch.randn(3, 1, 2, 8, 4)
     monkeypatch.setattr(cpu, "in_blocks", lambda *args: seen.append(args[3]) or in_blocks(*args))
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        cpu_module.attention(q, k, v, None, True, p)
+        cpu.attention(q, k, v, None, True, p)
     assert seen == [p] * taken
 
 
