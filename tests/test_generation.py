@@ -1,14 +1,15 @@
-"""Generation with a cache equals running the whole model afresh at each position, and drawing is fair."""
+"""Generation with a cache equals running the whole model again at each position, and drawing is fair."""
 
 import math
+import shutil
 
 import pytest
 import torch
 from conftest import TOY, pairwise, perturbed, trained
 
-import train
-from inkling import device as device_module
-from train import GPT, Cache, Config, Linear, draw, load
+from inkling.cpu import Linear, accelerate
+from inkling.device import compile_step, compiler_missing
+from train import GPT, Cache, Config, draw, load
 
 VOCAB, SIZE = 50, 16
 SMALL = dict(n_layer=3, n_head=4, n_embd=32, block_size=SIZE, dropout=0.1, ngrams=3, ngram_rows=97, init="gpt2")
@@ -66,14 +67,26 @@ def test_cached_logits_equal_uncached_at_every_position(switches):
         near(dictated(model, idx[:, :length], idx[:, length:]), whole[:, length - 1:])
 
 
+def new_cache(model, size: int, batch_size: int = 2) -> Cache:
+    return Cache(model.cfg, batch_size, size, "cpu", torch.float32)
+
+
+@torch.no_grad()
+def next_logits(model, cache, piece, fixed_shape: bool = False):
+    """The logits after the next tokens of a text."""
+    cache.advance(piece.size(1), fixed_shape)
+    return model.next_logits(piece, cache)
+
+
 @pytest.mark.parametrize("switches", SWITCHES)
 def test_a_cache_filled_in_pieces_equals_one_pass(switches):
     model, idx = small(**switches), tokens(2, SIZE)
+    whole = model(idx)[0]
     for sizes in ([SIZE], [1, 15], [5, 1, 1, 4, 5]):
-        cache = Cache(model.cfg, SIZE)
-        pieces = [model.logits(model.trunk(piece, cache)) for piece in idx.split(sizes, 1)]
-        near(torch.cat(pieces, 1), model(idx)[0])
-        assert all(kept is not None for kept in cache.tensors)          # a compiled step goes through all of them
+        cache = new_cache(model, SIZE)
+        for piece in idx.split(sizes, 1):
+            near(next_logits(model, cache, piece), whole[:, cache.length - 1])
+        assert cache.length == SIZE
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 8])
@@ -95,35 +108,37 @@ def test_past_block_size_the_last_half_of_the_window_is_kept(positions, size):
 def test_a_step_of_fixed_shapes_equals_the_growing_one(switches):
     model, ids = small(**switches), tokens(2, 3 * SIZE)
     for length in (1, 5, SIZE):
-        seen, prompt, rest = [], ids[:, :length], ids[:, length:]
+        positions, prompt, rest = [], ids[:, :length], ids[:, length:]
 
-        def step(new, cache, at, seen=seen, model=model):
-            seen.append(at.item())
-            return model.next_logits(new, cache, at)
+        def step(new, cache, positions=positions, model=model):
+            assert cache.fixed_shape
+            positions.append(cache.positions.item())
+            return model.next_logits(new, cache)
 
         near(dictated(model, prompt, rest, step), dictated(model, prompt, rest))
-        assert len(seen) > SIZE                     # it has been taken, for one token at a time
-        assert set(seen) <= set(range(1, SIZE))
+        assert len(positions) > SIZE                # it has been taken, for one token at a time
+        assert set(positions) <= set(range(1, SIZE))
 
 
 def test_a_step_of_fixed_shapes_never_sees_what_lies_beyond_its_position():
     model, idx = small(), tokens(1, SIZE)
-    cache = Cache(model.cfg, SIZE)
-    with torch.no_grad():
-        model.trunk(idx, cache)                     # what a window that has been left leaves in the cache
-        for keys, values in cache.tensors[:model.cfg.n_layer]:
-            keys[:, :, 6:], values[:, :, 6:] = 1e3, 1e3
-        near(model.next_logits(idx[:, 5:6], cache, torch.tensor([5])), last_logits(model, idx[:, :6]))
+    cache = new_cache(model, SIZE, batch_size=1)
+    next_logits(model, cache, idx)                  # what a window that has been left leaves in the cache
+    for stored in (*cache.keys, *cache.values):
+        stored[:, :, 6:] = 1e3
+    cache.clear()
+    cache.advance(5)
+    near(next_logits(model, cache, idx[:, 5:6], fixed_shape=True), last_logits(model, idx[:, :6]))
 
 
+@pytest.mark.skipif(bool(compiler_missing("cpu")), reason="there is nothing to compile with")
 @pytest.mark.parametrize(("rows", "dtype", "atol"), [(2, "float32", 1e-5), (1, "float32", 1e-5), (1, "bfloat16", 0.1)])
 def test_a_compiled_step_equals_the_eager_one(rows, dtype, atol):
-    if device_module.compiler_missing("cpu"):
-        pytest.skip(device_module.compiler_missing("cpu"))
-    model, ids = small(n_layer=1, n_kv_head=2, bias=True).to(getattr(torch, dtype)), tokens(rows, 3 * SIZE)
+    model = accelerate(small(n_layer=1, n_kv_head=2, bias=True)).to(getattr(torch, dtype))
+    ids = tokens(rows, 3 * SIZE)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()                # other tests compile, too
-    step = device_module.compile_step(model.next_logits, "cpu")
+    step = compile_step(model.next_logits, "cpu")
     compiled = dictated(model, ids[:, :5], ids[:, 5:], step)
     near(compiled, dictated(model, ids[:, :5], ids[:, 5:]), atol)
     near(dictated(model, ids[:, :3], ids[:, 3:9], step), dictated(model, ids[:, :3], ids[:, 3:9]), atol)
@@ -132,38 +147,51 @@ def test_a_compiled_step_equals_the_eager_one(rows, dtype, atol):
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
-    assert device_module.compiler_missing("cpu") == "there is no C++ compiler"
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert device_module.compiler_missing("cpu") == ""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert compiler_missing("cpu") == "there is no C++ compiler"
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert compiler_missing("cpu") == ""
 
 
-def test_a_long_generation_needs_no_more_memory_than_a_short_one(monkeypatch):
-    caches, read = [], []
-    monkeypatch.setattr(train, "Cache", lambda *given: caches.append(Cache(*given)) or caches[-1])
-    model = small()
-    monkeypatch.setattr(model, "next_logits", lambda new, cache: read.append(new.size(1)) or
-                        GPT.next_logits(model, new, cache))
-    places = set()
-    with torch.no_grad():
-        generated = GPT.generate.__wrapped__(model, tokens(2, 5), 200, lambda logits: draw(logits, 1.0))
-        for _ in generated:
-            assert generated.gi_frame.f_locals["window"].size(1) <= SIZE
-            *pairs, (ids,) = caches[0].tensors
-            assert all(z.shape == (2, 4, SIZE, 8) for pair in pairs for z in pair)
-            assert ids.shape == (2, 1, SIZE, 1)         # for the n-grams
-            places.add(tuple(z.data_ptr() for pair in caches[0].tensors for z in pair))
-    assert len(caches) == len(places) == 1              # one cache, whose tensors are written in place
-    assert len(read) == 200
-    assert set(read[1:]) == {1, SIZE // 2}              # and never more than half a window is computed afresh
+class Watched(GPT):
+    """Notes what each call of next_logits reads, and from which cache."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.lengths = []
+        self.caches = []
+        self.places = set()
+
+    def next_logits(self, ids, cache):
+        self.lengths.append(ids.size(1))
+        if cache not in self.caches:
+            self.caches.append(cache)
+        self.places.add(tuple(tensor.data_ptr() for tensor in cache.tensors()))
+        return super().next_logits(ids, cache)
 
 
-def test_a_cache_is_little_larger_than_what_is_asked_for_and_has_few_sizes(monkeypatch):
-    caches = []
-    monkeypatch.setattr(train, "Cache", lambda *given: caches.append(Cache(*given)) or caches[-1])
+def watched(**changes) -> Watched:
+    torch.manual_seed(0)
+    return perturbed(Watched(Config(**SMALL | changes), VOCAB)).eval()
+
+
+def test_a_long_generation_needs_no_more_memory_than_a_short_one():
+    model = watched()
+    for _ in model.generate(tokens(2, 5), 200, lambda logits: draw(logits, 1.0)):
+        pass
+    cache, = model.caches                               # one, whose tensors are written in place
+    assert len(model.places) == 1
+    assert all(tensor.shape == (2, 4, SIZE, 8) for tensor in (*cache.keys, *cache.values))
+    assert cache.ids.shape == (2, SIZE)                 # for the n-grams
+    assert len(model.lengths) == 200
+    assert set(model.lengths[1:]) == {1, SIZE // 2}     # and never more than half a window is computed again
+
+
+def test_a_cache_is_little_larger_than_what_is_asked_for_and_has_few_sizes():
+    model = watched(block_size=300)
     for count in (3, 123, 124, 400):
-        next(small(block_size=300).generate(tokens(1, 5), count, lambda logits: draw(logits, 0)))
-    assert [cache.size for cache in caches] == [128, 128, 256, 300]
+        next(model.generate(tokens(1, 5), count, lambda logits: draw(logits, 0)))
+    assert [cache.size for cache in model.caches] == [128, 128, 256, 300]
 
 
 # ---- a few rows

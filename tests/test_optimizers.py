@@ -8,8 +8,7 @@ import pytest
 import torch
 from conftest import pairwise, perturbed
 
-import train
-from train import GPT, Config, Muon, lr_factor, make_optimizers, orthogonalize
+from train import GPT, AdamW, Config, Muon, lr_factor, make_optimizers, orthogonalize, start, update
 
 VOCAB, T = 50, 16
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=T, dropout=0.0, ngrams=0, ngram_rows=97, init="gpt2",
@@ -28,7 +27,7 @@ def small(**changes) -> tuple:
     torch.manual_seed(0)
     cfg = Config(**SMALL | RATES | changes)
     model = perturbed(GPT(cfg, VOCAB))
-    return model, make_optimizers(model, cfg, "cpu", False)
+    return model, make_optimizers(model, cfg, "cpu")
 
 
 def groups_of(optimizers) -> list:
@@ -82,7 +81,7 @@ def test_each_parameter_has_its_rate_and_its_decay(switches):
 
 def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else():
     model, (adamw, muon) = small(optimizer="muon", positions="learned", bias=True, norm_gain=True)
-    assert type(adamw) is torch.optim.AdamW
+    assert type(adamw) is AdamW
     assert type(muon) is Muon
     expected = {id(p) for name, p in model.named_parameters() if is_block_matrix(name, p)}
     assert {id(p) for group in muon.param_groups for p in group["params"]} == expected
@@ -196,7 +195,7 @@ def test_stacked_matrices_are_updated_as_one_by_one():
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_restored_optimizer_goes_on_as_the_original(optimizer):
+def test_a_restored_optimizer_continues_as_the_original(optimizer):
     (model, originals), (copy, copies) = (small(optimizer=optimizer) for _ in range(2))
     for original in originals:
         steps(original, list(model.parameters()), 2)
@@ -261,7 +260,7 @@ def test_found_inf_of_0_changes_nothing(optimizer):
 
 def factors(count, **settings) -> list:
     cfg = Config(**settings)
-    return [lr_factor(step, cfg) for step in range(count)]
+    return [lr_factor(step, cfg, cfg.max_iters) for step in range(count)]
 
 
 def nanogpt_rate(it, learning_rate, warmup_iters, lr_decay_iters, min_lr):
@@ -323,70 +322,71 @@ def test_decay_lr_false_is_the_full_rate_at_every_step(schedule):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_schedules_are_pure_functions_of_the_step(schedule):
-    cfg = Config(schedule=schedule, warmup_iters=10, max_iters=50)
-    forward = {step: lr_factor(step, cfg) for step in range(60)}
-    backward = {step: lr_factor(step, cfg) for step in reversed(range(60))}
+    cfg = Config(schedule=schedule, warmup_iters=10)
+    forward = {step: lr_factor(step, cfg, 50) for step in range(60)}
+    backward = {step: lr_factor(step, cfg, 50) for step in reversed(range(60))}
     assert forward == backward
-    assert cfg == Config(schedule=schedule, warmup_iters=10, max_iters=50)
+    assert cfg == Config(schedule=schedule, warmup_iters=10)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_a_length_that_is_not_known_yet_keeps_the_full_rate(schedule):
+    cfg = Config(schedule=schedule, warmup_iters=3)
+    assert [lr_factor(step, cfg, None) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_a_rate_of_0_is_no_error():
     assert factors(3, learning_rate=0.0, schedule="constant") == [1.0] * 3
 
 
-# ---- in the loop
+# ---- in a step of a run
 
 
-@pytest.fixture
-def watched(toy, monkeypatch, tmp_path, capsys):
-    """Train a toy model; returns what `look(group)` says of each group at each optimizer step."""
-    def watched(look, **settings) -> list:
-        make, seen = train.make_optimizers, []
-
-        def make_watched(*arguments):
-            optimizers = make(*arguments)
-            for optimizer in optimizers:
-                optimizer.register_step_pre_hook(
-                    lambda one, *rest: seen.append([look(group) for group in one.param_groups]))
-            return optimizers
-
-        monkeypatch.setattr(train, "make_optimizers", make_watched)
-        assert train.train(toy(sample_tokens=0, eval_interval=100, **settings), tmp_path / "run") == 0
-        return seen
-    return watched
+def seen_in_updates(cfg, look) -> list:
+    """What look(group) says of each optimizer's groups, as each makes its step: a list for each optimizer of a list for
+    each update."""
+    run = start(cfg)
+    seen = [[] for _ in run.optimizers]
+    for optimizer, groups_seen in zip(run.optimizers, seen, strict=True):
+        optimizer.register_step_pre_hook(
+            lambda one, *_, groups_seen=groups_seen: groups_seen.append([look(group) for group in one.param_groups]))
+    for step in range(cfg.max_iters):
+        update(run, step)
+    return seen
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_the_learning_rate_reaches_every_group(watched, optimizer):
-    settings = RATES | dict(schedule="cosine", warmup_iters=2, max_iters=6, min_lr=0.001)
-    seen = watched(lambda group: group["lr"], optimizer=optimizer, **settings)
+def test_the_learning_rate_reaches_every_group(toy, optimizer):
+    cfg = toy(**RATES, optimizer=optimizer, schedule="cosine", warmup_iters=2, max_iters=6, min_lr=0.001)
+    adamw, *muon = seen_in_updates(cfg, lambda group: group["lr"])
     factor = [nanogpt_rate(it, 1.0, 2, 6, 0.1) for it in range(6)]
     if optimizer == "adamw":
-        assert seen == [pytest.approx([0.01 * f] * 2) for f in factor]
+        assert adamw == [pytest.approx([0.01 * f] * 2) for f in factor]
     else:
-        assert seen[::2] == [pytest.approx([0.02 * f, 0.02 * f, 0.03 * f, 0.04 * f]) for f in factor]
-        assert seen[1::2] == [pytest.approx([0.01 * f] * len(seen[1])) for f in factor]
+        assert adamw == [pytest.approx([0.02 * f, 0.02 * f, 0.03 * f, 0.04 * f]) for f in factor]
+        assert muon[0] == [pytest.approx([0.01 * f] * len(muon[0][0])) for f in factor]
 
 
 @pytest.mark.parametrize(("momentum", "expected"), [
     (0.95, [0.85, 0.851, 0.852, 0.853]), (0.5, [0.5] * 4)])
-def test_muons_momentum_rises_from_085_in_100_steps(watched, momentum, expected):
-    seen = watched(lambda group: group.get("momentum"), max_iters=4, momentum=momentum)
-    assert [groups[0] for groups in seen[1::2]] == pytest.approx(expected)
+def test_muons_momentum_rises_from_085_in_100_steps(toy, momentum, expected):
+    _, muon = seen_in_updates(toy(max_iters=4, momentum=momentum), lambda group: group.get("momentum"))
+    assert [groups[0] for groups in muon] == pytest.approx(expected)
 
 
 def gradient_norm(group) -> float:
     return math.sqrt(sum(p.grad.double().square().sum().item() for p in group["params"]))
 
 
-def test_clipping_bounds_the_norm_of_the_gradient(watched):
-    settings = dict(optimizer="adamw", max_iters=4, learning_rate=1e-3)
-    free, loose, tight = (
-        [math.hypot(*groups) for groups in watched(gradient_norm, grad_clip=clip, **settings)]
-        for clip in (0.0, 1e6, 0.01))
-    assert min(free) > 0.02
-    assert loose == free
-    assert tight == pytest.approx([0.01] * 4, rel=1e-3)
+def test_clipping_bounds_the_norm_of_the_gradient(toy):
+    norms = {}
+    for clip in (0.0, 1e6, 0.01):
+        cfg = toy(optimizer="adamw", max_iters=4, learning_rate=1e-3, grad_clip=clip)
+        adamw, = seen_in_updates(cfg, gradient_norm)
+        norms[clip] = [math.hypot(*groups) for groups in adamw]
+    assert min(norms[0.0]) > 0.02
+    assert norms[1e6] == norms[0.0]
+    assert norms[0.01] == pytest.approx([0.01] * 4, rel=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -394,7 +394,7 @@ def test_a_few_steps_reduce_the_loss(optimizer):
     torch.manual_seed(0)
     cfg = Config(**SMALL | dict(optimizer=optimizer, init="zero", learning_rate=0.01))
     model = GPT(cfg, VOCAB)
-    optimizers, losses = make_optimizers(model, cfg, "cpu", False), []
+    optimizers, losses = make_optimizers(model, cfg, "cpu"), []
     x = torch.arange(4 * T).view(4, T) % 7
     for _ in range(30):
         loss = model(x, (x + 1) % 7)[1]
