@@ -56,7 +56,7 @@ BelowOne = Annotated[float, at_least(0).below(1)]
 
 @dataclass
 class ModelConfig:
-    """What the weights of a checkpoint depend on: a run that starts from one takes these over."""
+    """The settings that the weights depend on. A run that starts from a checkpoint takes these from it."""
 
     # -- model
     block_size: Annotated[int, at_least(1).at_most(2**20)] = 256  # context: the most tokens that predict the next
@@ -89,7 +89,7 @@ class ModelConfig:
 
 @dataclass
 class Config(ModelConfig):
-    """All settings of a run, as the user gave them; nothing changes them afterwards (see Plan)."""
+    """All settings of a run, as the user gave them. What they leave open is decided in a Plan."""
 
     # -- the run
     dataset: str = "fables"             # folder under data/; a built-in data set is prepared on first use
@@ -121,7 +121,7 @@ class Config(ModelConfig):
     wandb_run_name: str = ""            # its run; empty: the name of out_dir
     # -- batches
     batch_size: PositiveInt = 24        # sequences per micro-batch
-    gradient_accumulation_steps: PositiveInt = 1  # micro-batches per step, shared by all processes
+    gradient_accumulation_steps: PositiveInt = 1  # micro-batches per step, divided among the processes
     sampling: Literal["epoch", "fixed", "random"] = "epoch"  # epoch: each window once, shifted every epoch; fixed: the
                                         # same windows every epoch; random: random places
     # -- regularization and initial weights
@@ -136,9 +136,9 @@ class Config(ModelConfig):
     ngram_decay: NonNegativeFloat = 2.0  # with muon: weight decay of the n-gram vectors; raise for small texts
     head_lr: NonNegativeFloat = 0.008   # with muon: AdamW's learning rate for the output layer
     scalar_lr: NonNegativeFloat = 0.02  # with muon: AdamW's learning rate for gains, biases and mixing weights
-    weight_decay: NonNegativeFloat = 0.4  # times the learning rate; of the blocks' matrices (muon) or all (adamw)
+    weight_decay: NonNegativeFloat = 0.4  # times the learning rate; of the blocks' matrices (muon) or of all (adamw)
     cautious: bool = True               # muon decays only where decay and update agree (arXiv 2411.16085)
-    decay_all: bool = False             # weight decay on every parameter
+    decay_all: bool = False             # also decay the parameters that otherwise would not, such as biases
     momentum: BelowOne = 0.95           # muon's; reached from 0.85 in 100 steps
     beta1: BelowOne = 0.8               # AdamW: decay rate of its average of gradients
     beta2: BelowOne = 0.95              # AdamW: the same for their squares
@@ -160,7 +160,7 @@ class Config(ModelConfig):
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
 
     def rules(self) -> dict:
-        """The rules that several settings keep together: each in words, and whether it holds."""
+        """The rules between settings: each one in words, and whether it holds."""
         head_dim = self.n_embd / max(1, self.n_head)
         return {
             f"n_head={self.n_head} must divide n_embd={self.n_embd}": head_dim % 1 == 0,
@@ -191,15 +191,15 @@ FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer"}          # what a resumed
 
 
 def make_norm(cfg: Config):
-    """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467), perhaps with a learned gain."""
+    """Return a LayerNorm (arXiv 1607.06450) or an RMSNorm (arXiv 1910.07467)."""
     if cfg.norm == "layernorm":
         return nn.LayerNorm(cfg.n_embd, cfg.norm_eps, cfg.norm_gain, cfg.bias)
     return nn.RMSNorm(cfg.n_embd, cfg.norm_eps, cfg.norm_gain)
 
 
 def rotation_table(cfg: Config):
-    """cos and sin, (block_size, head_dim / 2), of the angle by which each position turns each pair
-    of dimensions. Pairs beyond rope_fraction do not turn."""
+    """Return the cos and sin, (block_size, head_dim / 2) each, of the angle by which a position
+    rotates a pair of dimensions. Pairs beyond rope_fraction are not rotated."""
     pairs = cfg.n_embd // cfg.n_head // 2
     turning = round(cfg.rope_fraction * pairs)
     frequency = torch.zeros(pairs)
@@ -209,8 +209,8 @@ def rotation_table(cfg: Config):
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (i, i + head_dim / 2) of x (B, T, heads, head_dim) by their position's angles.
-    cos and sin: (T, head_dim / 2)."""
+    """Rotate the pairs (i, i + head_dim / 2) of x (B, T, heads, head_dim) by the angles of their
+    positions. cos and sin: (T, head_dim / 2)."""
     cos = cos[:, None]                  # (T, 1, head_dim / 2): the same for all heads
     sin = sin[:, None]
     a, b = x.chunk(2, dim=-1)
@@ -218,18 +218,18 @@ def rotate(x, cos, sin):
 
 
 class NGrams(nn.Embedding):
-    """A vector for each of the last 2, 3, ... `longest` tokens: such short n-grams say much about
-    the next token, and attention needs long to learn them. All share one table, in the rows that
-    their hashes point to. Bigrams: record 62 of modded-nanogpt; longer n-grams: arXiv 2501.16975.
+    """Vectors for the n-grams of 2 to `longest` tokens that end at each token. Short n-grams say a
+    lot about the next token, and attention takes long to learn them. They all share one table, and
+    the hash of an n-gram picks its row. (Bigrams: record 62 of modded-nanogpt; longer n-grams: arXiv
+    2501.16975.)
 
-    Take the ids 5, 7, 9. At the 9,
-        the pair (7, 9)       has the key  9 * FACTOR + 8,
-        the triple (5, 7, 9)  has the key  (9 * FACTOR + 8) * FACTOR + 6,
-    both modulo PRIME. Earlier ids count from 1 there, so that 0 can stand for "before the text". The
-    vector of a key is row key % rows of the table, and the 9 receives the sum of the two.
+    Example: the ids 5, 7, 9. The 9 receives the sum of two rows of the table,
+        row key2 % rows for the pair (7, 9), where key2 = 9 * FACTOR + (7 + 1), and
+        row key3 % rows for the triple (5, 7, 9), where key3 = key2 * FACTOR + (5 + 1),
+    with both keys modulo PRIME. The 1 is added so that 0 can stand for "before the text".
     """
 
-    FACTOR = 1_540_483_477              # Rabin and Karp's rolling hash
+    FACTOR = 1_540_483_477              # of a polynomial hash, as in Rabin and Karp's string search
     PRIME = 2**31 - 1
 
     def __init__(self, rows: int, width: int, longest: int):
@@ -237,8 +237,8 @@ class NGrams(nn.Embedding):
         self.longest = longest
 
     def forward(self, ids, positions):
-        """The sums (B, T, C) of the vectors of the n-grams that end at `positions` (T,) of `ids`,
-        which are (B, S)."""
+        """Return the summed vectors (B, T, C) of the n-grams that end at `positions` (T,) of ids
+        (B, S)."""
         key = ids[:, positions].long()
         keys = []
         for distance in range(1, self.longest):
@@ -272,8 +272,8 @@ class Attention(nn.Module):
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if mixes_values else None
 
     def forward(self, x, rotation, v_first, cache=None):
-        """x (B, T, C), normed, and v_first, the first block's values (B, T, n_kv_head, head_dim).
-        Returns the output (B, T, C) and this block's values."""
+        """Map x (B, T, C), already normed, to the output (B, T, C), and return this block's values
+        (B, T, n_kv_head, head_dim), too. v_first: those of the first block."""
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.n_head, self.head_dim)        # (B, T, n_head, head_dim)
         k = self.k(x).view(B, T, self.n_kv_head, self.head_dim)     # (B, T, n_kv_head, head_dim)
@@ -292,15 +292,15 @@ class Attention(nn.Module):
         return self.out(y), v
 
     def attend(self, q, k, v, cache):
-        """softmax(q k^T / sqrt(head_dim)) v, where each query sees the keys up to its own position.
-        q and the result: (B, n_head, T, head_dim); k and v: (B, n_kv_head, T, head_dim)."""
+        """Return softmax(q k^T / sqrt(head_dim)) v, where each query sees the keys up to its own
+        position. q and the result: (B, n_head, T, head_dim); k and v: (B, n_kv_head, T, head_dim)."""
         mask = None
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
             mask = cache.mask()
         is_causal = mask is None and q.size(2) > 1
         dropout_p = self.dropout if self.training else 0.0
-        if q.device.type == "cpu":      # in causal blocks, where a CPU is faster with them
+        if q.device.type == "cpu":      # the same sum, in causal blocks where a CPU is faster so
             return cpu.attention(q, k, v, mask, is_causal, dropout_p)
         return F.scaled_dot_product_attention(
             q, k, v, mask, dropout_p, is_causal, enable_gqa=self.n_kv_head != self.n_head)
@@ -333,7 +333,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP: each reads the residual stream through a norm and adds to it."""
+    """Attention, then an MLP. Each reads the residual stream through a norm and adds to it."""
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
@@ -345,7 +345,8 @@ class Block(nn.Module):
         self.embed_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if cfg.shortcuts else None
 
     def forward(self, x, x_first, rotation, v_first, cache=None):
-        """x, and x_first, the embedding: (B, T, C). Returns x and this block's values."""
+        """Map the stream x (B, T, C) to the next x, and return this block's values, too. x_first: the
+        stream as it entered the first block; v_first: that block's values."""
         if self.embed_mix is not None:
             mix = self.embed_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x_first
@@ -381,20 +382,22 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self):
-        """Draw the initial weights. cfg.init says how; n-gram vectors always begin at 0."""
-        adds_to_stream = set()
+        """Draw the initial weights as cfg.init says. N-gram vectors always start at 0."""
+        stream_outputs = set()
         for block in self.blocks:
-            adds_to_stream |= {block.attn.out, block.mlp.down}
+            stream_outputs |= {block.attn.out, block.mlp.down}
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)) and self.cfg.init != "torch":
-                self.initialize_module(module, module in adds_to_stream)
+                self.initialize_module(module, adds_to_stream=module in stream_outputs)
         if self.ngrams is not None:
             nn.init.zeros_(self.ngrams.weight)
 
     def initialize_module(self, module, adds_to_stream: bool):
-        """gpt2: normal, std 0.02, less for the matrices that add to the stream. kaiming: uniform
-        (arXiv 1502.01852). zero: those matrices and the head at 0, the other matrices normal;
-        embeddings keep PyTorch's std of 1."""
+        """Draw the weights of a linear layer or an embedding.
+
+        gpt2: normal with std 0.02, and less where the output is added to the stream. kaiming: uniform
+        (arXiv 1502.01852). zero: matrices whose output is added to the stream, and the head, start
+        at 0; other matrices are normal, and embeddings keep PyTorch's std of 1."""
         init = self.cfg.init
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
@@ -409,9 +412,11 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=math.sqrt(0.33 / module.in_features))
 
     def forward(self, ids, targets=None):
-        """Logits (B, T, vocab_size) of ids (B, T), and given targets (B, T) the mean cross-entropy
-        in nats, else None."""
+        """Return the logits (B, T, vocab_size) for ids (B, T) and, if there are targets (B, T), the
+        mean cross-entropy in nats, else None. T is at most block_size."""
         T = ids.size(1)
+        if ids.size(1) > self.cfg.block_size:
+            raise ValueError(f"{T} tokens are more than block_size={self.cfg.block_size}")
         positions = torch.arange(T, device=ids.device)
         x = self.embed(ids, ids, positions)
         x = self.transform(x, self.rotation(slice(T)))
@@ -420,12 +425,12 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def embed(self, ids, text, positions):
-        """The residual stream (B, T, C) of ids (B, T), which stand at `positions` (T,) of a text,
-        ids (B, S)."""
+    def embed(self, ids, context, positions):
+        """Return the residual stream (B, T, C) of ids (B, T) as it enters the first block. They stand
+        at `positions` (T,) of the context, ids (B, S)."""
         x = self.wte(ids)
         if self.ngrams is not None:
-            x = x + self.ngrams(text, positions)
+            x = x + self.ngrams(context, positions)
         kind = ids.device.type
         if torch.is_autocast_enabled(kind):
             # A stream in 16 bits halves the element-wise traffic.
@@ -437,13 +442,14 @@ class GPT(nn.Module):
         return self.dropout(x)
 
     def rotation(self, positions):
-        """cos and sin (T, head_dim / 2) of `positions`, a slice or a tensor (T,); None without rope."""
+        """Return cos and sin (T, head_dim / 2) of `positions`, a slice or a tensor (T,); without rope,
+        None."""
         if self.cos is None:
             return None
         return self.cos[positions], self.sin[positions]
 
     def transform(self, x, rotation, cache=None):
-        """The stream x (B, T, C) through all blocks and the last norm."""
+        """Pass the stream x (B, T, C) through all blocks and the last norm."""
         if rotation is not None:
             rotation = [table.to(x.dtype) for table in rotation]
         x_first = x
@@ -459,32 +465,32 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def logits(self, x):
-        """float32 logits (..., vocab_size) of x (..., C), without those that pad the vocabulary."""
+        """Return float32 logits (..., vocab_size) for x (..., C), without the padding of the vocabulary."""
         z = self.head(x)[..., :self.vocab_size].float()
         cap = self.cfg.logit_cap
         if cap:
             z = z * cap * torch.rsqrt(z * z + cap * cap)
         return z
 
-    # -- generation: keys and values are cached, so that each token is computed once
+    # -- Generation. Keys and values are cached, so that each token is computed once.
 
     def next_logits(self, ids, cache):
-        """Logits (B, vocab_size) of the token after ids (B, T), the tokens at cache.positions."""
-        text = cache.add_ids(ids)
-        x = self.embed(ids, text, cache.positions)
+        """Return the logits (B, vocab_size) for the token after ids (B, T). `cache.advance(T)` comes
+        before every call: it says where in the text these tokens stand."""
+        context = cache.add_ids(ids)
+        x = self.embed(ids, context, cache.positions)
         x = self.transform(x, self.rotation(cache.positions), cache)
         return self.logits(x[:, -1])
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens: int, pick, step=None):
-        """Continue the prompts ids (B, T >= 1): yields the ids (B,) of one new position at a time.
+        """Continue the prompts ids (B, T >= 1), and yield the ids (B,) of one new position at a time.
 
-        pick: logits (B, vocab_size) -> ids (B,). step: a compiled next_logits for one token at a
-        time; it is recompiled for every cache size, so sizes are rounded up to 128.
+        pick: a function from logits (B, vocab_size) to ids (B,). step: next_logits, compiled for one
+        token at a time; it is recompiled for every cache size, so sizes are rounded up to 128.
 
-        When the context is full, the last half of the window is kept and its keys and values are
-        recomputed in one pass: in a rolling cache they would still depend on tokens that have been
-        dropped."""
+        When the context is full, the last half of the window is kept, and its keys and values are
+        recomputed in one pass. In a rolling cache they would still depend on dropped tokens."""
         block_size = self.cfg.block_size
         window = new = ids[:, -block_size:]
         size = min(block_size, 128 * math.ceil((window.size(1) + max_new_tokens) / 128))
@@ -503,11 +509,11 @@ class GPT(nn.Module):
 
 
 class Cache:
-    """Keys and values of the tokens so far: two tensors (B, n_kv_head, size, head_dim) per block;
-    and, for n-grams, the tokens themselves, ids (B, size).
+    """The keys and values of the tokens so far, two tensors (B, n_kv_head, size, head_dim) per block,
+    and the tokens themselves, ids (B, size), for the n-grams.
 
-    length: how many tokens there are, with those that the model is computing.
-    positions (T,): the places of the tokens that it is computing.
+    positions (T,): where the tokens stand that the model is computing now.
+    length: the number of tokens up to and including these.
     """
 
     def __init__(self, cfg: Config, batch_size: int, size: int, device, dtype):
@@ -526,29 +532,30 @@ class Cache:
         self.fixed_shape = False
 
     def advance(self, count: int, fixed_shape: bool = False):
-        """Make the next `count` places those of the tokens to come. fixed_shape: attention looks at
-        all places, with a mask, instead of those in use: compiled code needs shapes that do not
-        change."""
+        """Move on to the next `count` tokens.
+
+        fixed_shape: attention looks at all places of the cache, through a mask, and not only at those
+        in use, because compiled code needs shapes that do not change."""
         self.positions = torch.arange(self.length, self.length + count, device=self.ids.device)
         self.length += count
         self.fixed_shape = fixed_shape
         self.visible = self.size if fixed_shape else self.length
 
     def add_ids(self, ids):
-        """Store ids (B, T) at the positions; returns those of all visible places, (B, visible)."""
+        """Store ids (B, T) at the positions, and return the ids of all visible places."""
         self.ids.index_copy_(1, self.positions, ids.long())
         return self.ids[:, :self.visible]
 
     def extend(self, layer: int, keys, values):
-        """Store keys and values (B, n_kv_head, T, head_dim) at the positions; returns those of all
+        """Store keys and values (B, n_kv_head, T, head_dim) at the positions, and return those of all
         visible places."""
         self.keys[layer].index_copy_(2, self.positions, keys)
         self.values[layer].index_copy_(2, self.positions, values)
         return self.keys[layer][:, :, :self.visible], self.values[layer][:, :, :self.visible]
 
     def mask(self):
-        """Which visible places each position sees, (T, visible). None where no mask is needed: one
-        token sees every place in use, and the first tokens of a text see the usual triangle."""
+        """Return which visible places each position may see, (T, visible), or None where no mask is
+        needed: a single token sees all places in use, and the first tokens of a text are causal."""
         count = len(self.positions)
         if not self.fixed_shape and count in (1, self.visible):
             return None
@@ -559,10 +566,10 @@ class Cache:
 
 
 def draw(logits, temperature: float, uniform=None):
-    """Ids (B,) drawn from softmax(logits (B, vocab_size) / temperature); at temperature 0 the most
-    likely ones. uniform (B,): numbers in [0, 1) that decide: the id is the first at which the
-    summed probabilities exceed them."""
-    if temperature < 1e-30:                             # 0, or what float32 takes for 0
+    """Draw ids (B,) from softmax(logits (B, vocab_size) / temperature); at temperature 0, take the
+    most likely ones. uniform (B,): the random numbers in [0, 1) to draw with: the id is the first one
+    at which the cumulative probability exceeds the number."""
+    if temperature < 1e-30:                             # so close to 0 that it is greedy anyway
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)     # so that no temperature makes them infinite
     p = torch.softmax(logits / temperature, -1)
@@ -580,32 +587,35 @@ def draw(logits, temperature: float, uniform=None):
 
 
 class ScheduledOptimizer:
-    """What a run asks of an optimizer besides PyTorch's own methods. Every group has the base_lr
-    that is scheduled."""
+    """What training needs from an optimizer besides PyTorch's own methods. Each parameter group has a
+    base_lr, which the schedule scales.
 
-    found_inf = None            # on a GPU: a tensor; while it is 1, a step changes nothing (see Guard)
+    found_inf: on a GPU, the tensor in which Guard says that a loss or gradient was not finite. While
+    it is 1, step() must change nothing, as PyTorch's fused optimizers do.
+    """
+
+    found_inf = None
 
     def set_rates(self, factor: float, step: int):
-        """Set what varies over time, for update number `step`: every rate to `factor` of its
-        full value."""
+        """Set what changes over time, for update number `step`: scale every base_lr by `factor`."""
         for group in self.param_groups:
             group["lr"] = group["base_lr"] * factor
 
     def state_shapes(self, p, group: dict) -> dict:
-        """The tensors that the optimizer keeps for parameter p of a group, by name, and their
-        shapes."""
+        """Return the names and shapes of the tensors that the optimizer keeps for parameter p of a
+        group; a checkpoint that holds anything else is refused."""
         raise TypeError(f"{type(self).__name__} does not say what its state looks like")
 
     def compile_update(self):
-        """Compile what repays it; called when the model is compiled."""
+        """Compile the parts of the update that gain from it. Called when the model is compiled."""
 
     def working_bytes(self) -> int:
-        """Memory that a step needs while it works."""
+        """Return the temporary memory that step() needs, for --dry_run."""
         return 0
 
 
 class AdamW(ScheduledOptimizer, torch.optim.AdamW):
-    """PyTorch's AdamW (arXiv 1711.05101)."""
+    """PyTorch's AdamW (arXiv 1711.05101), with the methods that training needs."""
 
     def state_shapes(self, p, group):
         return {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
@@ -626,23 +636,23 @@ def orthogonalize(m, steps: int = 5):
 
 
 def nesterov(grad, average, momentum, dtype):
-    """Nesterov's momentum of the gradients (n, rows, cols); `average` is updated in place."""
+    """Update the average of the gradients (n, rows, cols) in place; return Nesterov's momentum."""
     average.lerp_(grad, 1 - momentum)
     return grad.lerp(average, momentum).to(dtype)
 
 
 def apply_update(w, update, lr, decay, cautious: bool):
-    """The matrices w (n, rows, cols) after a step along `update`, with weight decay; cautious: only
-    of the weights that the update shrinks anyway (arXiv 2411.16085)."""
+    """Return the matrices w (n, rows, cols) after a step along `update`, with weight decay. cautious:
+    decay only the weights that the update shrinks anyway (arXiv 2411.16085)."""
     update = update.float() * max(1, w.size(1) / w.size(2)) ** 0.5
     decayed = w * (update * w > 0) if cautious else w
     return w - lr * (update + decay * decayed)
 
 
 class Muon(ScheduledOptimizer, torch.optim.Optimizer):
-    """Momentum, orthogonalized, for the blocks' matrices (Jordan et al. 2024). Matrices of equal
-    shape are stacked, so that the iteration is a few batched products, which the processes of a run
-    share among them (`map_stacked`)."""
+    """Orthogonalized momentum for the blocks' matrices (Jordan et al. 2024). Matrices of equal shape
+    are stacked, so that orthogonalizing is a few batched products. map_stacked: applies a function to
+    a stack; with it, the processes of a run divide the work."""
 
     def __init__(self, params, lr: float, weight_decay: float, momentum: float, cautious: bool,
                  dtype: torch.dtype = torch.float32, map_stacked=None):
@@ -660,14 +670,14 @@ class Muon(ScheduledOptimizer, torch.optim.Optimizer):
         self.apply_update = apply_update
 
     def set_rates(self, factor: float, step: int):
-        """The momentum rises from 0.85 to its full value in the first 100 steps."""
+        """Also raise the momentum from 0.85 to its full value over the first 100 steps."""
         super().set_rates(factor, step)
         missing = max(0, 1 - step / 100) * max(0, self.full_momentum - 0.85)
         for group in self.param_groups:
             group["momentum"] = self.full_momentum - missing
 
     def state_shapes(self, p, group):
-        """The first matrix of a group keeps the average of all."""
+        # The first matrix of a group keeps the average of all.
         return {"average": (len(group["params"]), *p.shape)}
 
     def compile_update(self):
@@ -676,7 +686,7 @@ class Muon(ScheduledOptimizer, torch.optim.Optimizer):
         self.apply_update = torch.compile(apply_update, dynamic=False)
 
     def working_bytes(self):
-        """Up to nine tensors of the size of a group's matrices."""
+        # Up to nine tensors of the size of a group's matrices.
         return max(9 * sum(p.nbytes for p in group["params"]) for group in self.param_groups)
 
     @torch.no_grad()
@@ -707,12 +717,13 @@ class Muon(ScheduledOptimizer, torch.optim.Optimizer):
 
 
 def adamw_from_table(table: list, cfg: Config, device: str) -> AdamW:
-    """AdamW of a table whose rows are (parameters, learning rate, weight decay)."""
+    """Return AdamW with a group for each row (parameters, learning rate, weight decay) of a table."""
     groups = []
     for params, lr, decay in table:
+        if cfg.decay_all and not decay:
+            decay = cfg.weight_decay
         if params:
-            groups.append(dict(params=params, lr=lr, base_lr=lr,
-                               weight_decay=cfg.weight_decay if cfg.decay_all else decay))
+            groups.append(dict(params=params, lr=lr, base_lr=lr, weight_decay=decay))
     fused = device_type(device) in ("cpu", "cuda")
     return AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=fused)
 
@@ -761,24 +772,27 @@ def make_optimizers(model: GPT, cfg: Config, device: str, dtype="float32", map_s
 
 
 def lr_factor(step: int, cfg: Config, max_iters: int | None) -> float:
-    """The fraction of the full learning rates at update number `step` (from 0), down to min_lr /
-    learning_rate. max_iters: the steps of the run; None: not known yet, and so at the full rate
-    after the warm-up."""
+    """Return the factor that scales every learning rate at update number `step` (from 0): it rises
+    over the warm-up, then falls from 1 to min_lr / learning_rate as cfg.schedule says.
+
+    max_iters: the steps of the run. While they are not known (None), the factor does not fall.
+    """
     if not cfg.decay_lr:
         return 1.0
-    if step < cfg.warmup_iters:
-        return (step + 1) / (cfg.warmup_iters + 1)
     end = cfg.lr_decay_iters or max_iters
     height = 1.0 if end is None else schedule_height(step, cfg, end)
     lowest = cfg.min_lr / cfg.learning_rate if cfg.learning_rate else 0.0
-    return lowest + (1 - lowest) * height
+    factor = lowest + (1 - lowest) * height
+    if step < cfg.warmup_iters:
+        factor = min(factor, (step + 1) / (cfg.warmup_iters + 1))
+    return factor
 
 
 def schedule_height(step: int, cfg: Config, end: int) -> float:
-    """How far the schedule stands above its lowest rate: 1 at first, 0 at the step `end`."""
+    """Return how far the schedule still has to fall: 1 at first, 0 from the step `end` on."""
     if cfg.schedule == "cosine":
         progress = (step - cfg.warmup_iters) / max(1, end - cfg.warmup_iters)
-        return 0.5 + 0.5 * math.cos(math.pi * min(1.0, progress))
+        return 0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0.0, progress)))
     if cfg.schedule == "linear":
         steps_left = max(0.0, end - step)
         return min(1.0, steps_left / max(1e-9, cfg.cooldown * end))
@@ -791,18 +805,18 @@ def schedule_height(step: int, cfg: Config, end: int) -> float:
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, windows: int, tokens: int):
-    """The order of an epoch's windows, and the token at which the first window starts."""
+    """Return the order of an epoch's windows, and the token at which its first window starts."""
     rng = np.random.default_rng([seed, 1, epoch])
     return random_order(rng, windows), int(rng.integers(tokens))
 
 
 def window_starts(step: int, cfg: Config, tokens: int):
-    """Where the windows of update number `step` start: batch_size * gradient_accumulation_steps
-    places, determined by the seed, the step and the number of tokens alone, so a resumed run needs
-    no saved position.
+    """Return where the windows of update number `step` start: batch_size *
+    gradient_accumulation_steps places. They depend on the seed, the step and the number of tokens
+    alone, so a resumed run needs no saved position.
 
-    An epoch visits floor(tokens / block_size) windows that do not overlap, in the text taken as a
-    circle from a random start (sampling=fixed: from its beginning)."""
+    An epoch visits floor(tokens / block_size) windows that do not overlap. The text is a circle that
+    starts at a random token in every epoch (with sampling=fixed, at its beginning)."""
     count = cfg.batch_size * cfg.gradient_accumulation_steps
     if cfg.sampling == "random":
         rng = np.random.default_rng([cfg.seed, 0, step])
@@ -810,16 +824,16 @@ def window_starts(step: int, cfg: Config, tokens: int):
     windows = tokens // cfg.block_size
     starts = []
     for number in range(step * count, (step + 1) * count):
-        order, first = epoch_order(cfg.seed, number // windows, windows, tokens)
+        order, offset = epoch_order(cfg.seed, number // windows, windows, tokens)
         if cfg.sampling == "fixed":
-            first = 0
-        starts.append((first + order[number % windows] * cfg.block_size) % tokens)
+            offset = 0
+        starts.append((offset + order[number % windows] * cfg.block_size) % tokens)
     return np.array(starts)
 
 
 def get_batch(data, starts, block_size: int, vocab_size: int, split: str, device: str):
-    """Inputs and targets, (len(starts), block_size) each: windows of the memory-mapped ids `data`;
-    the targets are one token ahead. Raises UserError for ids that the model has no row for."""
+    """Return inputs and targets, (len(starts), block_size) each: windows of the memory-mapped ids
+    `data`, and the same windows one token ahead. Raises UserError for ids beyond the vocabulary."""
     places = starts[:, None] + np.arange(block_size + 1)            # (windows, block_size + 1)
     ids = data[places % len(data)]
     check_ids(ids, vocab_size, split)
@@ -836,36 +850,38 @@ def get_batch(data, starts, block_size: int, vocab_size: int, split: str, device
 
 @dataclass
 class Origin:
-    """What a run starts from: by default from scratch.
+    """What a run starts from; by default, from scratch.
 
-    checkpoint: the content of last.pt, when `resuming`, or of a checkpoint whose weights are taken.
-    known: entries of the Plan that are decided already. stamp: last.pt's when it was read, None if
-    it does not matter.
+    checkpoint: the content of last.pt when resuming, or of the checkpoint whose weights to take.
+    stored_plan: the entries of that run's Plan that still hold.
+    fit_to_time: max_minutes decides the number of steps, once the pace is known.
+    stamp: last.pt's file stamp when it was read; None if it does not matter.
     """
 
     checkpoint: dict | None = None
     resuming: bool = False
-    known: dict = field(default_factory=dict)
+    stored_plan: dict = field(default_factory=dict)
+    fit_to_time: bool = False
     stamp: tuple | None = None
 
 
 @dataclass
 class Plan:
-    """What the start of a run decides, given the settings and this machine. It is stored in
-    last.pt, and a resumed run takes it from there: precision and compiling are not measured
-    again."""
+    """What the settings left open, decided for this machine. It is stored in last.pt, so a resumed
+    run does not measure precision and compiling again. compile and max_iters may be decided a little
+    later than the rest."""
 
     device: str
     dtype: str                          # float32, bfloat16 or float16
     compile: Literal["auto", True, False]   # auto: not decided yet
-    max_iters: int | None               # of the whole run; None: max_minutes has no pace yet
+    max_iters: int | None               # steps of the whole run; None: not known yet
     sequences: int                      # of a step, for this process
     micro_batches: int                  # of a step, for this process
 
 
 @dataclass
 class State:
-    """Where a run stands; in every checkpoint. `train` and its helpers below alone change it."""
+    """Where a run stands. It is part of every checkpoint; only the loop (see `train`) changes it."""
 
     step: int = 0                       # updates made
     evaluated: int | None = None        # step of the latest evaluation; None: there was none
@@ -876,7 +892,7 @@ class State:
 
 @dataclass
 class Run:
-    """Everything that a step needs; `start` makes it."""
+    """Everything that a training step needs. `start` builds it."""
 
     cfg: Config
     plan: Plan
@@ -897,29 +913,30 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all processes."""
+        """The tokens that all processes together read in one step."""
         return self.cfg.batch_size * self.cfg.gradient_accumulation_steps * self.cfg.block_size
 
     @property
     def tokens_per_epoch(self) -> int:
+        """The tokens of the whole windows of the train split."""
         return len(self.data["train"]) // self.cfg.block_size * self.cfg.block_size
 
     def batches(self, step: int):
-        """This process's micro-batches of update number `step`: pairs (x, y), each of shape
+        """Yield this process's micro-batches of update number `step`: pairs (x, y), each of shape
         (sequences / micro_batches, block_size)."""
         starts = window_starts(step, self.cfg, len(self.data["train"]))
-        first = self.ranks.rank * self.plan.sequences
-        mine = starts[first:first + self.plan.sequences]
+        begin = self.ranks.rank * self.plan.sequences
+        mine = starts[begin:begin + self.plan.sequences]
         for micro_starts in mine.reshape(self.plan.micro_batches, -1):
-            yield self.get_batch("train", micro_starts)
+            yield self.windows("train", micro_starts)
 
-    def get_batch(self, split: str, starts):
-        """The windows of a split at `starts`; see the function of this name."""
+    def windows(self, split: str, starts):
+        """Return the windows of a split that begin at `starts`, as get_batch does."""
         return get_batch(self.data[split], starts, self.cfg.block_size, self.model.vocab_size, split,
                          self.plan.device)
 
     def forward_backward(self, model=None):
-        """One forward and backward pass over the first micro-batch; its gradients are discarded."""
+        """Run one forward and backward pass over the first micro-batch, and discard the gradients."""
         x, y = next(self.batches(0))
         with autocast(self.plan.device, self.plan.dtype):
             loss = (model or self.step_model)(x, y)[1]
@@ -928,8 +945,10 @@ class Run:
 
 
 def start(cfg: Config, origin: Origin | None = None) -> Run:
-    """A run that is ready for its first update: data, model, optimizers, and where it stands.
-    Nothing is compiled or written. Raises UserError."""
+    """Build a run that is ready for its next update: data, plan, model, optimizers and state.
+
+    Nothing is compiled, and nothing is written, except that a missing built-in data set is prepared.
+    Raises UserError."""
     cli.check(cfg)
     origin = origin or Origin()
     ranks = Ranks()
@@ -940,7 +959,7 @@ def start(cfg: Config, origin: Origin | None = None) -> Run:
     tokenizer = stored_tokenizer(folder, meta)
     check_origin(origin, cfg, tokenizer, meta)
     prompt_ids(tokenizer, cfg.sample_start, "--sample_start")       # a wrong prompt fails now, not later
-    plan = make_plan(cfg, ranks, device, len(data["train"]), origin.known)
+    plan = make_plan(cfg, ranks, device, len(data["train"]), origin)
 
     torch.manual_seed(cfg.seed)
     if origin.checkpoint:
@@ -968,9 +987,9 @@ def start(cfg: Config, origin: Origin | None = None) -> Run:
 
 
 def configure_torch(device: str):
-    """PyTorch's switches for the whole process."""
+    """Set PyTorch's switches for the whole process."""
     torch.set_float32_matmul_precision("high")          # TF32, for what stays in float32 on a GPU
-    # On a CPU; otherwise threads add up the gradients of embeddings in random order.
+    # On a CPU only. Without it, threads add up the gradients of embeddings in random order.
     torch.use_deterministic_algorithms(device_type(device) == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False
 
@@ -988,25 +1007,33 @@ def check_origin(origin: Origin, cfg: Config, tokenizer: Tokenizer, meta: dict):
 
 
 def text_checksum(meta: dict) -> str:
-    """By which a resumed run knows the text that it was trained on."""
+    """Return the checksum by which a resumed run recognizes its training text."""
     return meta["splits"]["train"]["sha256"]
 
 
-def make_plan(cfg: Config, ranks: Ranks, device: str, tokens: int, known: dict) -> Plan:
-    """Decide what the settings leave open, except for what is known."""
+def make_plan(cfg: Config, ranks: Ranks, device: str, tokens: int, origin: Origin) -> Plan:
+    """Decide what the settings leave open, unless the run that is resumed has decided it already."""
     sequences_per_step = cfg.batch_size * cfg.gradient_accumulation_steps
     sequences, micro_batches = ranks.share(sequences_per_step, cfg.batch_size)
-    max_iters = cfg.max_iters
+    stored = origin.stored_plan
+    if device_type(stored.get("device", device)) != device_type(device):
+        stored = {}                     # what was measured on another kind of device is of no use here
+    dtype = choose_dtype(device, stored.get("dtype", cfg.dtype))
+    return Plan(device, ranks.broadcast(dtype), stored.get("compile", cfg.compile),
+                count_steps(cfg, tokens, origin), sequences, micro_batches)
+
+
+def count_steps(cfg: Config, tokens: int, origin: Origin) -> int | None:
+    """Return the number of steps of the whole run, or None if max_minutes will decide it."""
+    if origin.fit_to_time:
+        return None
+    if "max_iters" in origin.stored_plan:
+        return origin.stored_plan["max_iters"]
     if cfg.max_epochs:
         windows = tokens // cfg.block_size
-        max_iters = max(1, int(cfg.max_epochs * windows / sequences_per_step))
-    if "max_iters" in known and (known["max_iters"] is not None or cfg.max_minutes):
-        max_iters = known["max_iters"]
-    if device_type(known.get("device", device)) != device_type(device):
-        known = {}                      # what another kind of device measured does not hold here
-    dtype = choose_dtype(device, known.get("dtype", cfg.dtype))
-    compile_choice = known.get("compile", cfg.compile)
-    return Plan(device, ranks.broadcast(dtype), compile_choice, max_iters, sequences, micro_batches)
+        windows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps
+        return max(1, int(cfg.max_epochs * windows / windows_per_step))
+    return cfg.max_iters
 
 
 def compile_and_wrap(run: Run, report: Report | None = None, seconds_left: float = math.inf):
@@ -1032,7 +1059,8 @@ def compile_and_wrap(run: Run, report: Report | None = None, seconds_left: float
 
 
 def passes_to_come(run: Run) -> float:
-    """How many forward and backward passes this process has before it; infinite if not known."""
+    """Return how many forward and backward passes this process still has to do; infinite if the
+    number of steps is not known."""
     if run.cfg.eval_only:
         return 0
     if run.plan.max_iters is None:
@@ -1045,10 +1073,11 @@ def passes_to_come(run: Run) -> float:
 
 
 def update(run: Run, step: int) -> tuple:
-    """One optimizer step: forward and backward over this process's micro-batches, clip, update.
+    """Make one optimizer step: forward and backward over this process's micro-batches, clip, update.
 
-    Returns (mean loss, gradient norm), 0-d tensors on the device: on a GPU nothing here waits for
-    it. Raises NotFinite.
+    Returns (mean loss, gradient norm), two 0-d tensors on the device. On a GPU nothing here waits for
+    the device. If the loss or the gradient is not finite, no weight changes: on a CPU this raises
+    NotFinite; on a GPU the optimizers find out by themselves, and `report_and_save` raises it later.
     """
     plan = run.plan
     torch.manual_seed(dropout_seed(run.cfg.seed, step, run.ranks.rank))
@@ -1064,9 +1093,10 @@ def update(run: Run, step: int) -> tuple:
             run.scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
     norm = clip_gradients(run)
-    is_finite = run.guard.check(loss, norm, step + 1)
+    # False: float16 gradients overflowed, which is normal. The scaler lowers its scale.
+    apply_step = run.guard.check(loss, norm, step + 1)
     for optimizer in run.optimizers:
-        if is_finite:
+        if apply_step:
             run.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
@@ -1074,12 +1104,14 @@ def update(run: Run, step: int) -> tuple:
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Dropout's random numbers depend on these alone, so resuming needs no stored random state."""
+    """Return the seed of a step's dropout. It depends on nothing else, so a resumed run needs no
+    stored random state."""
     return np.random.SeedSequence([seed, 2, step, rank]).generate_state(1).item()
 
 
 def clip_gradients(run: Run):
-    """The norm of the gradient, which is scaled down to grad_clip where it is larger."""
+    """Scale the gradient down to the norm grad_clip if it is larger (0: never). Returns its norm before
+    that, as PyTorch's clip_grad_norm_ does."""
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in run.model.parameters()])
@@ -1089,7 +1121,8 @@ def clip_gradients(run: Run):
 
 
 def eval_windows(tokens: int, cfg: Config, most: int):
-    """Starts of the evaluation windows: all whole ones of a split, or `most` of them, evenly spaced."""
+    """Return the starts of the evaluation windows: all whole windows of a split, or `most` of them,
+    evenly spaced."""
     windows = (tokens - 1) // cfg.block_size
     count = min(windows, most)
     return np.arange(count) * windows // count * cfg.block_size
@@ -1097,9 +1130,12 @@ def eval_windows(tokens: int, cfg: Config, most: int):
 
 @torch.no_grad()
 def estimate_loss(run: Run, stop: Stop | None = None, eval_iters: int | None = None) -> dict | None:
-    """Mean loss in nats per token of both splits, over fixed windows that the processes share: all
-    of val's and as many of train's, or 16 eval_iters of each (None: as cfg says). Returns None if
-    `stop` asks for an end."""
+    """Return the mean loss of both splits in nats per token, {"train": ..., "val": ...}, or None if
+    `stop` asks to stop.
+
+    It is taken over fixed windows, which the processes share: all of val's and as many of train's, or
+    16 * eval_iters of each. eval_iters: None takes the setting's.
+    """
     eval_iters = run.cfg.eval_iters if eval_iters is None else eval_iters
     most = 16 * eval_iters or (len(run.data["val"]) - 1) // run.cfg.block_size
     losses = {}
@@ -1112,15 +1148,15 @@ def estimate_loss(run: Run, stop: Stop | None = None, eval_iters: int | None = N
 
 
 def mean_loss(run: Run, split: str, starts, stop: Stop | None) -> float | None:
-    """Mean loss over the windows at `starts`, some at a time; None if `stop` asks for an end."""
+    """Return the mean loss over the windows at `starts`, or None if `stop` asks to stop."""
     size = windows_at_once(run.cfg.block_size, run.model.vocab_size)
     total = torch.zeros(2)              # the sum of the windows' losses, and their number
-    for first in range(0, len(starts), size * run.ranks.world):
+    for done in range(0, len(starts), size * run.ranks.world):
         if stop and stop.asked:
             return None
-        mine = starts[first + size * run.ranks.rank:][:size]
+        mine = starts[done + size * run.ranks.rank:][:size]
         # A process with no window left computes one anyway: sharded, the others need its weights.
-        x, y = run.get_batch(split, mine if len(mine) else starts[:1])
+        x, y = run.windows(split, mine if len(mine) else starts[:1])
         with autocast(run.plan.device, run.plan.dtype):
             loss = run.model(x, y)[1].item()
         total += torch.tensor([loss, 1.0]) * len(mine)
@@ -1129,7 +1165,7 @@ def mean_loss(run: Run, split: str, starts, stop: Stop | None) -> float | None:
 
 
 def sample_text(run: Run) -> str:
-    """A short continuation of sample_start by the current weights."""
+    """Return a short continuation of sample_start by the current weights."""
     cfg = run.cfg
     device = run.plan.device
     prompt = torch.from_numpy(prompt_ids(run.tokenizer, cfg.sample_start, "--sample_start"))
@@ -1151,46 +1187,58 @@ def sample_text(run: Run) -> str:
 
 
 def train(cfg: Config, out_dir: Path, origin: Origin | None = None) -> int:
-    """A whole run: train, evaluate, sample, and save to out_dir. Returns the exit code."""
+    """Train, evaluate, sample and save to out_dir, as cfg says. Returns the exit code."""
     origin = origin or Origin()
     deadline = Deadline(0 if cfg.dry_run else cfg.max_minutes)
     check_loggers(cfg)
     run = start(cfg, origin)
-    claim_folder(run, out_dir, origin)
     report = Report(run, out_dir)
-    report.banner()
-    compile_and_wrap(run, report, deadline.seconds_left())
     try:
+        claim_folder(run, out_dir, origin)
+        report.banner()
+        note_threads(origin, report)
+        compile_and_wrap(run, report, deadline.seconds_left())
         if cfg.dry_run:
             evaluate = partial(estimate_loss, run, eval_iters=1)
             dry_run(run, report, out_dir, update, evaluate, partial(sample_text, run))
-            return leave(run, 0)
-
-        report.open()
-        run.stopwatch.start()
-        with Stop(deadline) as stop:
-            while True:
-                fit_steps_to_time(run, report, deadline)
-                evaluate_and_save(run, report, stop)
-                if stop.agreed or is_finished(run):
-                    break
-                loss, norm = update(run, run.state.step)
-                run.state.step += 1
-                report_and_save(run, report, loss, norm, stop)
-                if stop.agreed:
-                    break
+            code = 0
+        else:
+            code = train_until_stopped(run, report, deadline)
     except NotFinite as error:
         report.not_finite(error)
-        return leave(run, 3)
+        code = 3
+    finally:
+        if run.folder:
+            run.folder.release()
+    run.step_model = None               # it keeps the process group and its threads alive
+    run.ranks.leave()
+    return code
+
+
+def train_until_stopped(run: Run, report: Report, deadline: Deadline) -> int:
+    """The training loop. Returns the exit code; raises NotFinite."""
+    report.open()
+    run.stopwatch.start()
+    with Stop(deadline) as stop:
+        while True:
+            fit_steps_to_time(run, report, deadline)
+            evaluate_and_save(run, report, stop)
+            if stop.agreed or is_finished(run):
+                break
+            loss, norm = update(run, run.state.step)
+            run.state.step += 1
+            report_and_save(run, report, loss, norm, stop)
+            if stop.agreed:
+                break
     unsaved = run.folder.unsaved if run.folder else {}
     report.finish(stop, unsaved)
     if stop.signal:
-        return leave(run, stop.exit_code)
-    return leave(run, 4 if any(unsaved.values()) else 0)
+        return stop.exit_code
+    return 4 if any(unsaved.values()) else 0
 
 
 def claim_folder(run: Run, out_dir: Path, origin: Origin):
-    """Hold out_dir for this run, unless it writes nothing."""
+    """Claim out_dir for this run, unless the run writes nothing."""
     if run.cfg.eval_only or run.cfg.dry_run:
         return
     run.folder = RunFolder(out_dir)
@@ -1200,17 +1248,16 @@ def claim_folder(run: Run, out_dir: Path, origin: Origin):
         run.folder.unsaved["ckpt.pt"] = origin.checkpoint.get("lost", "")
 
 
-def leave(run: Run, code: int) -> int:
-    """Release the folder and the other processes. Returns the exit code."""
-    run.step_model = None               # it keeps the process group and its threads alive
-    run.ranks.leave()
-    if run.folder:
-        run.folder.release()
-    return code
+def note_threads(origin: Origin, report: Report):
+    """Say so if a resumed run has another number of threads: sums then differ in their last digits."""
+    threads = torch.get_num_threads()
+    if origin.resuming and origin.checkpoint.get("threads") != threads:
+        report.label("note", f"the run was saved by a process of {origin.checkpoint.get('threads')} threads, this one "
+                             f"has {threads}: on a CPU the losses will differ in their last digits")
 
 
 def fit_steps_to_time(run: Run, report: Report, deadline: Deadline):
-    """Set the number of steps of a run with max_minutes, as soon as its pace is known."""
+    """If max_minutes decides the number of steps, set it as soon as the pace is known."""
     if run.plan.max_iters is None:
         steps = deadline.steps_that_fit(run.state.step, run.stopwatch, run.cfg.eval_interval)
         run.plan.max_iters = run.ranks.broadcast(steps)
@@ -1219,8 +1266,8 @@ def fit_steps_to_time(run: Run, report: Report, deadline: Deadline):
 
 
 def is_finished(run: Run) -> bool:
-    """After the last step, after `patience` evaluations without a better val loss, or after the one
-    of eval_only."""
+    """Return whether to end: after the last step, after `patience` evaluations without a better val
+    loss, or after eval_only's evaluation."""
     cfg, state = run.cfg, run.state
     if cfg.eval_only or is_last_step(run):
         return True
@@ -1234,7 +1281,8 @@ def is_last_step(run: Run) -> bool:
 
 
 def evaluation_is_due(run: Run) -> bool:
-    """At every eval_interval steps and at the last one, once each."""
+    """Return whether this step has an evaluation to come: one every eval_interval steps and at the
+    last step, once each."""
     cfg, state = run.cfg, run.state
     if cfg.eval_only:
         return True
@@ -1244,8 +1292,8 @@ def evaluation_is_due(run: Run) -> bool:
 
 
 def evaluate_and_save(run: Run, report: Report, stop: Stop):
-    """Where it is due, evaluate and sample, and save the best weights. Training's stopwatch stands
-    still meanwhile. Raises NotFinite for a val loss that is not."""
+    """Evaluate, sample and save, if this step is due for it; the stopwatch is paused meanwhile. Raises
+    NotFinite if the val loss is not finite."""
     cfg, state = run.cfg, run.state
     evaluating = evaluation_is_due(run)
     sampling = state.step % cfg.sample_interval == 0 if cfg.sample_interval else evaluating
@@ -1268,7 +1316,7 @@ def evaluate_and_save(run: Run, report: Report, stop: Stop):
 
 
 def record_evaluation(run: Run, report: Report, losses: dict):
-    """Note the losses of the current step, and save ckpt.pt if they are the best so far."""
+    """Record the losses of the current step, and save ckpt.pt if the val loss is the best so far."""
     state = run.state
     if not math.isfinite(losses["val"]):
         raise NotFinite(f"the val loss at step {state.step} is not finite")
@@ -1285,13 +1333,17 @@ def record_evaluation(run: Run, report: Report, losses: dict):
 
 
 def report_and_save(run: Run, report: Report, loss, norm, stop: Stop):
-    """After an update: look for reasons to stop, log, and save last.pt where that is due. On a GPU
-    this is the only place that waits for the device, and it does so at these steps only."""
+    """After an update: check for bad numbers and for reasons to stop, log, and save last.pt.
+
+    Between evaluations, this is the only place that waits for a GPU, and it does so only at the steps
+    that log, save or evaluate. Raises NotFinite."""
     cfg, step = run.cfg, run.state.step
     log_now = step % cfg.log_interval == 0 or is_last_step(run)
     save_now = cfg.save_interval > 0 and step % cfg.save_interval == 0
-    if log_now or save_now or step % cfg.eval_interval == 0 or run.guard.immediate:
+    wait_now = log_now or save_now or step % cfg.eval_interval == 0 or run.guard.immediate
+    if wait_now:
         run.guard.verify(step)
+    if wait_now or run.ranks.world == 1:
         stop.agree(run.ranks)
     if log_now:
         mean = run.ranks.all_reduce(loss).item() / run.ranks.world
@@ -1303,8 +1355,7 @@ def report_and_save(run: Run, report: Report, loss, norm, stop: Stop):
 
 
 def save(run: Run, report: Report, name: str, keep: int = 0):
-    """Save last.pt or ckpt.pt; if that fails, the run says so, continues, and tries again at the
-    next save."""
+    """Save last.pt or ckpt.pt. If that fails, say so and continue: the next save tries again."""
     if run.folder is None or not (run.ranks.first or run.cfg.shard):
         return
     content = checkpoint_content(run)
@@ -1319,7 +1370,7 @@ def save(run: Run, report: Report, name: str, keep: int = 0):
 
 
 def checkpoint_content(run: Run) -> dict:
-    """A whole model: weights, settings and tokenizer, and where the run stood."""
+    """Return what every checkpoint holds: weights, settings, tokenizer, and where the run stands."""
     return asdict(run.state) | {
         "config": asdict(run.cfg),
         "tokenizer": run.tokenizer.stored,
@@ -1331,7 +1382,7 @@ def checkpoint_content(run: Run) -> dict:
 
 
 def resume_content(run: Run) -> dict:
-    """What a resumed run needs besides."""
+    """Return what a resumed run needs in addition."""
     return {
         "plan": asdict(run.plan),
         "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
@@ -1346,11 +1397,11 @@ def resume_content(run: Run) -> dict:
 
 
 def load(path, device: str = "cpu") -> tuple:
-    """(model, tokenizer) for use from Python, in eval mode. path: a checkpoint, a run's folder,
-    gpt2, ...
+    """Return (model, tokenizer) for use from Python, the model in eval mode. path: a checkpoint, a
+    run's folder, or the name gpt2, gpt2-medium, gpt2-large or gpt2-xl. Raises UserError.
 
-    `for ids in model.generate(prompt, 100, lambda logits: draw(logits, 0.8))` continues a prompt of
-    ids (B, T). Raises UserError."""
+    `for ids in model.generate(prompt, 100, lambda logits: draw(logits, 0.8))` continues a prompt, ids
+    (B, T)."""
     in_folder = Path(path, "ckpt.pt")
     if os.path.isfile(in_folder):
         path = in_folder
@@ -1362,7 +1413,7 @@ def load(path, device: str = "cpu") -> tuple:
 
 
 def read_checkpoint(source) -> dict:
-    """A checkpoint's content, from its path or, for OpenAI's weights, their name."""
+    """Return the content of a checkpoint, given its path or the name of one of OpenAI's models."""
     if str(source).startswith("gpt2") and not os.path.isfile(source):
         import convert  # only needed here
         return convert.import_model(source)
@@ -1370,8 +1421,9 @@ def read_checkpoint(source) -> dict:
 
 
 def restore_model(content: dict, source, cfg: Config | None = None) -> tuple:
-    """(model, tokenizer) of a checkpoint's content, on the CPU in float32. cfg: replaces its own
-    settings. Raises UserError, naming the `source`, where its parts do not fit together."""
+    """Return (model, tokenizer) of a checkpoint's content, on the CPU in float32. cfg: replaces the
+    checkpoint's settings. Raises UserError, which names the `source`, if its parts do not fit
+    together."""
     cfg = cfg or Config(**cli.from_dict(Config, content["config"], source))
     try:
         if broken_rules := cli.problems(cfg):
@@ -1384,51 +1436,51 @@ def restore_model(content: dict, source, cfg: Config | None = None) -> tuple:
         if cfg.positions == "learned":  # block_size may have been lowered
             weights["wpe.weight"] = weights["wpe.weight"][:cfg.block_size]
         model = build_model(lambda: GPT(cfg, vocab_size), weights, cfg.n_layer)
+    # A damaged or hostile file may hold anything anywhere.
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{source}: its parts do not fit together: {str(error)[:400]}")
     return model, tokenizer
 
 
 def find_origin(cfg: Config, parsed: cli.Parsed, out_dir: Path) -> tuple:
-    """(cfg, Origin): what init_from asks for, and the settings with those of the checkpoint where
-    these rule."""
+    """Return (cfg, Origin) for what init_from asks. The settings of a checkpoint take precedence over
+    config files where the run is resumed, and for the model."""
     last = out_dir / "last.pt"
     stamp = file_stamp(last) if cfg.init_from in ("auto", "resume") else None
     if cfg.init_from == "resume" or (cfg.init_from == "auto" and stamp):
-        content = load_checkpoint(last, resumable=True)
-        values, changed = cli.merge(Config, content["config"], parsed, FIXED_FIELDS, last)
-        print_changes(changed)
-        known = known_plan(content["plan"], parsed.typed)
-        return Config(**values), Origin(content, True, known, stamp)
-    known = {}
-    if cfg.max_minutes and "max_iters" not in parsed.typed:
-        known["max_iters"] = None                       # until the pace is known
+        return resume_from(last, stamp, parsed)
+    fit_to_time = cfg.max_minutes > 0 and "max_iters" not in parsed.typed
     if cfg.init_from in ("scratch", "auto"):
-        return replace(cfg, init_from="scratch"), Origin(known=known, stamp=stamp)
-    # The model comes from the checkpoint, everything else from the files and flags given now.
+        return replace(cfg, init_from="scratch"), Origin(fit_to_time=fit_to_time, stamp=stamp)
     content = read_checkpoint(cfg.init_from)
     typed = replace(parsed, typed=parsed.typed & MODEL_FIELDS)
     values, changed = cli.merge(
         Config, content["config"], typed, MODEL_FIELDS, cfg.init_from, lower={"block_size"})
     print_changes(changed)
     model_settings = {name: values[name] for name in MODEL_FIELDS | {"init"}}
-    return replace(cfg, **model_settings), Origin(content, known=known)
+    return replace(cfg, **model_settings), Origin(content, fit_to_time=fit_to_time)
 
 
-def known_plan(plan: dict, typed: set) -> dict:
-    """The entries of a stored plan that no flag typed now decides anew."""
-    known = dict(plan)
-    if typed & {"max_iters", "max_epochs"}:
-        known.pop("max_iters", None)
-    if "dtype" in typed:
-        known.pop("dtype", None)
-    if "compile" in typed:
-        known.pop("compile", None)
-    return known
+def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
+    """Return (cfg, Origin) of a run that resumes from last.pt: the stored settings with the flags
+    typed now, and what of the stored plan these leave as it is."""
+    content = load_checkpoint(last, resumable=True)
+    values, changed = cli.merge(Config, content["config"], parsed, FIXED_FIELDS, last)
+    print_changes(changed)
+    cfg = Config(**values)
+    decided_anew = parsed.typed & {"dtype", "compile"}
+    if parsed.typed & {"max_iters", "max_epochs"}:
+        decided_anew.add("max_iters")
+    plan = {name: value for name, value in content["plan"].items() if name not in decided_anew}
+    fit_to_time = False
+    if "max_iters" in plan and plan["max_iters"] is None:   # it stopped before its pace was known
+        fit_to_time = cfg.max_minutes > 0
+        del plan["max_iters"]
+    return cfg, Origin(content, True, plan, fit_to_time, stamp)
 
 
 def print_changes(changed: dict):
-    """Say which stored settings the flags change; of several processes, the first one does."""
+    """Print which stored settings the flags change. Of several processes, only the first prints."""
     if changed and os.environ.get("RANK", "0") == "0":
         changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
         print(f"changed  since the run was saved: {cli.printable(changes)}", flush=True)
