@@ -920,9 +920,11 @@ class Run:
 
     def forward_backward(self, model=None):
         """One forward and backward pass over the first micro-batch; its gradients are discarded."""
+        if model is None:
+            model = self.step_model
         x, y = next(self.batches(0))
         with autocast(self.plan.device, self.plan.dtype):
-            loss = (model or self.step_model)(x, y)[1]
+            loss = model(x, y)[1]
         loss.backward()
         self.model.zero_grad(set_to_none=True)
 
@@ -1159,6 +1161,8 @@ def train(cfg: Config, out_dir: Path, origin: Origin | None = None) -> int:
     claim_folder(run, out_dir, origin)
     report = Report(run, out_dir)
     report.banner()
+    if origin.resuming:
+        note_threads(report, origin.checkpoint.get("threads"))
     compile_and_wrap(run, report, deadline.seconds_left())
     try:
         if cfg.dry_run:
@@ -1207,6 +1211,14 @@ def leave(run: Run, code: int) -> int:
     if run.folder:
         run.folder.release()
     return code
+
+
+def note_threads(report: Report, saved_by: int | None):
+    """Say so if the run was saved by a process of another number of threads: a CPU's sums depend on it."""
+    threads = torch.get_num_threads()
+    if saved_by not in (threads, None):
+        report.label("note", f"the run was saved by a process of {saved_by} threads, this one has {threads}: on a "
+                             "CPU, results will differ in their last digits")
 
 
 def fit_steps_to_time(run: Run, report: Report, deadline: Deadline):
