@@ -937,9 +937,11 @@ class Run:
 
     def forward_backward(self, model=None):
         """Run one forward and backward pass over the first micro-batch, and discard the gradients."""
+        if model is None:
+            model = self.step_model
         x, y = next(self.batches(0))
         with autocast(self.plan.device, self.plan.dtype):
-            loss = (model or self.step_model)(x, y)[1]
+            loss = model(x, y)[1]
         loss.backward()
         self.model.zero_grad(set_to_none=True)
 
@@ -1196,7 +1198,8 @@ def train(cfg: Config, out_dir: Path, origin: Origin | None = None) -> int:
     try:
         claim_folder(run, out_dir, origin)
         report.banner()
-        note_threads(origin, report)
+        if origin.resuming:
+            note_threads(report, origin.checkpoint.get("threads"))
         compile_and_wrap(run, report, deadline.seconds_left())
         if cfg.dry_run:
             evaluate = partial(estimate_loss, run, eval_iters=1)
@@ -1248,12 +1251,12 @@ def claim_folder(run: Run, out_dir: Path, origin: Origin):
         run.folder.unsaved["ckpt.pt"] = origin.checkpoint.get("lost", "")
 
 
-def note_threads(origin: Origin, report: Report):
-    """Say so if a resumed run has another number of threads: sums then differ in their last digits."""
+def note_threads(report: Report, saved_by: int | None):
+    """Say so if a process with another number of threads saved the run: a CPU's sums depend on it."""
     threads = torch.get_num_threads()
-    if origin.resuming and origin.checkpoint.get("threads") != threads:
-        report.label("note", f"the run was saved by a process of {origin.checkpoint.get('threads')} threads, this one "
-                             f"has {threads}: on a CPU the losses will differ in their last digits")
+    if saved_by not in (threads, None):
+        report.label("note", f"the run was saved by a process of {saved_by} threads, this one has {threads}: on a "
+                             "CPU, results will differ in their last digits")
 
 
 def fit_steps_to_time(run: Run, report: Report, deadline: Deadline):

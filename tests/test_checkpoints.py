@@ -479,7 +479,11 @@ def refused(start, out, *parts: str):
         shutil.copy(out / "damaged", out / name)
     for init_from in ("resume", "auto", out / "damaged"):
         one_line_error(start(out, init_from=init_from), *parts)
-    one_line_error(inside(sample.main, f"--out_dir={out}", "--device=cpu"), *parts)
+    done = inside(sample.main, f"--out_dir={out}", "--device=cpu")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    _, message = done.stderr.splitlines()               # after the line that names the checkpoint
+    assert all(part in message for part in parts)
 
 
 @pytest.fixture
