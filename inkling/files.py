@@ -130,8 +130,8 @@ def read_holder(path: Path) -> str:
 
 
 def is_running(pid: int) -> bool:
-    """Whether this machine runs that process; on Windows, where a signal would reach it, always
-    True."""
+    """Whether this machine runs that process. Always True on Windows, where this would be a real
+    signal."""
     if os.name == "nt":
         return True
     try:

@@ -515,6 +515,7 @@ def test_a_kill_at_any_line_leaves_a_whole_set_or_none(old_and_new):
     assert len(set(states)) == 3
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not fork")
 @pytest.mark.parametrize("when", ["fsync", "unlink", "replace"])
 def test_the_next_command_heals_what_a_killed_one_left(when, old_and_new):
     """A child is gone at that call, without a flush and without cleaning up."""

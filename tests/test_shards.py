@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -21,6 +20,8 @@ from inkling.tokenizer import Tokenizer
 from prepare import Options, write_set
 from train import Config, get_batch, window_starts
 
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not fork")
+counts_memory = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux counts memory so")
 FABLES = (ROOT / "data" / "fables" / "input.txt").read_text(encoding="utf-8")
 
 
@@ -112,6 +113,7 @@ def test_too_many_shards_are_refused_and_leave_nothing(here):
     assert not list((here / "sets").rglob("*.bin*"))
 
 
+@needs_fork
 def test_a_kill_between_shards_leaves_no_set_and_the_next_run_heals_it(here):
     """The process is gone at the n-th rename, for every n."""
     replace = os.replace
@@ -214,6 +216,7 @@ def peak(*words) -> float:
     return int(done.stdout.split()[-1]) * 1024 / 1e6
 
 
+@counts_memory
 def test_preparing_a_larger_text_takes_no_more_memory(here):
     rng = random.Random(0)
     words = "".join(rng.choices("abcdefgh ", k=200_000)) + "\n"
@@ -227,6 +230,7 @@ def test_preparing_a_larger_text_takes_no_more_memory(here):
         assert large < 200                              # Python and numpy alone take about 40
 
 
+@counts_memory
 def test_one_long_line_takes_no_more_memory(here):
     Path("line.txt").write_text("a" * 50_000_000)
     assert peak("line.txt", "--tokenizer=byte", "--workers=2") < 200
@@ -235,10 +239,8 @@ def test_one_long_line_takes_no_more_memory(here):
 def anonymous() -> int:
     """Bytes of this process's memory that no file backs. The pages of a mapped file are counted as resident too, but
     they are the system's cache: it takes them back when anything else needs the room."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss           # a system without /proc
+    line, = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
 
 
 def big_set(folder: Path, tokens: int, shards: int = 1) -> dict:
@@ -258,6 +260,7 @@ def big_set(folder: Path, tokens: int, shards: int = 1) -> dict:
     return open_data(folder, 64)[0]
 
 
+@counts_memory
 @pytest.mark.parametrize("sampling", ["random", "epoch"])
 @pytest.mark.parametrize("shards", [1, 4])
 def test_windows_of_a_huge_set_cost_no_memory_and_no_time(sampling, shards, here):
@@ -279,6 +282,7 @@ def test_windows_of_a_huge_set_cost_no_memory_and_no_time(sampling, shards, here
     assert seconds["huge"] < 5 * seconds["small"] + 0.5
 
 
+@counts_memory
 def test_a_long_training_run_on_a_big_set_keeps_its_memory(here):
     """Anonymous memory at step 50 and step 199 of one run, seen through the batches that it asks for."""
     big_set(here / "big", 4_000_000_000, 2)
