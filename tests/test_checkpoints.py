@@ -1,4 +1,4 @@
-"""A run stopped, killed or short of disk goes on as if nothing had been; a damaged file is refused."""
+"""A run that was stopped, killed or short of disk resumes as if nothing had happened; a damaged file is refused."""
 
 import csv
 import errno
@@ -19,13 +19,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TOY, contents, flags, inside, log_rows, one_line_error, same_runs, trained
+from conftest import ROOT, TOY, ZYGOTE, contents, flags, inside, log_rows, one_line_error, same_runs, trained
 
 import sample
 import train
 from inkling import checkpoint, files
 from inkling.checkpoint import load_checkpoint, save_checkpoint
 from inkling.cli import UserError
+from inkling.device import compiler_missing
 from inkling.files import sha256
 from inkling.report import COLUMNS, Report
 from prepare import write_set
@@ -83,7 +84,7 @@ def unbroken(data_dir, tmp_path_factory):
     return out
 
 
-# -- stopping and going on -------------------------------------------------------------------------------
+# -- stopping and resuming ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_a_run_stopped_at_every_update_ends_as_an_unbroken_one(dropped_out, interrupted, tmp_path, settings):
@@ -95,27 +96,38 @@ def test_a_run_stopped_at_every_update_ends_as_an_unbroken_one(dropped_out, inte
     same_runs(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_compiled_run_goes_on_as_an_unbroken_one(dropped_out, tmp_path):
-    """Compiled in earnest, model and Muon, from the checkpoint that was kept half-way."""
-    settings = dict(compile=True, n_layer=1, dtype="bfloat16", keep=9)
-    assert "compile on" in dropped_out("whole", **settings).stdout
-    shutil.copytree(tmp_path / "whole", tmp_path / "run")
-    os.replace(tmp_path / "run" / "last-3.pt", tmp_path / "run" / "last.pt")
-    assert "resuming at step 3" in dropped_out("run", init_from="resume", **settings).stdout
-    same_runs(tmp_path / "run", tmp_path / "whole")
+@pytest.fixture(scope="module")
+def compiled(data_dir, tmp_path_factory):
+    """The folder and the output of a run that is compiled in earnest, model and Muon, and of the same run resumed."""
+    if why := compiler_missing("cpu"):
+        pytest.skip(why)
+    folder = tmp_path_factory.mktemp("compiled")
+    settings = TOY | dict(n_layer=1, n_embd=64, ffn_dim=64, block_size=128, batch_size=16,
+                          gradient_accumulation_steps=2, dropout=0.2, dtype="bfloat16", compile=True)
+    done = ZYGOTE.run("compiled", *flags(**settings, data_dir=data_dir), folder=folder, seconds=300)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
 
 
-def test_compiled_code_on_two_threads_computes_the_same_twice(data_dir, tmp_path):
-    """Its threads would add up the gradient of an embedding's rows in the order in which they come."""
-    settings = TOY | dict(n_layer=1, n_embd=64, block_size=128, batch_size=32, compile=True, data_dir=data_dir)
-    for name in ("one", "other"):
-        process = subprocess.run([sys.executable, ROOT / "train.py", *flags(**settings, out_dir=tmp_path / name)],
-                                 env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=300)
-        assert "2 threads; float32; compile on" in process.stdout, process.stdout + process.stderr
-    same_runs(tmp_path / "one", tmp_path / "other")
+def test_a_compiled_run_on_two_threads_resumes_as_an_unbroken_one(compiled):
+    """The threads compute steps 4 to 6 twice: they would add up the gradient of an embedding's rows in the order in
+    which they come."""
+    folder, said = compiled
+    assert said.count("2 threads; bfloat16; compile on") == 2
+    assert "resuming at step 3" in said
+    same_runs(folder / "run", folder / "whole")
 
 
-def test_a_run_from_before_there_were_ngrams_goes_on_without_them(start, tmp_path):
+def test_a_compiled_run_compiles_in_its_first_step_alone(compiled):
+    """It compiles before and in that step, and not again, whatever changes later: rate, momentum, micro-batch,
+    evaluations and samples between."""
+    _, said = compiled
+    first, *later = map(int, re.search("graphs (.+)", said)[1].split())
+    assert 0 < first < later[0]
+    assert len(set(later)) == 1
+
+
+def test_a_run_from_before_there_were_ngrams_resumes_without_them(start, tmp_path):
     assert start("run", ngrams=0).returncode == 0
     for name in ("ckpt.pt", "last.pt"):
         content = torch.load(tmp_path / "run" / name, weights_only=True)
@@ -276,7 +288,7 @@ def failing_saves(monkeypatch):
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_a_failed_save_is_tried_again_and_the_run_goes_on(start, failing_saves, tmp_path, error):
+def test_a_failed_save_is_tried_again_and_the_run_continues(start, failing_saves, tmp_path, error):
     assert start("whole", save_interval=1).returncode == 0
     failing_saves({4, 5}, error)
     result = start("run", save_interval=1)
@@ -438,7 +450,7 @@ def test_a_config_file_changes_nothing_that_is_stored(stopped, unbroken, tmp_pat
     same_runs(stopped, unbroken)
 
 
-def test_more_steps_than_before_go_on(start, stopped):
+def test_more_steps_than_before_are_made(start, stopped):
     assert start("run", init_from="resume", max_iters=9).returncode == 0
     assert step_of(stopped / "last.pt") == 9
 
@@ -621,7 +633,7 @@ def test_a_checkpoint_without_a_part_is_refused(healthy, damaged, key):
 
 
 @pytest.mark.parametrize("key", ["evaluated", "best_step", "best_val_loss", "losses", "optimizers", "scaler"])
-def test_a_run_goes_on_only_with_all_that_it_needs(start, healthy, tmp_path, key):
+def test_a_run_resumes_only_with_all_that_it_needs(start, healthy, tmp_path, key):
     """ckpt.pt, which holds no optimizer state, is one of these; it is for sampling and for new runs."""
     content = torch.load(healthy / "last.pt")
     del content[key]
@@ -724,7 +736,7 @@ def test_one_bad_micro_batch_is_enough(start, spoiled, tmp_path):
     assert step_of(tmp_path / "run" / "last.pt") == 1
 
 
-def test_a_stopped_run_goes_on_where_it_was(start, spoiled, tmp_path):
+def test_a_stopped_run_resumes_where_it_was(start, spoiled, tmp_path):
     assert start("whole").returncode == 0
     spoiled(5, bad_gradient(math.nan))                  # the fifth in all, so that the resumed run is spared
     assert start("run").returncode == 3

@@ -10,7 +10,6 @@ import torch
 from conftest import log_rows, trained
 
 import train
-from inkling import device as device_module
 from prepare import write_set
 from train import get_batch, load
 
@@ -179,22 +178,3 @@ def test_bfloat16_learns_as_float32_does(start, tmp_path, optimizer):
     assert curves[0] != curves[1]
     assert curves[0][-1] < curves[0][0] - 0.5           # it has learned something
     assert curves[1][2:] == pytest.approx(curves[0][2:], abs=0.02)
-
-
-@pytest.mark.skipif(bool(device_module.compiler_missing("cpu")), reason="there is nothing to compile with")
-def test_a_compiled_run_compiles_in_its_first_step_alone(start, monkeypatch):
-    """It compiles before and in that step, and not again, whatever changes later: rate, momentum, micro-batch,
-    evaluations and samples between."""
-    graphs, counters = [], torch._dynamo.utils.counters
-
-    def factor(step, cfg, real=train.lr_factor):
-        graphs.append(counters["stats"]["unique_graphs"])
-        return real(step, cfg)
-
-    torch._dynamo.reset()
-    counters.clear()                                    # other tests compile, too
-    monkeypatch.setattr(train, "lr_factor", factor)
-    result = start("run", compile=True, n_layer=1, max_iters=6, eval_interval=2, gradient_accumulation_steps=2)
-    assert "compile on" in result.stdout, result.stdout
-    assert len(graphs) == 6
-    assert 0 < graphs[0] <= graphs[1] == counters["stats"]["unique_graphs"]
