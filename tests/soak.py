@@ -2,10 +2,10 @@
 
     python tests/soak.py --minutes=30 --seed=1
 
-A chain is one run that is disturbed again and again and goes on each time with --init_from=auto: by SIGKILL, SIGTERM,
+A chain is one run that is disturbed again and again and resumes each time with --init_from=auto: by SIGKILL, SIGTERM,
 SIGINT, SIGSTOP and SIGCONT, a full disk, and flipped bytes in last.pt, which has to be refused until a copy takes its
 place. In the end last.pt, ckpt.pt and log.csv have to be those of the same run left alone. Prints a table of what was
-done and found; leaves with 1 on any violation.
+done and found; exits with 1 on any violation.
 """
 
 import random
@@ -22,9 +22,9 @@ from pathlib import Path
 
 from conftest import ROOT, TOY, ZYGOTE, flags, log_rows, one_line_error, pairwise, same_runs
 
-from inkling import checkpoint as checkpoint_module
-from inkling import files as files_module
+from inkling.checkpoint import load_checkpoint
 from inkling.cli import parse
+from inkling.files import sha256
 from inkling.plots import read_log
 from prepare import write_set
 
@@ -63,12 +63,12 @@ class Chain:
 
     def saved(self) -> int:
         """The step in last.pt; what there is of checkpoints must be whole."""
-        steps = [checkpoint_module.load_checkpoint(self.out / name)["step"] for name in ("ckpt.pt", "last.pt")
+        steps = [load_checkpoint(self.out / name)["step"] for name in ("ckpt.pt", "last.pt")
                  if (self.out / name).exists()]
         return steps[-1] if (self.out / "last.pt").exists() else 0
 
     def disturb(self, fault: str):
-        """Go on with the run and let something happen to it; returns how it ended."""
+        """Resume the run and let something happen to it; returns how it ended."""
         limits = {}
         if fault == "full disk":
             size = (self.out / "last.pt").stat().st_size if (self.out / "last.pt").exists() else 300_000
@@ -122,11 +122,11 @@ class Chain:
             names = sum(int.from_bytes(raw[head + at:head + at + 2], "little") for at in (26, 28))
             raw[head + 30 + names + self.chance.randrange(entry.file_size)] ^= 1 << self.chance.randrange(8)
         path.write_bytes(raw)
-        files = {name: files_module.sha256(self.out / name) for name in ("last.pt", "ckpt.pt", "log.csv")
+        files = {name: sha256(self.out / name) for name in ("last.pt", "ckpt.pt", "log.csv")
                  if (self.out / name).exists()}
         if raw != copy.read_bytes():
             one_line_error(self.start(self.out).wait(), "last.pt is damaged")
-        assert files == {name: files_module.sha256(self.out / name) for name in files}
+        assert files == {name: sha256(self.out / name) for name in files}
         shutil.copy(copy, path)
         self.counts["flipped bytes"] += 1
 
@@ -165,7 +165,7 @@ def main(argv: list) -> int:
         print(f"chain {number}: {' '.join(map(str, kind.values()))}", flush=True)
         try:
             Chain(folder, number, settings(kind), chance, counts).run()
-        except (Exception, SystemExit):
+        except Exception:      # whatever it is, the next chain begins
             violations += 1
             print(f"VIOLATION; the files are in {folder}\n{traceback.format_exc()}", flush=True)
         number += 1

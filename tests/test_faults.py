@@ -10,8 +10,8 @@ from functools import partial
 import pytest
 from conftest import TOY, ZYGOTE, flags, one_line_error, same_runs
 
-from inkling import checkpoint as checkpoint_module
-from inkling import files as files_module
+from inkling.checkpoint import load_checkpoint
+from inkling.files import sha256
 from inkling.plots import read_log
 
 RUN = TOY | dict(dropout=0.2, sample_tokens=0, max_iters=60, eval_interval=20, save_interval=3)
@@ -41,7 +41,7 @@ def whole(start, tmp_path):
 
 
 def disturbed(start, whole, times: int, disturb):
-    """Runs that go on where the one before was cut short. Yields (process, folder) of each of the `times` that
+    """Runs that resume where the one before was cut short. Yields (process, folder) of each of the `times` that
     `disturb(child)` ended; whenever one comes to its end it has to be as `whole`, and so does the last one."""
     names = (whole.with_name(f"run{number}") for number in itertools.count())
     out = next(names)
@@ -63,7 +63,7 @@ def disturbed(start, whole, times: int, disturb):
 
 def saved(out) -> int:
     """The step of last.pt, 0 without one. What there is of checkpoints is whole."""
-    steps = {name: checkpoint_module.load_checkpoint(out / name)["step"] for name in ("last.pt", "ckpt.pt")
+    steps = {name: load_checkpoint(out / name)["step"] for name in ("last.pt", "ckpt.pt")
              if (out / name).exists()}
     return steps.get("last.pt", 0)
 
@@ -104,21 +104,21 @@ def test_20_signals_lose_nothing(start, whole):
 
 @pytest.mark.parametrize("tenths", range(10))
 def test_a_full_disk_costs_nothing_but_the_saves(start, data_dir, tmp_path, tenths):
-    """A run goes on with room for so many tenths of last.pt, and once more with room enough."""
+    """A run resumes with room for so many tenths of last.pt, and once more with room enough."""
     settings = dict(max_iters=12, eval_interval=4, eval_iters=2)
     assert start("whole", **settings).wait().returncode == 0
     assert start("run", **settings | dict(max_iters=4), lr_decay_iters=12).wait().returncode == 0
     run = tmp_path / "run"
-    before = {name: files_module.sha256(run / name) for name in ("last.pt", "ckpt.pt", "log.csv")}
+    before = {name: sha256(run / name) for name in ("last.pt", "ckpt.pt", "log.csv")}
     last, ckpt = ((run / name).stat().st_size for name in ("last.pt", "ckpt.pt"))
     room = last * tenths // 10
     done = start("run", dict(room=room), **settings, lr_decay_iters=0, init_from="resume").wait()
     assert list(run.glob("*.tmp")) == []
-    assert files_module.sha256(run / "last.pt") == before["last.pt"]
-    assert room > ckpt or files_module.sha256(run / "ckpt.pt") == before["ckpt.pt"]
+    assert sha256(run / "last.pt") == before["last.pt"]
+    assert room > ckpt or sha256(run / "ckpt.pt") == before["ckpt.pt"]
     if tenths == 0:                                     # not even the log can be written
         one_line_error(done, "log.csv", "File too large")
-        assert files_module.sha256(run / "log.csv") == before["log.csv"]
+        assert sha256(run / "log.csv") == before["log.csv"]
     else:
         assert (done.returncode, done.stderr) == (4, "")
         said = [line for line in done.stdout.splitlines() if line.startswith("could not write")]

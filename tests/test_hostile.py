@@ -14,8 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, TOY, ZYGOTE, flags, trained
 
-from inkling import checkpoint as checkpoint_module
-from inkling.checkpoint import RESUME_KINDS as KINDS_TO_GO_ON
+from inkling.checkpoint import LATER_ENTRIES, RESUME_ENTRIES, build_model
 from prepare import write_set
 from train import GPT
 
@@ -274,7 +273,8 @@ def hostile(good: dict, tokens: str):
                   ("optimizers", 0, "state", 0, "step"), ("optimizers", 0, "param_groups"),
                   ("optimizers", 0, "param_groups", 0), ("optimizers", 0, "param_groups", 0, "params"),
                   ("optimizers", 0, "param_groups", 0, "lr"), ("optimizers", 0, "param_groups", 0, "betas"),
-                  ("optimizers", 1, "state", 0, "average")]:
+                  ("optimizers", 1, "state", 0, "average"), ("plan",), ("plan", "max_iters"), ("plan", "dtype"),
+                  ("plan", "compile"), ("plan", "device"), ("plan", "sequences")]:
         for value in (None, -1, 2**62, float("nan"), "\x1b[2J", nested(50), {}, torch.zeros(3), "missing"):
             yield (place, value), changed(good, place, value)
     for what, change in TENSORS.items():
@@ -289,7 +289,7 @@ def test_400_checkpoints_that_lie(home, tmp_path):
     for tokens in ("char", "bpe"):
         good = torch.load(home / tokens / "last.pt")
         for number, (what, content) in enumerate(hostile(good, tokens)):
-            about_the_run = what[0][0] in (*KINDS_TO_GO_ON, "step", "text", "threads")
+            about_the_run = what[0][0] in (*RESUME_ENTRIES, *LATER_ENTRIES, "step")
             if tokens == "char" or what[0] == "tokenizer":          # all else is the same
                 program = 2 if about_the_run else 0 if what[0] == "tokenizer" else number % 3
                 given(trials, (tokens, *what), content, home, tmp_path / str(trials.count), program)
@@ -345,8 +345,8 @@ def test_a_model_is_built_only_for_weights_that_are_there(toy):
     good = GPT(cfg, 59).state_dict()
     for stored in (good | {"wte.weight": torch.zeros(59, 32)}, good | {"wte.weight": big(58, 64)}, good | dict(x=1)):
         with pytest.raises(ValueError, match="wte|'x'"):
-            checkpoint_module.build_model(build, stored, cfg.n_layer)
+            build_model(build, stored, cfg.n_layer)
     with pytest.raises(ValueError, match="more numbers than it holds"):
-        checkpoint_module.build_model(build, {name: big(*tensor.shape) for name, tensor in good.items()}, cfg.n_layer)
+        build_model(build, {name: big(*tensor.shape) for name, tensor in good.items()}, cfg.n_layer)
     assert devices == ["meta"] * 4
-    assert torch.equal(checkpoint_module.build_model(build, good, cfg.n_layer).wte.weight, good["wte.weight"])
+    assert torch.equal(build_model(build, good, cfg.n_layer).wte.weight, good["wte.weight"])
