@@ -28,6 +28,7 @@ from inkling.checkpoint import RunFolder, load_checkpoint
 from inkling.cli import UserError, parse, run
 from inkling.files import atomic_write
 from inkling.huggingface import NAMES, load_tokenizer, model_folder, read_json, tokenizer_to_json
+from inkling.output import outlive_output
 from inkling.tokenizer import END_OF_TEXT, Tokenizer
 
 EXPORTED = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -700,6 +701,7 @@ def main(argv: list):
     if len(parsed.words) != 2 or parsed.words[0] not in COMMANDS:
         raise UserError("say what to convert: python convert.py import DIR_OR_NAME, or export "
                         "CKPT.pt --out=DIR; see --help")
+    outlive_output()
     command, source = parsed.words
     COMMANDS[command](source, Options(**parsed.values))
 

@@ -44,6 +44,7 @@ from inkling.dataset import (
 from inkling.download import DownloadFailed, download, fetch_address, is_address
 from inkling.encode import SplitWriter, cores, encode_pieces
 from inkling.files import ROOT, atomic_write, hold_folder, sha256
+from inkling.output import outlive_output
 from inkling.readers import Reader, cut_pieces, describe_source, expand, plain_name, spool_stdin
 from inkling.split import Survey, keeps_documents_whole, split_documents, survey_documents
 from inkling.tokenizer import (
@@ -648,10 +649,10 @@ def main(argv: list):
     check(options)
     if not parsed.words:
         raise UserError(f"name a built-in set ({', '.join(SETS)}) or text files; see --help")
+    if not (options.check or options.decode):
+        outlive_output()
     try:
         follow(parsed.words, options, typed={name: getattr(options, name) for name in parsed.values})
-    except BrokenPipeError:  # `run` ends the program: whoever read the text has seen enough
-        raise
     except OSError as error:  # a full disk, a name too long, a file where a folder should be
         raise UserError(f"{error.filename or 'could not write'}: {error.strerror or error}")
 

@@ -9,8 +9,9 @@ top to bottom.
 
 Writes to out/NAME: ckpt.pt, the weights with the best validation loss, for sample.py; last.pt,
 everything needed to resume; log.csv and loss.png. Ctrl-C finishes the step, saves last.pt and
-exits. Exit codes: 0 done, 2 wrong input, 3 a loss that is not finite, 4 the last save failed, 130
-and 143 stopped. README.zh.md: 中文说明
+exits; so do SIGTERM and a terminal that is closed (not under nohup). A run continues without an
+output that goes away. Exit codes: 0 done, 2 wrong input, 3 a loss that is not finite, 4 the last
+save failed, 129, 130 and 143 stopped. README.zh.md: 中文说明
 """
 
 import math
@@ -43,6 +44,7 @@ from inkling.device import (
 )
 from inkling.distributed import Ranks, gradient_sync
 from inkling.dry_run import dry_run
+from inkling.output import outlive_output
 from inkling.report import Report, check_loggers
 from inkling.stopping import Guard, NotFinite, Stop, explain_failures
 from inkling.tokenizer import Tokenizer, prompt_ids, stored_tokenizer
@@ -1492,6 +1494,8 @@ def print_changes(changed: dict):
 def main(argv: list) -> int:
     parsed = cli.parse(Config, argv, __doc__)
     cfg = Config(**parsed.values)
+    if not (cfg.eval_only or cfg.dry_run):
+        outlive_output()
     name = parsed.files[-1].stem if parsed.files else cfg.dataset
     out_dir = Path(cfg.out_dir or Path("out") / name)
     cfg, origin = find_origin(cfg, parsed, out_dir)

@@ -39,6 +39,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
+from inkling.output import open_streams
+
 Texts = tuple[str, ...]                 # a flag that may be given several times
 LARGEST_INT = 2**62                     # larger integers overflow in numpy and torch
 
@@ -148,16 +150,13 @@ def exit_code(main, argv: list) -> int:
 
 
 def run(main) -> NoReturn:
-    """Run a program: UTF-8 wherever it prints, and no traceback for a user's mistake, Ctrl-C or a
-    closed pipe."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")
+    """Run a program: UTF-8 wherever it prints, and no traceback for a user's mistake, Ctrl-C or an
+    output that goes away."""
+    open_streams(program())
     try:
         code = exit_code(main, sys.argv[1:])
+    finally:
         sys.stdout.flush()
-    except BrokenPipeError:                 # the reader has enough, as in `sample.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     sys.exit(code)
 
 
@@ -324,7 +323,7 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files") -> P
     parsed = Parsed()
     for word in argv:
         if word in ("-h", "--help"):
-            print(help_text(options, doc))
+            print(help_text(options, doc), flush=True)
             raise SystemExit(0)
         if word.startswith("--"):
             name, value = read_flag(word, kinds)
