@@ -25,9 +25,10 @@ from typing import NamedTuple
 import torch
 
 from inkling.checkpoint import RunFolder, load_checkpoint
-from inkling.cli import UserError, parse, run
+from inkling.cli import FilePath, UserError, parse, run
 from inkling.files import atomic_write
 from inkling.huggingface import NAMES, load_tokenizer, model_folder, read_json, tokenizer_to_json
+from inkling.output import outlive_output
 from inkling.tokenizer import END_OF_TEXT, Tokenizer
 
 EXPORTED = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -37,9 +38,9 @@ EXPORTED = {"config.json", "generation_config.json", "model.safetensors", "token
 @dataclass
 class Options:
     # -- what is written
-    out: str = ""                       # import: folder of the run, empty: out/NAME; export: the
+    out: FilePath = ""                  # import: folder of the run, empty: out/NAME; export: the
                                         # directory to write
-    tokenizer: str = ""                 # import: the tokenizer, if the directory's own cannot be
+    tokenizer: FilePath = ""            # import: the tokenizer, if the directory's own cannot be
                                         # used: byte, a name that tiktoken knows, or the path of a
                                         # meta.json or ckpt.pt of Inkling
 
@@ -700,6 +701,7 @@ def main(argv: list):
     if len(parsed.words) != 2 or parsed.words[0] not in COMMANDS:
         raise UserError("say what to convert: python convert.py import DIR_OR_NAME, or export "
                         "CKPT.pt --out=DIR; see --help")
+    outlive_output()
     command, source = parsed.words
     COMMANDS[command](source, Options(**parsed.values))
 

@@ -30,7 +30,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from inkling.cli import NonNegativeInt, UserError, at_least, check, parse, run
+from inkling.cli import FilePath, NonNegativeInt, UserError, at_least, check, parse, run
 from inkling.dataset import (
     NAME,
     SPLITS,
@@ -44,6 +44,7 @@ from inkling.dataset import (
 from inkling.download import DownloadFailed, download, fetch_address, is_address
 from inkling.encode import SplitWriter, cores, encode_pieces
 from inkling.files import ROOT, atomic_write, hold_folder, sha256
+from inkling.output import outlive_output
 from inkling.readers import Reader, cut_pieces, describe_source, expand, plain_name, spool_stdin
 from inkling.split import Survey, keeps_documents_whole, split_documents, survey_documents
 from inkling.tokenizer import (
@@ -102,19 +103,19 @@ class Options:
     # -- what to prepare
     name: str = ""                  # name of the set, a folder under data/; empty: the set's or the
                                     # file's own name
-    tokenizer: str = ""             # char | byte | gpt2 | cl100k_base | o200k_base | any other name
+    tokenizer: FilePath = ""        # char | byte | gpt2 | cl100k_base | o200k_base | any other name
                                     # that tiktoken knows | bpe:VOCAB, trained on this text | a
                                     # .tiktoken file | another set's meta.json | a ckpt.pt; empty:
                                     # the built-in set's own, char for a file
     val_fraction: Annotated[float, at_least(0).below(1)] = 0.1  # fraction kept for validation: of a
                                     # single text, its last characters; of many documents, some
                                     # chosen by a seeded hash of their text
-    val: str = ""                   # a separate text for validation; val_fraction is then ignored
+    val: FilePath = ""              # a separate text for validation; val_fraction is then ignored
     limit: Count = 0                # use only that many bytes of text, the first ones, for a trial;
                                     # 0: all
     seed: Annotated[int, at_least(0).below(2**63)] = 0  # of the hash that chooses documents for
                                     # validation
-    data_dir: str = ""              # folder that holds the sets; empty: data/ beside this file
+    data_dir: FilePath = ""         # folder that holds the sets; empty: data/ beside this file
     force: bool = False             # prepare again although nothing has changed, and download again
     # -- how to read it
     format: Literal["auto", "text", "csv", "tsv", "json", "jsonl", "parquet"] = "auto"  # auto: by
@@ -648,10 +649,10 @@ def main(argv: list):
     check(options)
     if not parsed.words:
         raise UserError(f"name a built-in set ({', '.join(SETS)}) or text files; see --help")
+    if not (options.check or options.decode):
+        outlive_output()
     try:
         follow(parsed.words, options, typed={name: getattr(options, name) for name in parsed.values})
-    except BrokenPipeError:  # `run` ends the program: whoever read the text has seen enough
-        raise
     except OSError as error:  # a full disk, a name too long, a file where a folder should be
         raise UserError(f"{error.filename or 'could not write'}: {error.strerror or error}")
 

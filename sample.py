@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from inkling.checkpoint import newest_checkpoint
 from inkling.cli import (
+    FilePath,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -34,6 +35,7 @@ from inkling.cli import (
     above,
     at_least,
     check,
+    expand_home,
     parse,
     printable,
     run,
@@ -50,15 +52,15 @@ AnySeed = Annotated[int, at_least(0)]
 @dataclass
 class Options:
     # -- which model
-    ckpt: str = ""                      # checkpoint or folder of a run; empty: ckpt.pt of out_dir
-    out_dir: str = ""                   # folder of the run; empty: the latest one under out/
+    ckpt: FilePath = ""                 # checkpoint or folder of a run; empty: ckpt.pt of out_dir
+    out_dir: FilePath = ""              # folder of the run; empty: the latest one under out/
     init_from: Literal["resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "resume"    # resume:
                                         # your own model; others: OpenAI's weights, from the Hugging
                                         # Face cache or downloaded to it
     # -- prompts
     start: str = ""                     # the prompt, FILE:path, or - for standard input; empty:
                                         # the end-of-text token or a line break
-    prompts: str = ""                   # file with one prompt per line, instead of start
+    prompts: FilePath = ""              # file with one prompt per line, instead of start
     interactive: bool = False           # read a line, continue it, read the next
     # -- what to generate
     num_samples: PositiveInt = 1        # texts for each prompt
@@ -80,7 +82,7 @@ class Options:
                                         # 1: off
     seed: AnySeed = 1337                # of the first text; each further text takes the next seed
     # -- scoring
-    score: str = ""                     # file (or -) whose loss to report, instead of generating
+    score: FilePath = ""                # file (or -) whose loss to report, instead of generating
     stride: NonNegativeInt = 0          # tokens by which its windows advance; 0: half of block_size
     score_tokens: bool = False          # print each of its tokens with its log-probability
     # -- machine
@@ -539,7 +541,7 @@ def read_start(start: str) -> str:
     if start == "-":
         return read_text(start, "--start")
     if start.startswith("FILE:"):
-        return read_text(start.removeprefix("FILE:"), "--start")
+        return read_text(expand_home(start.removeprefix("FILE:")), "--start")
     return start
 
 

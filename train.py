@@ -9,8 +9,9 @@ top to bottom.
 
 Writes to out/NAME: ckpt.pt, the weights with the best validation loss, for sample.py; last.pt,
 everything needed to resume; log.csv and loss.png. Ctrl-C finishes the step, saves last.pt and
-exits. Exit codes: 0 done, 2 wrong input, 3 a loss that is not finite, 4 the last save failed, 130
-and 143 stopped. README.zh.md: 中文说明
+exits; so do SIGTERM and a terminal that is closed (not under nohup). A run continues without an
+output that goes away. Exit codes: 0 done, 2 wrong input, 3 a loss that is not finite, 4 the last
+save failed, 129, 130 and 143 stopped. README.zh.md: 中文说明
 """
 
 import math
@@ -29,7 +30,16 @@ from torch.utils.checkpoint import checkpoint
 
 from inkling import cli, cpu
 from inkling.checkpoint import RunFolder, build_model, file_stamp, load_checkpoint, restore_optimizers
-from inkling.cli import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError, at_least
+from inkling.cli import (
+    FilePath,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    UserError,
+    at_least,
+)
 from inkling.clock import Deadline, Stopwatch
 from inkling.dataset import check_ids, open_data, random_order, windows_at_once
 from inkling.device import (
@@ -43,6 +53,7 @@ from inkling.device import (
 )
 from inkling.distributed import Ranks, gradient_sync
 from inkling.dry_run import dry_run
+from inkling.output import outlive_output
 from inkling.report import Report, check_loggers
 from inkling.stopping import Guard, NotFinite, Stop, explain_failures
 from inkling.tokenizer import Tokenizer, prompt_ids, stored_tokenizer
@@ -93,9 +104,9 @@ class Config(ModelConfig):
 
     # -- the run
     dataset: str = "fables"             # folder under data/; a built-in data set is prepared on first use
-    data_dir: str = ""                  # folder that holds the data sets; empty: data/ beside this file
-    out_dir: str = ""                   # folder of the run; empty: out/<config file's name>, or out/<dataset>
-    init_from: str = "scratch"          # scratch | resume | auto: resume if it can | PATH.pt |
+    data_dir: FilePath = ""             # folder that holds the data sets; empty: data/ beside this file
+    out_dir: FilePath = ""              # folder of the run; empty: out/<config file's name>, or out/<dataset>
+    init_from: FilePath = "scratch"     # scratch | resume | auto: resume if it can | PATH.pt |
                                         # gpt2[-medium|-large|-xl]
     seed: NonNegativeInt = 1337         # for the initial weights, the batches and dropout
     max_iters: Annotated[int, at_least(0).below(2**31)] = 150  # optimizer steps
@@ -884,6 +895,7 @@ class State:
     """Where a run stands. It is part of every checkpoint; only the loop (see `train`) changes it."""
 
     step: int = 0                       # updates made
+    tokens: int = 0                     # seen in them: a resumed run may have another batch_size
     evaluated: int | None = None        # step of the latest evaluation; None: there was none
     best_step: int = 0                  # step of the best evaluation
     best_val_loss: float = math.inf
@@ -1230,6 +1242,7 @@ def train_until_stopped(run: Run, report: Report, deadline: Deadline) -> int:
                 break
             loss, norm = update(run, run.state.step)
             run.state.step += 1
+            run.state.tokens += run.tokens_per_step
             report_and_save(run, report, loss, norm, stop)
             if stop.agreed:
                 break
@@ -1405,6 +1418,7 @@ def load(path, device: str = "cpu") -> tuple:
 
     `for ids in model.generate(prompt, 100, lambda logits: draw(logits, 0.8))` continues a prompt, ids
     (B, T)."""
+    path = cli.expand_home(os.fspath(path))
     in_folder = Path(path, "ckpt.pt")
     if os.path.isfile(in_folder):
         path = in_folder
@@ -1460,6 +1474,7 @@ def find_origin(cfg: Config, parsed: cli.Parsed, out_dir: Path) -> tuple:
     values, changed = cli.merge(
         Config, content["config"], typed, MODEL_FIELDS, cfg.init_from, lower={"block_size"})
     print_changes(changed)
+    print_overruled(values, parsed, MODEL_FIELDS, cfg.init_from)
     model_settings = {name: values[name] for name in MODEL_FIELDS | {"init"}}
     return replace(cfg, **model_settings), Origin(content, fit_to_time=fit_to_time)
 
@@ -1470,6 +1485,7 @@ def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
     content = load_checkpoint(last, resumable=True)
     values, changed = cli.merge(Config, content["config"], parsed, FIXED_FIELDS, last)
     print_changes(changed)
+    print_overruled(values, parsed, values.keys() - {"init_from", "out_dir"}, last)
     cfg = Config(**values)
     decided_anew = parsed.typed & {"dtype", "compile"}
     if parsed.typed & {"max_iters", "max_epochs"}:
@@ -1489,9 +1505,25 @@ def print_changes(changed: dict):
         print(f"changed  since the run was saved: {cli.printable(changes)}", flush=True)
 
 
+def print_overruled(values: dict, parsed: cli.Parsed, names, source):
+    """Print which settings of the config files a checkpoint overrules. Of several processes, only
+    the first prints."""
+    overruled = cli.overruled(values, parsed, names)
+    if not overruled or os.environ.get("RANK", "0") != "0":
+        return
+    files = " and ".join(str(path) for path in parsed.files)
+    kept = ", ".join(f"{name}={values[name]} (not {value})" for name, value in overruled.items())
+    way_out = "a flag changes it"
+    if fixed := FIXED_FIELDS & overruled.keys():
+        way_out = f"only a run from scratch has another {' or '.join(sorted(fixed))}"
+    print(f"kept     from {source}, not from {files}: {cli.printable(kept)}; {way_out}", flush=True)
+
+
 def main(argv: list) -> int:
     parsed = cli.parse(Config, argv, __doc__)
     cfg = Config(**parsed.values)
+    if not (cfg.eval_only or cfg.dry_run):
+        outlive_output()
     name = parsed.files[-1].stem if parsed.files else cfg.dataset
     out_dir = Path(cfg.out_dir or Path("out") / name)
     cfg, origin = find_origin(cfg, parsed, out_dir)

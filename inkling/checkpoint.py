@@ -25,7 +25,7 @@ NOT_KNOWN = 2**31               # max_iters in a last.pt from before plans, wher
 ENTRIES = {"config": dict, "tokenizer": dict, "model": dict, "vocab_size": int, "step": int}
 RESUME_ENTRIES = {"evaluated": int | None, "best_step": int, "best_val_loss": float, "losses": dict, "seconds": float,
                   "optimizers": list, "scaler": dict}
-LATER_ENTRIES = {"threads": int, "text": str, "lost": str, "plan": dict}
+LATER_ENTRIES = {"tokens": int, "threads": int, "text": str, "lost": str, "plan": dict}
 PLAN_ENTRIES = {"device": str, "dtype": str, "compile": bool | str, "max_iters": int | None, "sequences": int,
                 "micro_batches": int}
 
@@ -212,8 +212,8 @@ def why_implausible(content: dict) -> str:
     if wrong := wrong_types(plan, PLAN_ENTRIES) if plan else []:
         return f"plan.{', plan.'.join(wrong)}"
     losses = content.get("losses", {}).values()
-    if content["step"] < 0 or not math.isfinite(content.get("seconds", 0)):
-        return "step or seconds"
+    if content["step"] < 0 or content.get("tokens", 0) < 0 or not math.isfinite(content.get("seconds", 0)):
+        return "step, tokens or seconds"
     return "" if all(isinstance(loss, float) for loss in losses) else "losses"
 
 
@@ -221,6 +221,8 @@ def upgrade(content: dict):
     """Bring what earlier versions wrote to today's form, in place."""
     if content.get("evaluated") == -1:
         content["evaluated"] = None                 # not evaluated yet
+    if "tokens" not in content:
+        content["tokens"] = content["step"] * tokens_per_step(content["config"])
     if "plan" not in content and "optimizers" in content:
         # Before there were plans, the resolved values took the place of the settings.
         config = content["config"]
@@ -229,6 +231,12 @@ def upgrade(content: dict):
                            "max_iters": None if max_iters == NOT_KNOWN else max_iters}
         if max_iters == NOT_KNOWN:
             del config["max_iters"]
+
+
+def tokens_per_step(config: dict) -> int:
+    """Of a run with this config; 0 if it does not say."""
+    sizes = [config.get(name) for name in ("batch_size", "gradient_accumulation_steps", "block_size")]
+    return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else 0
 
 
 # -- restoring ---------------------------------------------------------------------------------------------------------

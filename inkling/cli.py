@@ -12,8 +12,9 @@ A program declares its settings once, as a dataclass with a type, a default and 
         def rules(self) -> dict:
             return {"temperature=0 ignores top_p": self.temperature or self.top_p == 1}
 
-and calls `parse(Options, argv, doc)`. The declared type (bool, int, float, str, Literal[...], or
-tuple[str, ...] for a flag that may be repeated) decides how a value is read; nothing is evaluated.
+and calls `parse(Options, argv, doc)`. The declared type (bool, int, float, str, FilePath,
+Literal[...], or Texts for a flag that may be repeated) decides how a value is read; nothing is
+evaluated.
 Only a config file named by the user runs as Python. `check` reports every broken rule at once.
 
 A user's mistake raises UserError. The programs print it in one line and exit with code 2; a library
@@ -39,7 +40,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
+from inkling.output import open_streams
+
 Texts = tuple[str, ...]                 # a flag that may be given several times
+FilePath = typing.NewType("FilePath", str)      # a path, or a text that may be one; ~ is the home folder
 LARGEST_INT = 2**62                     # larger integers overflow in numpy and torch
 
 
@@ -148,16 +152,13 @@ def exit_code(main, argv: list) -> int:
 
 
 def run(main) -> NoReturn:
-    """Run a program: UTF-8 wherever it prints, and no traceback for a user's mistake, Ctrl-C or a
-    closed pipe."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")
+    """Run a program: UTF-8 wherever it prints, and no traceback for a user's mistake, Ctrl-C or an
+    output that goes away."""
+    open_streams(program())
     try:
         code = exit_code(main, sys.argv[1:])
+    finally:
         sys.stdout.flush()
-    except BrokenPipeError:                 # the reader has enough, as in `sample.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     sys.exit(code)
 
 
@@ -216,7 +217,18 @@ def convert(value, kind):
         return tuple(value)
     if not isinstance(value, str):
         raise BadValue(expected(kind))
+    if kind is FilePath:
+        return expand_home(value)
     return (value,) if kind == Texts else value
+
+
+def expand_home(path: str) -> str:
+    """The path with ~ or ~NAME at its beginning replaced by the home folder: no shell does it behind
+    the = of a flag. Unchanged where there is no such user."""
+    try:
+        return os.path.expanduser(path)
+    except ValueError:                      # characters that no user's name has
+        return path
 
 
 def convert_choice(value, kind):
@@ -319,12 +331,12 @@ def read_flag(word: str, kinds: dict) -> tuple:
 def parse(options: type, argv: list, doc: str, takes: str = "config files") -> Parsed:
     """Read `argv`, config files and flags: a flag overrides every file, later files and flags
     override earlier ones. Unless takes="config files", words without dashes are returned as they
-    are. `--help` prints `doc` and the fields and exits with 0."""
+    are, but for a ~ at their beginning. `--help` prints `doc` and the fields and exits with 0."""
     kinds = field_types(options)
     parsed = Parsed()
     for word in argv:
         if word in ("-h", "--help"):
-            print(help_text(options, doc))
+            print(help_text(options, doc), flush=True)
             raise SystemExit(0)
         if word.startswith("--"):
             name, value = read_flag(word, kinds)
@@ -333,6 +345,7 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files") -> P
             parsed.values[name] = value
             parsed.typed.add(name)
         elif takes == "config files":
+            word = expand_home(word)
             for name, value in read_config_file(find_config_file(word), kinds).items():
                 if name not in parsed.typed:
                     parsed.values[name] = value
@@ -340,7 +353,7 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files") -> P
         elif word.startswith("-") and word != "-":
             raise UserError(f"unknown flag {word}; flags look like --key=value, see --help")
         else:
-            parsed.words.append(word)
+            parsed.words.append(expand_home(word))
     return parsed
 
 
@@ -384,6 +397,13 @@ def merge(options: type, stored: dict, parsed: Parsed, fixed: set, source, lower
     if refused:
         raise UserError(f"{source} cannot resume with {', '.join(refused)}: leave the flag out, or start from scratch")
     return values | changed, {name: (values[name], value) for name, value in changed.items()}
+
+
+def overruled(values: dict, parsed: Parsed, names: Iterable) -> dict:
+    """{name: the config files' value} of those settings among `names` that the files given now set
+    to something else than `values`, the settings that a run resumes with."""
+    return {name: parsed.values[name] for name in sorted(names)
+            if name in parsed.values and name not in parsed.typed and parsed.values[name] != values[name]}
 
 
 # -- --help ------------------------------------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ def print_data(report, run, work: Work):
     parameters, ngrams = count_parameters(run.model)
     tokens_per_parameter = run.meta["splits"]["train"]["tokens"] / (parameters - ngrams)
     table = " (n-grams not counted)" if ngrams else ""
-    tokens = work.max_iters * run.tokens_per_step
+    tokens = run.state.tokens + work.steps * run.tokens_per_step
     report.label("data", f"{tokens_per_parameter:.3g} train tokens per parameter{table}; the run reads "
                          f"{short(tokens)} tokens, {tokens / run.tokens_per_epoch:.3g} epochs")
     if run.first_step:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from inkling.cli import UserError, parse, run
+from inkling.cli import FilePath, UserError, parse, run
 from inkling.files import atomic_write
 from inkling.format import align_columns, duration, short
 
@@ -22,7 +22,7 @@ from inkling.format import align_columns, duration, short
 class Options:
     # -- the picture
     by: Literal["steps", "tokens", "time"] = "steps"    # the horizontal axis; time: minutes of training
-    out: str = "compare.png"            # the file to write
+    out: FilePath = "compare.png"       # the file to write
 
 
 def read_log(path: Path) -> list:

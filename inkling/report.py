@@ -404,7 +404,7 @@ class Report:
         """Write a row to log.csv and the other loggers. A full disk costs the row, not the run."""
         if not self.log_file:
             return
-        row["tokens"] = step * self.run.tokens_per_step
+        row["tokens"] = self.run.state.tokens
         row["seconds"] = round(self.run.stopwatch.seconds(), 3)
         try:
             self.log_file.write({"step": step, **row})
@@ -476,7 +476,7 @@ class Report:
             self.label("note", "nothing was left to do: a larger --max_iters trains longer")
         self.label("done", f"{state.step:,} steps{self.cut_short()} in {duration(seconds)} of training; "
                            f"best val loss {state.best_val_loss:.4f} at step {state.best_step}")
-        self.label("speed", self.describe_speed(state.step * run.tokens_per_step, seconds))
+        self.label("speed", self.describe_speed(state.tokens, seconds))
         last_val_loss = state.losses.get("val", -math.inf)
         if last_val_loss > state.best_val_loss + 0.01:
             self.label("note", f"the val loss has risen to {last_val_loss:.4f} since then: the model is overfitting. "

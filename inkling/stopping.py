@@ -13,6 +13,10 @@ from inkling.clock import Deadline
 from inkling.device import device_type
 from inkling.distributed import Ranks
 
+SIGHUP = getattr(signal, "SIGHUP", None)        # the terminal is gone; Windows has none
+# The signals that end a run, the most important first.
+SIGNALS = [number for number in (signal.SIGTERM, SIGHUP, signal.SIGINT) if number is not None]
+
 
 class NotFinite(Exception):
     """A loss, or a gradient, that is not a finite number. The message says which, and of which
@@ -66,8 +70,8 @@ class Guard:
 
 
 class Stop:
-    """A request to stop after the step in progress: SIGINT, SIGTERM or the deadline. A second
-    SIGINT stops at once.
+    """A request to stop after the step in progress: SIGINT, SIGTERM, SIGHUP or the deadline. A
+    second SIGINT stops at once. SIGHUP is no request if it was ignored before, as under nohup.
 
     asked: whether this process has noticed a reason. agreed: whether all processes have taken it
     over, in `agree`.
@@ -81,7 +85,9 @@ class Stop:
         self.handlers_before = {}
 
     def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
+            if number == SIGHUP and signal.getsignal(SIGHUP) == signal.SIG_IGN:
+                continue                                # under nohup
             with contextlib.suppress(ValueError):       # not the main thread, when used as a library
                 self.handlers_before[number] = signal.signal(number, self.receive)
         return self
@@ -104,17 +110,16 @@ class Stop:
     def agree(self, ranks: Ranks):
         """Take over the reasons of all ranks, so that all stop at the same step and with the same
         exit code. All ranks must call it."""
-        reasons = [self.asked and self.time_is_over, self.signal == signal.SIGINT, self.signal == signal.SIGTERM]
+        reasons = [self.asked and self.time_is_over, *(self.signal == number for number in SIGNALS)]
         if ranks.world > 1:
             counts = torch.tensor(reasons, dtype=torch.float32, device=ranks.device)
             reasons = ranks.all_reduce(counts).tolist()
-        time_is_over, interrupted, terminated = map(bool, reasons)
+        time_is_over, *received = map(bool, reasons)
         self.time_is_over = time_is_over
-        if not self.signal and terminated:
-            self.signal = signal.SIGTERM
-        elif not self.signal and interrupted:
-            self.signal = signal.SIGINT
-        self.agreed = time_is_over or interrupted or terminated
+        for number, was_received in zip(SIGNALS, received, strict=True):
+            if was_received and not self.signal:
+                self.signal = number
+        self.agreed = time_is_over or any(received)
 
     @property
     def exit_code(self) -> int:

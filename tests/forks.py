@@ -26,6 +26,7 @@ def begin(program: str, words: list, folder: str, seconds: int, memory: int | No
         os.chdir(folder)
         sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w"), open(2, "w")    # noqa: SIM115, to the end
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)        # which the tests' own nohup has ignored
         signal.alarm(seconds)           # whoever hangs dies of SIGALRM
         if memory:
             held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -92,21 +93,22 @@ class Zygote:
         return json.loads(self.socket.recv(100))
 
     def start(self, program: str, *words, folder, seconds: int = 60, memory: int | None = None,
-              room: int | None = None):
+              room: int | None = None, out: int | None = None):
         """`program` (train.py, or module:function) with these words in a child, as inkling.cli.run runs it. seconds:
         until it is killed by SIGALRM; memory: bytes of address space beyond what importing took; room: no file grows
-        beyond so many bytes, as on a full disk."""
-        return Child(self, program, list(map(str, words)), str(folder), seconds, memory, room)
+        beyond so many bytes, as on a full disk; out: the descriptor to take as stdout, instead of a pipe."""
+        return Child(self, program, list(map(str, words)), str(folder), seconds, memory, room, out)
 
     def run(self, program: str, *words, **limits) -> subprocess.CompletedProcess:
         return self.start(program, *words, **limits).wait()
 
 
 class Child:
-    def __init__(self, zygote: Zygote, program: str, words: list, folder: str, seconds, memory, room):
+    def __init__(self, zygote: Zygote, program: str, words: list, folder: str, seconds, memory, room,
+                 stdout: int | None):
         self.zygote, self.words, (self.out, out), (self.err, err) = zygote, words, os.pipe(), os.pipe()
         self.pid = zygote.ask(dict(program=program, words=words, folder=folder, seconds=seconds, memory=memory,
-                                   room=room), (out, err))
+                                   room=room), (out if stdout is None else stdout, err))
         os.close(out)
         os.close(err)
 

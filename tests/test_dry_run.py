@@ -48,6 +48,7 @@ def make_run(tmp_path):
     def make_run(state=None, plan=None, tokens=None, world=1, rank=0, optimizer=AdamW, **settings):
         cfg = Config(**TOY | {"out_dir": str(tmp_path / "run")} | settings)
         state = {"step": 0, "evaluated": None, "best_step": 0, "best_val_loss": math.inf, "losses": {}} | (state or {})
+        state.setdefault("tokens", state["step"] * cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size)
         plan = {"device": "cpu", "dtype": "float32", "compile": False, "max_iters": cfg.max_iters,
                 "sequences": cfg.batch_size * cfg.gradient_accumulation_steps // world,
                 "micro_batches": cfg.gradient_accumulation_steps} | (plan or {})

@@ -45,6 +45,7 @@ def make_run(tmp_path):
     def make_run(state=None, plan=None, first=True, **settings):
         cfg = Config(**TOY | {"out_dir": str(tmp_path)} | settings)
         state = {"step": 0, "evaluated": None, "best_step": 0, "best_val_loss": math.inf, "losses": {}} | (state or {})
+        state.setdefault("tokens", 128 * state["step"])
         plan = {"device": "cpu", "dtype": "float32", "compile": False, "max_iters": cfg.max_iters} | (plan or {})
         split = {"tokens": 1001, "bytes": 2002}
         return SimpleNamespace(

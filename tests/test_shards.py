@@ -149,7 +149,7 @@ def test_decode_into_a_closed_pipe_says_nothing(here):
         assert process.stdout.read(10) == FABLES[:10].encode()
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == 0
+    assert process.returncode in (0, 141)               # 0: all was in the pipe before it was closed
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:400"])
