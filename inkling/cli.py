@@ -125,10 +125,44 @@ def program() -> str:
     return Path(sys.argv[0]).name or "inkling"
 
 
+# What acts on a terminal: control characters, unpaired surrogates, and the marks that reverse the order in which
+# everything after them is shown. All other invisible characters are part of a text: no-break and ideographic spaces,
+# the joiners of Persian, Hindi and emoji, soft hyphens, U+2028.
+ACTS_ON_TERMINAL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+
+
+def escaped(match: re.Match) -> str:
+    return match[0].encode("unicode_escape").decode()
+
+
 def printable(text: str) -> str:
-    """`text` with control characters and unpaired surrogates escaped, so that it cannot act on a
-    terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    """`text` in one line, with what acts on a terminal escaped."""
+    return ACTS_ON_TERMINAL.sub(escaped, str(text))
+
+
+def printable_text(text: str) -> str:
+    """The same of a text of several lines: its line breaks (\\r\\n, too) and tabs stay."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in lines)
+
+
+def quoted(text: str) -> str:
+    """`text` in quotes, in one line. Like repr, but escapes only what acts on a terminal, unless
+    nothing in it can be seen."""
+    if not any(char.isprintable() and not char.isspace() for char in text):
+        return repr(text)
+    quote = '"' if "'" in text and '"' not in text else "'"
+    inside = printable(text.replace("\\", "\\\\")).replace(quote, "\\" + quote)
+    return f"{quote}{inside}{quote}"
+
+
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
+
+
+def unescape(text: str) -> str:
+    """A text typed on the command line, where \\n, \\t, \\r and \\\\ spell a line break, a tab, a carriage
+    return and a backslash. Any other backslash stands for itself."""
+    return re.sub(r"\\[ntr\\]", lambda match: ESCAPES[match[0]], text)
 
 
 def exit_code(main, argv: list) -> int:
