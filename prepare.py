@@ -398,7 +398,12 @@ def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction:
     if not options.force and is_unchanged(folder, origin, options.tokenizer or "char", tokenizer):
         print(f"{folder}: nothing has changed since it was prepared (--force prepares it again)",
               flush=True)
-        return read_meta(folder)
+        meta = read_meta(folder)
+        line_break = stored_tokenizer(folder, meta).line_break
+        if options.newlines == "convert" and line_break != "\n":
+            print(f"note     it has line ends {line_break!r}, as its text has: --force prepares it again "
+                  "with \\n")
+        return meta
     note_same_content([*paths, *val_sources], origin["sources"] + origin.get("val_sources", []))
 
     corpus = survey_corpus(paths, val_sources, options)

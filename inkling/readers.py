@@ -300,12 +300,21 @@ class LineEnds:
                 yield text
 
 
+FIRST_LINE_END = re.compile(r"\r?\n|\r(?=[^\n])")
+
+
 def split_lines(blocks, path: Path):
-    """Yield blocks of text as lines, with their ends: \\n, \\r\\n or \\r."""
-    rest = ""                                           # may end with the \r of a \r\n
+    """Yield blocks of text as lines, with their ends: \\n, \\r\\n or, if the first line has that, \\r."""
+    line_end = ""
+    rest = ""
     for block in blocks:
-        *lines, rest = io.StringIO(rest + block, newline="")
-        yield from lines
+        rest += block
+        if not line_end and (first := FIRST_LINE_END.search(rest)):
+            line_end = first[0][-1]
+        if line_end:
+            *lines, rest = rest.split(line_end)
+            for line in lines:
+                yield line + line_end
         if len(rest) > RECORD:
             raise UserError(f"{path} has a line of more than {RECORD:,} characters; --format=text "
                             "reads it as plain text")
