@@ -30,7 +30,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from inkling.cli import FilePath, NonNegativeInt, UserError, at_least, check, parse, run
+from inkling.cli import FilePath, NonNegativeInt, UserError, at_least, check, parse, quoted, run, unescape
 from inkling.dataset import (
     NAME,
     SPLITS,
@@ -126,6 +126,8 @@ class Options:
     separator: str = ""             # splits a plain text into documents and drops white space
                                     # around them; \n, \t work
     encoding: Annotated[str, TextEncodings()] = "utf-8"  # of the text files
+    newlines: Literal["convert", "keep"] = "convert"    # line ends of Windows (\r\n) and of old Macs
+                                    # (\r): convert them to \n, or keep them
     suffix: str = ""                # of the files to take from a folder, such as .py,.c; empty: all
                                     # known formats
     # -- tokenizers
@@ -161,8 +163,8 @@ class Options:
     def remembered(self) -> dict:
         """What meta.json keeps beside the tokenizer and val_fraction: settings that shape the
         result and are not at their defaults."""
-        names = ["limit", "seed", "format", "text_column", "separator", "encoding", "pattern", "bpe_sample",
-                 "min_count", "rare", "eot", "shard_tokens"]
+        names = ["limit", "seed", "format", "text_column", "separator", "encoding", "newlines", "pattern",
+                 "bpe_sample", "min_count", "rare", "eot", "shard_tokens"]
         if self.tokenizer.endswith(("meta.json", ".pt")):   # what it holds may have the name of another
             names.append("tokenizer")
         return {field.name: getattr(self, field.name) for field in fields(self)
@@ -288,6 +290,10 @@ class Corpus:
         for number, _, piece, _ in self.val_reader:
             yield "val", number, piece
 
+    def converted_line_ends(self) -> int:
+        """How many line ends have become \\n."""
+        return self.reader.line_ends.changed + self.val_reader.line_ends.changed
+
 
 def survey_corpus(paths: list, val_paths: list, options: Options) -> Corpus:
     """Read everything once, to count what the split and the tokenizer depend on."""
@@ -307,7 +313,12 @@ def survey_corpus(paths: list, val_paths: list, options: Options) -> Corpus:
     empty = reader.empty + val_reader.empty
     if empty:
         print(f"note     {empty:,} empty documents are passed over")
-    return Corpus(reader, val_reader, survey, val_fraction, options.seed)
+    corpus = Corpus(reader, val_reader, survey, val_fraction, options.seed)
+    if converted := corpus.converted_line_ends():
+        # A limit may end the text before the end of what was read.
+        count = "the" if options.limit else f"{converted:,}"
+        print(f"note     {count} line ends \\r\\n or \\r became \\n (--newlines=keep leaves them)")
+    return corpus
 
 
 def note_same_content(paths: list, sources: list):
@@ -388,7 +399,12 @@ def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction:
     if not options.force and is_unchanged(folder, origin, options.tokenizer or "char", tokenizer):
         print(f"{folder}: nothing has changed since it was prepared (--force prepares it again)",
               flush=True)
-        return read_meta(folder)
+        meta = read_meta(folder)
+        line_break = stored_tokenizer(folder, meta).line_break
+        if options.newlines == "convert" and line_break != "\n":
+            print(f"note     it has line ends {line_break!r}, as its text has: --force prepares it again "
+                  "with \\n")
+        return meta
     note_same_content([*paths, *val_sources], origin["sources"] + origin.get("val_sources", []))
 
     corpus = survey_corpus(paths, val_sources, options)
@@ -404,6 +420,8 @@ def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction:
         "tokenizer": tokenizer.stored,
     }
     meta |= {key: value for key, value in origin.items() if key not in meta}
+    if corpus.converted_line_ends():
+        meta["newlines"] = "converted"
     publish(folder, meta)
     report(folder, meta, options.tokenizer or "char", len(corpus.survey.characters_seen()), used)
     if keeps_documents_whole(corpus.survey.documents, corpus.val_fraction):
@@ -433,14 +451,24 @@ def is_unchanged(folder: Path, origin: dict, tokenizer_name: str, tokenizer: Tok
             same_tokenizer = stored == tokenizer.stored
         else:
             same_tokenizer = tokenizer_name == stored.get("name", stored["kind"])
-        keys = ("val_fraction", "sources", "val_sources", "options")
-        same_origin = all(meta.get(key) == origin.get(key) for key in keys)
+        keys = ("val_fraction", "sources", "val_sources")
+        same_origin = all(meta.get(key) == origin.get(key) for key in keys) and same_options(meta, origin)
         item_size = np.dtype(meta["dtype"]).itemsize
         complete = all((folder / name).stat().st_size == tokens * item_size
                        for split in SPLITS for name, tokens, _ in split_files(meta, split))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return same_tokenizer and same_origin and complete
+
+
+def same_options(meta: dict, origin: dict) -> bool:
+    """Whether a set was made with the same settings. A set from before --newlines has the line ends of
+    its text, as one made with --newlines=keep, and stays as it is with either."""
+    stored = meta.get("options", {})
+    wanted = origin.get("options", {})
+    if "newlines" not in stored and "newlines" not in meta:
+        wanted = {key: value for key, value in wanted.items() if key != "newlines"}
+    return stored == wanted
 
 
 def write_token_files(folder: Path, corpus: Corpus, tokenizer: Tokenizer, options: Options) -> tuple:
@@ -567,7 +595,7 @@ def check_set(folder: Path):
                 raise UserError(f"{folder / name} differs from its checksum in meta.json: prepare "
                                 f"{folder.name} again")
             print(f"{folder}/{name}: {tokens:,} tokens of {meta['dtype']}, as meta.json says; "
-                  f"it begins {tokenizer.decode(scan.beginning)[:60]!r}")
+                  f"it begins {quoted(tokenizer.decode(scan.beginning)[:60])}")
         for what, count in scan.counts.items():
             stated = meta["splits"][split].get(what)
             if count != stated:
@@ -576,7 +604,7 @@ def check_set(folder: Path):
 
 
 def decode_set(folder: Path):
-    """Write a set's text, train and then val, to standard output as the bytes that were read."""
+    """Write a set's text, train and then val, to standard output, as it was read."""
     meta = read_meta(folder)
     tokenizer = stored_tokenizer(folder, meta)
     for split in SPLITS:
@@ -619,7 +647,7 @@ def adopt_set(folder: Path, options: Options):
     publish(folder, meta)
     report(folder, meta, options.tokenizer, 0, used)
     beginning = tokenizer.decode(np.fromfile(folder / "train.bin", np.uint16, 30))[:60]
-    print(f"  it begins {beginning!r}: if that is not text, the ids are another tokenizer's\n"
+    print(f"  it begins {quoted(beginning)}: if that is not text, the ids are another tokenizer's\n"
           f"  python train.py --dataset={place.name} --data_dir={place.parent}")
 
 
@@ -645,7 +673,7 @@ def count_adopted(folder: Path, tokenizer: Tokenizer) -> tuple:
 def main(argv: list):
     parsed = parse(Options, argv, __doc__, takes="words")
     options = Options(**parsed.values)
-    options.separator = options.separator.replace("\\n", "\n").replace("\\t", "\t")
+    options.separator = unescape(options.separator)
     check(options)
     if not parsed.words:
         raise UserError(f"name a built-in set ({', '.join(SETS)}) or text files; see --help")

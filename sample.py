@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,9 +39,13 @@ from inkling.cli import (
     expand_home,
     parse,
     printable,
+    printable_text,
+    quoted,
     run,
+    unescape,
 )
 from inkling.device import choose_device, choose_dtype, compile_step, compiler_missing
+from inkling.readers import to_newlines
 from inkling.tokenizer import prompt_ids
 from train import draw, load
 
@@ -58,16 +63,21 @@ class Options:
                                         # your own model; others: OpenAI's weights, from the Hugging
                                         # Face cache or downloaded to it
     # -- prompts
-    start: str = ""                     # the prompt, FILE:path, or - for standard input; empty:
-                                        # the end-of-text token or a line break
-    prompts: FilePath = ""              # file with one prompt per line, instead of start
+    start: str = ""                     # the prompt, where \n, \t, \r and \\ are read; or
+                                        # FILE:path, or - for standard input, taken as they stand;
+                                        # empty: the end-of-text token or a line break
+    prompts: FilePath = ""              # file with one prompt per line, taken as it stands, instead
+                                        # of start
     interactive: bool = False           # read a line, continue it, read the next
+    newlines: Literal["convert", "keep"] = "convert"    # line ends of prompts, stop texts and the
+                                        # text to score: convert them to the model's (\n, unless its
+                                        # text was prepared with others), or take exactly these
     # -- what to generate
     num_samples: PositiveInt = 1        # texts for each prompt
     batch_size: PositiveInt = 64        # texts generated together, at most
     max_new_tokens: NonNegativeInt = 500    # length of each text, in tokens
-    stop: Texts = ()                    # end before this text (\n: a line break); may be given
-                                        # several times
+    stop: Texts = ()                    # end before this text, with the same escapes as start; may
+                                        # be given several times
     ignore_eot: bool = False            # continue after the end-of-text token
     json: bool = False                  # print each text as a JSON object on a line, with tokens
                                         # and log-probabilities
@@ -225,7 +235,8 @@ class Sample:
         self.prompt_tokens = prompt_tokens
         self.seed = seed
         self.decode_next = tokenizer.stream()
-        self.stops = [unescape(stop) for stop in options.stop if stop]
+        self.stops = [Stop(tokenizer.fit_form(unescape(stop)), options.newlines == "keep")
+                      for stop in options.stop if stop]
         self.ids = []
         self.logprobs = []
         self.text = ""
@@ -241,8 +252,7 @@ class Sample:
             self.logprobs.append(logprob)
         searched = len(self.text)
         self.text += self.decode_next(token)
-        places = [self.text.find(stop, max(0, searched - len(stop) + 1)) for stop in self.stops]
-        places = [place for place in places if place >= 0]
+        places = [place for stop in self.stops if (place := stop.find(self.text, searched)) is not None]
         if places:
             self.text = self.text[:min(places)]
             self.finish = "stop"
@@ -253,7 +263,7 @@ class Sample:
         """How many characters can be shown: what may turn out to begin a stop text has to wait."""
         if self.finish:
             return len(self.text)
-        return len(self.text) - max((overlap(self.text, stop) for stop in self.stops), default=0)
+        return min((stop.begins_at(self.text) for stop in self.stops), default=len(self.text))
 
     def record(self) -> dict:
         """The object that --json prints."""
@@ -269,17 +279,32 @@ class Sample:
         }
 
 
-def overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+class Stop:
+    """A text before which samples end. Unless `exact`, its line breaks are met by any line end, \\n,
+    \\r\\n or \\r, since the model writes those of the text that it was trained on."""
 
+    def __init__(self, text: str, exact: bool):
+        self.exact = exact
+        self.text = text if exact else to_newlines(text)
+        self.longest = len(self.text)
+        self.pattern = re.compile(re.escape(self.text))
+        if not exact:
+            self.longest += self.text.count("\n")       # each may be \r\n
+            lines = map(re.escape, self.text.split("\n"))
+            self.pattern = re.compile(r"(?>\r\n|\r|\n)".join(lines))
 
-def unescape(stop: str) -> str:
-    """A stop text as typed, with line breaks and tabs in place of \\n and \\t."""
-    return stop.replace("\\n", "\n").replace("\\t", "\t")
+    def find(self, text: str, searched: int) -> int | None:
+        """Where it begins in `text`, of which the first `searched` characters do not contain it."""
+        match = self.pattern.search(text, max(0, searched - self.longest))
+        return match.start() if match else None
+
+    def begins_at(self, text: str) -> int:
+        """Where an end of `text` begins that may turn out to begin this; len(text) if there is none."""
+        for start in range(max(0, len(text) - self.longest), len(text)):
+            end = text[start:] if self.exact else to_newlines(text[start:])
+            if self.text.startswith(end):
+                return start
+        return len(text)
 
 
 class Printer:
@@ -289,7 +314,8 @@ class Printer:
         self.options = options
         self.several = several
         self.waiting = []
-        self.printed = None     # how much of the first one's text; None: not even its prompt
+        self.printed = 0        # characters of the first one's prompt and text
+        self.escapes = sys.stdout.isatty()
 
     def add(self, samples: list):
         self.waiting += samples
@@ -308,25 +334,19 @@ class Printer:
             if not complete:
                 return
             self.waiting.pop(0)
-            self.printed = None
+            self.printed = 0
 
     def print_text(self, sample: Sample, complete: bool):
-        if self.printed is None:
-            self.printed = 0
-            if not self.options.interactive:
-                sys.stdout.write(escape_for_terminal(sample.prompt))
-        end = len(sample.text) if complete else sample.settled_length()
-        sys.stdout.write(escape_for_terminal(sample.text[self.printed:end]))
-        self.printed = end
+        text = sample.text if complete else sample.text[:sample.settled_length()]
+        if not self.options.interactive:
+            text = sample.prompt + text
+        if self.escapes and not complete:
+            text = text.removesuffix("\r")              # it may become a \r\n
+        new = text[self.printed:]
+        sys.stdout.write(printable_text(new) if self.escapes else new)
+        self.printed = len(text)
         if complete:
             print("\n---------------" if self.several else "")
-
-
-def escape_for_terminal(text: str) -> str:
-    """`text`; on a terminal with its control characters escaped, but for line breaks and tabs."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(char if char in "\n\t" else printable(char) for char in text)
 
 
 # -- generation ------------------------------------------------------------------------------------
@@ -357,6 +377,8 @@ def generate_batch(model, batch: list, options: Options, step, printer: Printer)
 def generate(model, tokenizer, options: Options, prompts: list, step) -> int:
     """Generate num_samples texts for each prompt, in batches of batch_size."""
     flag = "--prompts" if options.prompts else "--start"
+    prompts = fit_texts(tokenizer, prompts, options, flag)
+    note_stops_never_met(tokenizer, options)
     samples = []
     for prompt in prompts:
         ids = prompt_ids(tokenizer, prompt, flag).tolist()
@@ -380,7 +402,8 @@ def converse(model, tokenizer, options: Options, start: str, step) -> int:
     print("Type text and press Enter to have it continued; Enter alone continues, "
           "/new starts over, Ctrl-C stops a text, Ctrl-D exits.", file=sys.stderr, flush=True)
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-    so_far = start
+    so_far, = fit_texts(tokenizer, [start], options, "--start")
+    note_stops_never_met(tokenizer, options)
     seed = options.seed
     while True:
         try:
@@ -392,7 +415,7 @@ def converse(model, tokenizer, options: Options, start: str, step) -> int:
         if line == "/new":
             so_far = ""
             continue
-        prompt = so_far + line
+        prompt = so_far + tokenizer.fit_form(line)
         try:
             ids = tokenizer.encode_prompt(prompt).tolist()
         except ValueError as error:
@@ -443,7 +466,7 @@ def report_score(model, tokenizer, options: Options) -> int:
         raise UserError(f"stride={options.stride} must be at most the model's "
                         f"block_size={block_size}")
     stride = options.stride or max(1, block_size // 2)
-    ids = encode_file(tokenizer, options.score)
+    ids = encode_scored(tokenizer, options)
     losses = token_losses(model, ids, stride)
     total = losses.double().sum().item()
     loss = total / len(losses)
@@ -471,9 +494,10 @@ def report_score(model, tokenizer, options: Options) -> int:
     return 0
 
 
-def encode_file(tokenizer, name: str) -> np.ndarray:
+def encode_scored(tokenizer, options: Options) -> np.ndarray:
     """The ids of the text to score: at least two, or there would be nothing to predict."""
-    text = read_text(name, "--score")
+    name = options.score
+    text, = fit_texts(tokenizer, [read_text(name, "--score")], options, f"--score={name}")
     try:
         ids = tokenizer.encode(text)
     except ValueError as error:
@@ -495,9 +519,9 @@ def colour_of(loss: float) -> int:
 def print_token_scores(tokenizer, ids, losses: list):
     """--score_tokens: a line per token with its log-probability, in colour on a terminal."""
     in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print(f"{'-':>9}  {tokenizer.decode(ids[:1])!r}")
+    print(f"{'-':>9}  {quoted(tokenizer.decode(ids[:1]))}")
     for token, loss in zip(ids[1:], losses, strict=True):
-        line = f"{-loss:9.4f}  {tokenizer.decode([token])!r}"
+        line = f"{-loss:9.4f}  {quoted(tokenizer.decode([token]))}"
         if in_colour:
             line = f"\033[{colour_of(loss)}m{line}\033[0m"
         print(line)
@@ -537,19 +561,48 @@ def read_text(name: str, flag: str) -> str:
 
 
 def read_start(start: str) -> str:
-    """The prompt, given as itself, as FILE:path or as - (standard input)."""
+    """The prompt, given as itself, as FILE:path or as - (standard input). Only what was typed is
+    searched for escapes."""
     if start == "-":
         return read_text(start, "--start")
     if start.startswith("FILE:"):
         return read_text(expand_home(start.removeprefix("FILE:")), "--start")
-    return start
+    return unescape(start)
+
+
+def fit_texts(tokenizer, texts: list, options: Options, flag: str) -> list:
+    """Prompts or a text to score, spelled as in the text that the tokenizer was made from: with its
+    line ends, unless they are kept, and in its Unicode form, where the tokenizer lacks characters of
+    theirs. Says on stderr what that changes."""
+    fitted = texts
+    if options.newlines == "convert":
+        fitted = list(map(tokenizer.fit_line_ends, texts))
+    if fitted != texts and (options.score or tokenizer.line_break != "\n"):
+        print(f"{flag}: line ends become {tokenizer.line_break!r} (--newlines=keep leaves them)", file=sys.stderr,
+              flush=True)
+    normalized = list(map(tokenizer.fit_form, fitted))
+    if normalized != fitted:
+        print(f"{flag}: converted to the Unicode form (NFC or NFD) of the model's text", file=sys.stderr,
+              flush=True)
+    return normalized
+
+
+def note_stops_never_met(tokenizer, options: Options):
+    """Say which stop texts hold a character that the model cannot write."""
+    for stop in options.stop:
+        text = tokenizer.fit_form(unescape(stop))
+        if options.newlines == "convert":
+            text = tokenizer.fit_line_ends(text)
+        if tokenizer.fallback is None and tokenizer.count_unknown(text):
+            print(f"--stop={printable(stop)} is never met: the model's tokenizer lacks a character of it",
+                  file=sys.stderr, flush=True)
 
 
 def read_prompts(options: Options) -> list:
-    """The lines of --prompts, or the one prompt of --start; Windows' line ends become \\n."""
+    """The lines of --prompts, or the one prompt of --start."""
     if not options.prompts:
-        return [read_start(options.start).replace("\r\n", "\n")]
-    text = read_text(options.prompts, "--prompts").replace("\r\n", "\n")
+        return [read_start(options.start)]
+    text = to_newlines(read_text(options.prompts, "--prompts"))
     prompts = text.removesuffix("\n").split("\n")       # not splitlines: U+2028 is part of a prompt
     if not any(prompts):
         raise UserError(f"--prompts={options.prompts} holds no prompt: one per line")

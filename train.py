@@ -56,7 +56,7 @@ from inkling.dry_run import dry_run
 from inkling.output import outlive_output
 from inkling.report import Report, check_loggers
 from inkling.stopping import Guard, NotFinite, Stop, explain_failures
-from inkling.tokenizer import Tokenizer, prompt_ids, stored_tokenizer
+from inkling.tokenizer import Tokenizer, prompt_ids, stored_tokenizer, typed_prompt
 from prepare import ensure_set
 
 # --------------------------------------------------------------------------------------------------
@@ -972,7 +972,7 @@ def start(cfg: Config, origin: Origin | None = None) -> Run:
     data, meta = open_data(folder, cfg.block_size)
     tokenizer = stored_tokenizer(folder, meta)
     check_origin(origin, cfg, tokenizer, meta)
-    prompt_ids(tokenizer, cfg.sample_start, "--sample_start")       # a wrong prompt fails now, not later
+    sample_prompt(cfg, tokenizer)       # a wrong prompt fails now, not later
     plan = make_plan(cfg, ranks, device, len(data["train"]), origin)
 
     torch.manual_seed(cfg.seed)
@@ -1178,11 +1178,17 @@ def mean_loss(run: Run, split: str, starts, stop: Stop | None) -> float | None:
     return (total[0] / total[1]).item()
 
 
+def sample_prompt(cfg: Config, tokenizer: Tokenizer) -> tuple:
+    """(the prompt of samples, its ids (T,))."""
+    prompt = typed_prompt(tokenizer, cfg.sample_start)
+    return prompt, torch.from_numpy(prompt_ids(tokenizer, prompt, "--sample_start"))
+
+
 def sample_text(run: Run) -> str:
     """Return a short continuation of sample_start by the current weights."""
     cfg = run.cfg
     device = run.plan.device
-    prompt = torch.from_numpy(prompt_ids(run.tokenizer, cfg.sample_start, "--sample_start"))
+    prompt, prompt_tokens = sample_prompt(cfg, run.tokenizer)
     generator = torch.Generator().manual_seed(cfg.seed + run.state.step)
     uniform = iter(torch.rand(cfg.sample_tokens, 1, generator=generator))
 
@@ -1190,10 +1196,10 @@ def sample_text(run: Run) -> str:
         return draw(logits, cfg.sample_temperature, next(uniform).to(device))
 
     run.model.eval()
-    tokens = run.model.generate(prompt[None].to(device), cfg.sample_tokens, pick)
+    tokens = run.model.generate(prompt_tokens[None].to(device), cfg.sample_tokens, pick)
     ids = [token.item() for token in tokens]
     run.model.train()
-    return cfg.sample_start + run.tokenizer.decode(ids)
+    return prompt + run.tokenizer.decode(ids)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class UserError(Exception):
     `code` is the exit code of a program that it ends."""
 
     def __init__(self, message: str, code: int = 2):
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(re.sub(r"\s*[\r\n]\s*", " ", str(message).strip()))
         self.code = code
 
 
@@ -129,10 +129,45 @@ def program() -> str:
     return Path(sys.argv[0]).name or "inkling"
 
 
+# What acts on a terminal: control characters except line breaks and tabs, unpaired surrogates, and the marks that
+# reorder everything shown after them. Other invisible characters belong to the text and stay: ideographic and no-break
+# spaces, the joiners of Persian, Hindi and emoji, soft hyphens, U+2028 and U+2029.
+ACTS_ON_TERMINAL = r"\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069"
+UNSAFE = re.compile(f"[{ACTS_ON_TERMINAL}]")
+UNSAFE_IN_A_LINE = re.compile(f"[{ACTS_ON_TERMINAL}\\t\\n\\u2028\\u2029]")
+
+
+def escape_match(match: re.Match) -> str:
+    return match[0].encode("unicode_escape").decode()
+
+
 def printable(text: str) -> str:
-    """`text` with control characters and unpaired surrogates escaped, so that it cannot act on a
-    terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    """`text` in one line, with what would act on a terminal or end the line escaped."""
+    return UNSAFE_IN_A_LINE.sub(escape_match, str(text))
+
+
+def printable_text(text: str) -> str:
+    """`text`, of any number of lines, with what would act on a terminal escaped; \\r\\n is a line break."""
+    return UNSAFE.sub(escape_match, text.replace("\r\n", "\n"))
+
+
+def quoted(text: str) -> str:
+    """`text` in quotes and in one line: like repr, but a visible text keeps its invisible characters
+    where they do no harm."""
+    if not any(char.isprintable() and not char.isspace() for char in text):
+        return repr(text)
+    quote = '"' if "'" in text and '"' not in text else "'"
+    escaped = text.replace("\\", r"\\").replace("\t", r"\t").replace("\n", r"\n").replace("\r", r"\r")
+    return quote + printable(escaped.replace(quote, "\\" + quote)) + quote
+
+
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def unescape(text: str) -> str:
+    """A text typed on the command line, with a line break, a tab, a carriage return and a backslash in
+    place of \\n, \\t, \\r and \\\\. Any other backslash stays."""
+    return re.sub(r"\\([ntr\\])", lambda match: ESCAPES[match[1]], text)
 
 
 def exit_code(main, argv: list) -> int:

@@ -241,7 +241,7 @@ def unpack_zstd(raw, path: Path):
 # -- text ------------------------------------------------------------------------------------------
 
 def decode_blocks(blocks, path: Path, encoding: str):
-    """Yield blocks of bytes as text that is not empty, exactly (line endings too) except for a byte
+    """Yield blocks of bytes as text that is not empty, exactly (line ends too) except for a byte
     order mark."""
     decoder = codecs.getincrementaldecoder(encoding)()
     decoded = 0                                         # bytes before this block
@@ -266,13 +266,55 @@ def decode_blocks(blocks, path: Path, encoding: str):
             yield text
 
 
+def to_newlines(text: str) -> str:
+    """`text` with each line end of Windows (\\r\\n) or of old Macs (\\r) as \\n."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+class LineEnds:
+    """Makes the line ends of the texts that are read \\n, and counts those it changes; with `keep`,
+    all stay as they are."""
+
+    def __init__(self, keep: bool = False):
+        self.keep = keep
+        self.changed = 0
+
+    def whole(self, text: str) -> str:
+        """A text that is there in full, such as a row's."""
+        count = 0 if self.keep else text.count("\r")      # one in \r\n, one in \r
+        if not count:
+            return text
+        self.changed += count
+        return to_newlines(text)
+
+    def blocks(self, blocks):
+        """Yield blocks of a text. A \\r that ends one waits for the next, which may begin with \\n."""
+        if self.keep:
+            yield from blocks
+            return
+        decoder = io.IncrementalNewlineDecoder(None, translate=True)
+        for block in chain(blocks, [""]):
+            self.changed += block.count("\r")
+            text = decoder.decode(block, final=not block)
+            if text:
+                yield text
+
+
+FIRST_LINE_END = re.compile(r"\r?\n|\r(?=[^\n])")
+
+
 def split_lines(blocks, path: Path):
-    """Yield blocks of text as lines, with their ends."""
+    """Yield blocks of text as lines, with their ends: \\n, \\r\\n or, if the first line has that, \\r."""
+    line_end = ""
     rest = ""
     for block in blocks:
-        *lines, rest = (rest + block).split("\n")
-        for line in lines:
-            yield line + "\n"
+        rest += block
+        if not line_end and (first := FIRST_LINE_END.search(rest)):
+            line_end = first[0][-1]
+        if line_end:
+            *lines, rest = rest.split(line_end)
+            for line in lines:
+                yield line + line_end
         if len(rest) > RECORD:
             raise UserError(f"{path} has a line of more than {RECORD:,} characters; --format=text "
                             "reads it as plain text")
@@ -439,7 +481,7 @@ def open_parquet(path: Path, progress: Progress):
     return file
 
 
-def open_documents(path: Path, options, progress: Progress):
+def open_documents(path: Path, options, progress: Progress, line_ends: LineEnds):
     """The reader of a file's documents, by its kind."""
     kind = kind_of(path, options)
     column = options.text_column
@@ -449,6 +491,25 @@ def open_documents(path: Path, options, progress: Progress):
     if column and kind == "text":
         raise UserError(f"--text_column={column} needs a table or JSON, {path} is read as plain "
                         "text: omit it, or give --format=")
+    if kind == "text":
+        blocks = decode_blocks(read_blocks(path, progress), path, options.encoding)
+        return read_text(line_ends.blocks(blocks), options, line_ends)
+    # The line ends of a table or of JSON end rows. Those within a value are text, and JSON spells them "\r\n".
+    rows = open_rows(kind, path, options, progress)
+    return ((begins, line_ends.whole(text)) for begins, text in rows)
+
+
+def read_text(blocks, options, line_ends: LineEnds):
+    """A plain text: one document, or several between separators."""
+    if not options.separator:
+        return read_plain(blocks)
+    separator = options.separator if line_ends.keep else to_newlines(options.separator)
+    return read_separated(blocks, separator)
+
+
+def open_rows(kind: str, path: Path, options, progress: Progress):
+    """The reader of a table or of JSON: a document per row or value."""
+    column = options.text_column
     if kind == "parquet":
         return read_parquet(path, progress, column)
     blocks = decode_blocks(read_blocks(path, progress), path, options.encoding)
@@ -456,17 +517,13 @@ def open_documents(path: Path, options, progress: Progress):
         return read_json_values(blocks, path, column)
     if kind == "jsonl":
         return read_json_lines(blocks, path, column)
-    if kind in ("csv", "tsv"):
-        return read_table(blocks, path, column or "text", "\t" if kind == "tsv" else ",")
-    if options.separator:
-        return read_separated(blocks, options.separator)
-    return read_plain(blocks)
+    return read_table(blocks, path, column or "text", "\t" if kind == "tsv" else ",")
 
 
-def read_documents(path: Path, options, progress: Progress):
+def read_documents(path: Path, options, progress: Progress, line_ends: LineEnds):
     """Yield (whether a document begins here, a piece of it with at most PIECE characters) of one
     file."""
-    for begins, text in open_documents(path, options, progress):
+    for begins, text in open_documents(path, options, progress, line_ends):
         for piece in cut_pieces(text, PIECE):
             yield begins, piece
             begins = False
@@ -475,23 +532,25 @@ def read_documents(path: Path, options, progress: Progress):
 class Reader:
     """The documents of several files, in order, up to `limit` bytes of text in all. Iterating
     yields (the document's number, whether it begins here, a piece of it, that piece in UTF-8).
-    Empty documents are passed over and counted in `empty`. It can be iterated any number of times;
-    `doing` is what its progress line says."""
+    Empty documents are passed over and counted in `empty`; line ends that became \\n are counted in
+    `line_ends`. It can be iterated any number of times; `doing` is what its progress line says."""
 
     def __init__(self, paths: list, options, doing: str = "reading"):
         self.paths = paths
         self.options = options
         self.doing = doing
         self.empty = 0
+        self.line_ends = LineEnds(options.newlines == "keep")
 
     def __iter__(self):
         room = self.options.limit or sys.maxsize        # bytes
         number = -1                                     # of the last document that was not empty
         begun = True                                    # the present document has had a piece
         self.empty = 0
+        self.line_ends.changed = 0
         progress = Progress(self.doing, min(room, sum(path.stat().st_size for path in self.paths)))
         for path in self.paths:
-            for begins, piece in read_documents(path, self.options, progress):
+            for begins, piece in read_documents(path, self.options, progress, self.line_ends):
                 if begins:
                     if not begun:
                         self.empty += 1

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from inkling.cli import UserError, printable
+from inkling.cli import UserError, printable, printable_text
 from inkling.device import device_type
 from inkling.files import atomic_write
 from inkling.format import duration, fit_line, milliseconds, short, size, terminal_width
@@ -397,8 +397,8 @@ class Report:
             self.say(f"could not write {path}: {error.strerror or error}")
 
     def sample(self, step: int, text: str):
-        lines = [printable(line) for line in text.strip().split("\n")]
-        self.say("\n".join([f"--- sample at step {step}", *lines, "---"]))
+        shown = printable_text(text.strip(" \t\r\n"))
+        self.say(f"--- sample at step {step}\n{shown}\n---")
 
     def log(self, step: int, **row):
         """Write a row to log.csv and the other loggers. A full disk costs the row, not the run."""

@@ -5,15 +5,16 @@ import base64
 import codecs
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from inkling.cli import UserError
+from inkling.cli import UserError, quoted, unescape
 from inkling.dataset import read_meta, token_dtype
-from inkling.readers import cut_pieces
+from inkling.readers import cut_pieces, to_newlines
 
 END_OF_TEXT = "<|endoftext|>"
 # The pattern of GPT-4's cl100k_base in plain form: contractions, words with what precedes them, numbers
@@ -22,6 +23,7 @@ PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p
            r"|\s*[\r\n]|\s+(?!\S)|\s+")
 BOUNDED = 1 << 16  # characters that a BPE encodes at once: time grows faster than an unbroken run
 MOST_TOKENS = 1 << 24  # in a vocabulary, so that a damaged file cannot fill the memory
+FORMS = ("NFC", "NFD")                  # of Unicode: accents composed with their letters, or apart
 SINGLE_BYTES = [bytes([value]) for value in range(256)]
 
 
@@ -175,7 +177,21 @@ class Tokenizer:
         unknown = sorted({text[position] for position in np.flatnonzero(ids < 0)})
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
         raise ValueError(f"the tokenizer has no {' '.join(map(repr, unknown[:10]))}{more}; it was "
-                         f"built from a text with {self.vocab_size} different characters")
+                         f"built from a text with {self.vocab_size} different characters"
+                         f"{self._hint_of_other_form(text)}")
+
+    def count_unknown(self, text: str) -> int:
+        """How many characters of `text` the tokenizer lacks; only a char tokenizer lacks any."""
+        if self.kind != "char":
+            return 0
+        return int((self.ids[code_points(text)] < 0).sum())
+
+    def _hint_of_other_form(self, text: str) -> str:
+        for form in FORMS:
+            if not self.count_unknown(unicodedata.normalize(form, text)):
+                return (f"; it has all of this text in Unicode's form {form}: convert it, in Python by "
+                        f'unicodedata.normalize("{form}", text)')
+        return ""
 
     def _spell_rare(self, ids: np.ndarray, text: str) -> np.ndarray:
         """`ids` with each -1 replaced by the ids of the bytes of that character."""
@@ -223,6 +239,29 @@ class Tokenizer:
             return False
         return not any(END_OF_TEXT in text or len(text) > BOUNDED for _, text in texts)
 
+    @cached_property
+    def line_break(self) -> str:
+        """How the text that the tokenizer was made from ended its lines, as far as the vocabulary shows
+        it: \\n, unless that text was read with its \\r. It was if a char tokenizer has \\r, or a BPE
+        trained here has merged \\r\\n."""
+        if self.kind == "char" and "\r" in self.stored["chars"]:
+            return "\r\n" if "\n" in self.stored["chars"] else "\r"
+        if self.kind == "bpe" and self.bpe["name"].startswith("bpe:") and b"\r\n" in self.pieces:
+            return "\r\n"
+        return "\n"
+
+    def fit_line_ends(self, text: str) -> str:
+        """`text` with the line ends that the tokenizer's own text has."""
+        return to_newlines(text).replace("\n", self.line_break)
+
+    def fit_form(self, text: str) -> str:
+        """`text`, normalized to NFC or NFD if a char tokenizer lacks fewer of its characters then: é is
+        one character, or e and an accent."""
+        if not self.count_unknown(text):
+            return text
+        forms = [text, *(unicodedata.normalize(form, text) for form in FORMS)]
+        return min(forms, key=self.count_unknown)
+
     def encode_prompt(self, text: str) -> np.ndarray:
         """Like encode, but never empty: an empty prompt becomes the end-of-text token, a line
         break, or id 0."""
@@ -265,13 +304,18 @@ def stored_tokenizer(folder: Path, meta: dict) -> Tokenizer:
     return tokenizer
 
 
+def typed_prompt(tokenizer: Tokenizer, text: str) -> str:
+    """The prompt that a setting spells, as the tokenizer's own text would have it."""
+    return tokenizer.fit_form(tokenizer.fit_line_ends(unescape(text)))
+
+
 def prompt_ids(tokenizer: Tokenizer, text: str, flag: str) -> np.ndarray:
     """Ids (T,) in int64 of the prompt that the user gave with `flag`. Raises UserError if it cannot
     be encoded."""
     try:
         return tokenizer.encode_prompt(text).astype(np.int64)
     except ValueError as error:
-        prompt = f"{flag}={text!r}" if len(text) < 40 else flag
+        prompt = f"{flag}={quoted(text)}" if len(text) < 40 else flag
         raise UserError(f"{prompt}: {error}")
 
 

@@ -53,11 +53,11 @@ def toy_bpe(monkeypatch):
 @pytest.fixture
 def write(tmp_path, toy_bpe):
     """Write texts (str or bytes), one file each, and prepare them; returns the set's folder."""
-    def write(*texts, tokenizer="char", val_fraction=0.1, folder="set") -> Path:
+    def write(*texts, folder="set", tokenizer="char", **options) -> Path:
         sources = [tmp_path / f"{number}.txt" for number in range(len(texts))]
         for source, text in zip(sources, texts, strict=True):
             source.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
-        write_set(tmp_path / folder, sources, tokenizer, val_fraction)
+        write_set(tmp_path / folder, sources, options=prepare.Options(tokenizer=tokenizer, **options))
         return tmp_path / folder
     return write
 
@@ -198,7 +198,7 @@ def test_the_smallest_type_that_holds_every_id(vocab_size, dtype):
                                                    (65_537, "uint32")])
 def test_a_set_of_each_type_keeps_its_highest_id(vocab_size, dtype, write):
     points = [point for point in range(vocab_size + 2048) if not 0xD800 <= point < 0xE000]     # no surrogates
-    folder = write("".join(map(chr, points[:vocab_size])))
+    folder = write("".join(map(chr, points[:vocab_size])), newlines="keep")
     assert (folder / "train.bin").stat().st_size == int(vocab_size * 0.9) * np.dtype(dtype).itemsize
     ids = np.concatenate(split_ids(folder))
     assert ids.dtype == np.dtype(dtype)
@@ -209,8 +209,9 @@ def test_a_set_of_each_type_keeps_its_highest_id(vocab_size, dtype, write):
 @KINDS
 @pytest.mark.parametrize("mark", [b"", "\ufeff".encode()], ids=["plain", "BOM"])
 def test_the_files_say_exactly_what_the_text_says(kind, mark, write):
-    assert split_texts(write(mark + PUZZLE.encode(), tokenizer=kind, val_fraction=0.25)) == [
-        PUZZLE[:int(len(PUZZLE) * 0.75)], PUZZLE[int(len(PUZZLE) * 0.75):]]
+    for newlines, text in {"keep": PUZZLE, "convert": PUZZLE.replace("\r\n", "\n").replace("\r", "\n")}.items():
+        folder = write(mark + PUZZLE.encode(), tokenizer=kind, val_fraction=0.25, newlines=newlines)
+        assert split_texts(folder) == [text[:int(len(text) * 0.75)], text[int(len(text) * 0.75):]]
 
 
 @settings(same_every_time, max_examples=25)
@@ -218,7 +219,7 @@ def test_the_files_say_exactly_what_the_text_says(kind, mark, write):
 def test_any_text_and_any_fraction_make_a_whole_set(text, val_fraction, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any")
     (folder / "text").write_bytes(b"\n" + text.encode())        # or a U+FEFF in front would be a mark
-    write_set(folder, [folder / "text"], "char", val_fraction)
+    write_set(folder, [folder / "text"], options=prepare.Options(val_fraction=val_fraction, newlines="keep"))
     check_set(folder)
     assert "".join(split_texts(folder)) == "\n" + text
 

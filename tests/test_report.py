@@ -192,6 +192,12 @@ def test_a_sample_cannot_act_on_the_terminal(make_run, tmp_path, capsys):
     assert capsys.readouterr().out == "--- sample at step 3\none\\x1b[2J\ntwo\n---\n"
 
 
+def test_a_sample_shows_the_characters_of_its_text(make_run, tmp_path, capsys):
+    Report(make_run(), tmp_path).sample(3, "\u3000\u3000话说\r\n\tمی\u200cخواهم\r\n👩\u200d💻\u00a0!\r")
+    assert capsys.readouterr().out == (
+        "--- sample at step 3\n\u3000\u3000话说\n\tمی\u200cخواهم\n👩\u200d💻\u00a0!\n---\n")
+
+
 @pytest.mark.parametrize("interval", [1, 3, 4, 10, 50])
 @pytest.mark.parametrize("max_iters", [0, 1, 9, 10, 12])
 def test_the_evaluations_left_are_those_of_the_loop(interval, max_iters):

@@ -1,5 +1,6 @@
 """sample.py: how it chooses tokens, what it prints of them, and how it scores a text."""
 
+import ast
 import base64
 import contextlib
 import copy
@@ -21,7 +22,7 @@ from conftest import ZYGOTE, flags, inside, one_line_error, pairwise, perturbed
 
 import sample
 from inkling.checkpoint import save_checkpoint
-from inkling.cli import UserError
+from inkling.cli import UserError, printable, printable_text, quoted
 from inkling.tokenizer import Tokenizer
 from sample import Options, Picker, keep_top_p, select_top_k, token_losses
 from train import GPT, Config, load
@@ -755,13 +756,64 @@ def test_colours_are_for_a_terminal_that_wants_them(models, printed, tmp_path, m
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no such terminals here")
 def test_control_characters_reach_a_pipe_but_no_terminal(parrot, monkeypatch):
-    says = b"a\x1b[2J\tb\rc\n\x07"
+    says = b"a\x1b[2J\tb\rc\n\x07\r\n\r\r\nd\r"
     assert parrot(says, f"--max_new_tokens={len(says)}", "--start=\x1bx", stored=BYTES)[0] == (
         "\x1bx" + says.decode() + "\n")
     tokenizer = Tokenizer(BYTES)
     monkeypatch.setattr(sample, "load", lambda path, device: (Parrot(says, 256), tokenizer))
     assert on_a_terminal(sample.main, "--ckpt=x", "--device=cpu", "--start=\x1bx", f"--max_new_tokens={len(says)}") == (
-        "\\x1bxa\\x1b[2J\tb\\rc\n\\x07\n")
+        "\\x1bxa\\x1b[2J\tb\\rc\n\\x07\n\\r\nd\\r\n")
+
+
+# Texts that people write, each with a character that Python calls unprintable.
+WRITTEN = {
+    "Chinese": "\u3000\u3000话说天下大势，分久必合。",
+    "no-break spaces": "10\u00a0km\u202f!",
+    "Persian": "می\u200cخواهم",
+    "Hindi": "क्\u200dष और क्\u200cष",
+    "family": "👨\u200d👩\u200d👧",
+    "Scotland": "🏴\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f",
+    "heart": "❤\ufe0f",
+    "Arabic": "\u200fعربي\u200e 3",
+    "soft hyphen": "Donau\u00addampf",
+    "accent": "e\u0301",
+    "Thai": "ภาษา\u200bไทย",
+    "Mongolian": "ᠠ\u180eᠡ",
+    "word joiner": "a\u2060b\ufeff",
+    "line separators": "a\u2028b\u2029c",
+    "icon": "\ue0a0",                                   # of a font's own
+    "new": "\U0001fae9\U0001fadf",                      # emoji that this Python may not know yet
+}
+HARMFUL = [*"\x00\x07\x08\x0b\x0c\r\x1b\x7f\x85\x9b\ud800\udcff\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"]
+
+
+@pytest.mark.parametrize("text", WRITTEN.values(), ids=list(WRITTEN))
+def test_what_people_write_stays_as_it_is(text, parrot):
+    assert printable_text(f"a\t{text}\nb{text}\r\n") == f"a\t{text}\nb{text}\n"
+    whole = f"x{text}" * 2
+    assert printable(whole) == whole.replace("\u2028", r"\u2028").replace("\u2029", r"\u2029")
+    assert quoted(whole) == f"'{printable(whole)}'"
+    assert str(UserError(whole)) == whole
+    assert parrot(text.encode(), f"--max_new_tokens={len(text.encode())}", "--start=x", stored=BYTES)[0] == f"x{text}\n"
+
+
+@pytest.mark.parametrize("char", HARMFUL, ids=ascii)
+def test_what_acts_on_a_terminal_is_escaped(char):
+    escape = ascii(char)[1:-1]
+    assert printable_text(f"a\n{char}b") == f"a\n{escape}b"
+    assert printable(f"a{char}b") == f"a{escape}b"
+    assert quoted(f"a{char}b") == f"'a{escape}b'"
+
+
+@pytest.mark.parametrize("text", ["", " ", "é", "a'b", 'a"b', "a'\"b", "a\\b", "\\n", "\n", "a\n\t\rb", "\x1b",
+                                  "\ud800", "\u3000", "\u200c", "\u200d\u200d", "\u0301"], ids=ascii)
+def test_a_quoted_text_is_a_text_in_python(text):
+    assert quoted(text) == repr(text)
+    assert ast.literal_eval(quoted(f"x{text}y")) == f"x{text}y"
+
+
+def test_an_error_is_one_line_and_keeps_its_spaces():
+    assert str(UserError("\na file\u3000name  b\n   and more \r\n\n of it\n")) == "a file\u3000name  b and more of it"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -154,8 +154,10 @@ def test_decode_into_a_closed_pipe_says_nothing(here):
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:400"])
 def test_decode_writes_the_text_back(tokenizer, here):
-    text = FABLES[:5000] + "\r\n漢字 \0 <|endoftext|> \U0001f600 e\u0301"
-    (here / "b.txt").write_text(text, encoding="utf-8", newline="")
+    text = FABLES[:5000] + "\n漢字 \0 <|endoftext|> \U0001f600 e\u0301"
+    (here / "b.txt").write_text(text, encoding="utf-8", newline="\r\n")
+    prepared("b.txt", f"--tokenizer={tokenizer}", "--newlines=keep")
+    assert prepared("--decode", "b") == text.replace("\n", "\r\n")
     for more in ([], ["--shard_tokens=1234"], ["--limit=4000"]):
         prepared("b.txt", f"--tokenizer={tokenizer}", "--val_fraction=0.3", *more)
         assert prepared("--decode", "b") == (text[:4000] if "--limit=4000" in more else text)

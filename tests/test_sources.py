@@ -75,8 +75,9 @@ def test_every_form_packed_or_not_gives_the_same_text(name, suffix, here):
 def test_a_table_without_a_column_is_taken_as_it_is(here):
     (here / "a.csv").write_bytes(FORMS["a.csv"])
     prepared("a.csv", "--tokenizer=byte")
-    assert "".join(texts("a")) == FORMS["a.csv"].decode()
-    assert texts("a")[1] == FORMS["a.csv"].decode()[-len(texts("a")[1]):]     # one text, cut near its end
+    expected = FORMS["a.csv"].decode().replace("\r\n", "\n")
+    assert "".join(texts("a")) == expected
+    assert texts("a")[1] == expected[-len(texts("a")[1]):]      # one text, cut near its end
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.parquet"])
