@@ -64,10 +64,17 @@ class ModelConfig:
     n_head: PositiveInt = 2             # attention heads (queries)
     n_kv_head: NonNegativeInt = 0       # key-value heads, shared by groups of queries (GQA); 0: n_head
     n_embd: PositiveInt = 192           # width: embedding size
+    head_dim: NonNegativeInt = 0        # width of each attention head; 0: n_embd / n_head
     ffn_dim: NonNegativeInt = 0         # width inside the MLP; 0: 4 n_embd (swiglu: 8/3, rounded up to 128)
     positions: Literal["rope", "learned"] = "rope"  # rotary (arXiv 2104.09864) or learned embeddings
     rope_theta: PositiveFloat = 1024.0  # base of the rotary wavelengths
     rope_fraction: Fraction = 0.5       # fraction of each head's dimensions that is rotated
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"  # slower rotation, for a context longer than the
+                                        # one first trained on: all of it, or as Llama 3 does (scale_frequency)
+    rope_factor: Annotated[float, at_least(1)] = 8.0  # with rope_scaling: how many times slower
+    rope_low_freq: PositiveFloat = 1.0  # llama3: what turns less often than this in rope_context is slowed down
+    rope_high_freq: PositiveFloat = 4.0  # llama3: what turns more often than this is not; between, in part
+    rope_context: PositiveInt = 8192    # llama3: the context that the model was first trained on
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # before attention, before the MLP, and at the end
     norm_gain: bool = False             # the norms have a learned gain
     norm_eps: NonNegativeFloat = 1e-6   # the norms' epsilon
@@ -161,11 +168,13 @@ class Config(ModelConfig):
 
     def rules(self) -> dict:
         """The rules between settings: each one in words, and whether it holds."""
-        head_dim = self.n_embd / max(1, self.n_head)
+        head_dim = self.head_dim or self.n_embd / max(1, self.n_head)
         return {
-            f"n_head={self.n_head} must divide n_embd={self.n_embd}": head_dim % 1 == 0,
-            f"n_embd / n_head = {head_dim:g} must be even for rope":
+            f"n_head={self.n_head} must divide n_embd={self.n_embd}, or head_dim be set": head_dim % 1 == 0,
+            f"{'head_dim' if self.head_dim else 'n_embd / n_head'} = {head_dim:g} must be even for rope":
                 self.positions != "rope" or head_dim % 2 != 1,
+            f"rope_low_freq={self.rope_low_freq} must be below rope_high_freq={self.rope_high_freq}":
+                self.rope_scaling != "llama3" or self.rope_low_freq < self.rope_high_freq,
             f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}":
                 self.n_head % (self.n_kv_head or 1) == 0,
             "tie_weights=True needs an init other than zero":
@@ -197,13 +206,32 @@ def make_norm(cfg: Config):
     return nn.RMSNorm(cfg.n_embd, cfg.norm_eps, cfg.norm_gain)
 
 
+def head_width(cfg: Config) -> int:
+    """Return the number of dimensions of an attention head."""
+    return cfg.head_dim or cfg.n_embd // cfg.n_head
+
+
+def scale_frequency(cfg: Config, frequency):
+    """Return the rotary frequencies after rope_scaling. llama3: where a pair turns seldom within
+    rope_context, it is slowed down; where it turns often, it stays; between, in proportion."""
+    if cfg.rope_scaling == "none":
+        return frequency
+    slowed = frequency / cfg.rope_factor
+    if cfg.rope_scaling == "linear":
+        return slowed
+    turns = cfg.rope_context * frequency / (2 * math.pi)
+    kept = (turns - cfg.rope_low_freq) / (cfg.rope_high_freq - cfg.rope_low_freq)
+    return slowed.lerp(frequency, kept.clamp(0, 1))
+
+
 def rotation_table(cfg: Config):
     """Return the cos and sin, (block_size, head_dim / 2) each, of the angle by which a position
     rotates a pair of dimensions. Pairs beyond rope_fraction are not rotated."""
-    pairs = cfg.n_embd // cfg.n_head // 2
+    pairs = head_width(cfg) // 2
     turning = round(cfg.rope_fraction * pairs)
     frequency = torch.zeros(pairs)
     frequency[:turning] = cfg.rope_theta ** (-torch.arange(turning) / max(1, turning))
+    frequency = scale_frequency(cfg, frequency)
     angle = torch.outer(torch.arange(cfg.block_size), frequency)
     return angle.cos(), angle.sin()
 
@@ -259,7 +287,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head = cfg.n_head
         self.n_kv_head = cfg.n_kv_head or cfg.n_head
-        self.head_dim = cfg.n_embd // cfg.n_head
+        self.head_dim = head_width(cfg)
         self.qk_norm = cfg.qk_norm
         self.norm_eps = cfg.norm_eps
         self.dropout = cfg.dropout if cfg.attn_dropout else 0.0
@@ -267,7 +295,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(cfg.n_embd, self.n_head * self.head_dim, bias=bias)
         self.k = nn.Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=bias)
         self.v = nn.Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=bias)
-        self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.out = nn.Linear(self.n_head * self.head_dim, cfg.n_embd, bias=cfg.bias)
         mixes_values = cfg.shortcuts and layer > 0
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if mixes_values else None
 
@@ -288,7 +316,7 @@ class Attention(nn.Module):
             q = rotate(q, *rotation)
             k = rotate(k, *rotation)
         y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), cache)
-        y = y.transpose(1, 2).reshape(B, T, C)                      # the heads side by side
+        y = y.transpose(1, 2).reshape(B, T, -1)                     # the heads side by side
         return self.out(y), v
 
     def attend(self, q, k, v, cache):
@@ -517,8 +545,7 @@ class Cache:
     """
 
     def __init__(self, cfg: Config, batch_size: int, size: int, device, dtype):
-        head_dim = cfg.n_embd // cfg.n_head
-        shape = (batch_size, cfg.n_kv_head or cfg.n_head, size, head_dim)
+        shape = (batch_size, cfg.n_kv_head or cfg.n_head, size, head_width(cfg))
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
         self.ids = torch.zeros(batch_size, size, device=device, dtype=torch.int64)
