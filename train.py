@@ -15,10 +15,12 @@ and 143 stopped. README.zh.md: 中文说明
 
 import math
 import os
+import re
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 import numpy as np
@@ -28,7 +30,14 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from inkling import cli, cpu
-from inkling.checkpoint import RunFolder, build_model, file_stamp, load_checkpoint, restore_optimizers
+from inkling.checkpoint import (
+    ForeignCheckpoint,
+    RunFolder,
+    build_model,
+    file_stamp,
+    load_checkpoint,
+    restore_optimizers,
+)
 from inkling.cli import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, UserError, at_least
 from inkling.clock import Deadline, Stopwatch
 from inkling.dataset import check_ids, open_data, random_order, windows_at_once
@@ -1028,11 +1037,20 @@ def check_origin(origin: Origin, cfg: Config, tokenizer: Tokenizer, meta: dict):
     if origin.checkpoint and origin.checkpoint["tokenizer"] != tokenizer.stored:
         raise UserError(
             f"data set {cfg.dataset} has another tokenizer than the checkpoint: prepare it with the checkpoint's "
-            "own (prepare.py --tokenizer=PATH/ckpt.pt; gpt2 and byte fit every text)")
+            f"own (prepare.py --tokenizer={own_tokenizer(cfg)})")
     text = text_checksum(meta)
     if origin.resuming and origin.checkpoint.get("text", text) != text:
         raise UserError(
             f"data set {cfg.dataset} has changed since the run began: restore it, or start from scratch")
+
+
+def own_tokenizer(cfg: Config) -> str:
+    """Return what to say to prepare.py for the tokenizer of the checkpoint that a run starts from."""
+    if cfg.init_from in ("resume", "auto"):
+        return f"{cfg.out_dir}/last.pt"
+    if os.path.isfile(Path(cfg.init_from, "ckpt.pt")):
+        return f"{cfg.init_from}/ckpt.pt"
+    return cfg.init_from if os.path.exists(cfg.init_from) else "gpt2"
 
 
 def text_checksum(meta: dict) -> str:
@@ -1208,7 +1226,7 @@ def sample_text(run: Run) -> str:
     tokens = run.model.generate(prompt[None].to(device), cfg.sample_tokens, pick)
     ids = [token.item() for token in tokens]
     run.model.train()
-    return cfg.sample_start + run.tokenizer.decode(ids)
+    return cfg.sample_start + run.tokenizer.decode(ids, begins=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1428,13 +1446,10 @@ def resume_content(run: Run) -> dict:
 
 def load(path, device: str = "cpu") -> tuple:
     """Return (model, tokenizer) for use from Python, the model in eval mode. path: a checkpoint, a
-    run's folder, or the name gpt2, gpt2-medium, gpt2-large or gpt2-xl. Raises UserError.
+    run's folder, or what else read_checkpoint takes. Raises UserError.
 
     `for ids in model.generate(prompt, 100, lambda logits: draw(logits, 0.8))` continues a prompt, ids
     (B, T)."""
-    in_folder = Path(path, "ckpt.pt")
-    if os.path.isfile(in_folder):
-        path = in_folder
     model, tokenizer = restore_model(read_checkpoint(path), path)
     model = model.to(device).eval()
     if device_type(device) == "cpu":
@@ -1443,11 +1458,22 @@ def load(path, device: str = "cpu") -> tuple:
 
 
 def read_checkpoint(source) -> dict:
-    """Return the content of a checkpoint, given its path or the name of one of OpenAI's models."""
-    if str(source).startswith("gpt2") and not os.path.isfile(source):
-        import convert  # only needed here
-        return convert.import_model(source)
-    return load_checkpoint(Path(source))
+    """Return the content of a checkpoint, given its path or a run's folder; or of a model that
+    convert.py can take over: one of OpenAI's by its name, a Hugging Face directory, nanoGPT's
+    ckpt.pt."""
+    in_folder = Path(source, "ckpt.pt")
+    if os.path.isfile(in_folder):
+        source = in_folder
+    is_name = str(source).startswith("gpt2") and not os.path.isfile(source)
+    if not is_name and not os.path.isfile(Path(source, "config.json")):
+        try:
+            return load_checkpoint(Path(source))
+        except ForeignCheckpoint as error:
+            foreign = error
+    import convert  # only needed here
+    if os.path.isfile(source):
+        return convert.import_nanogpt(source, foreign.content)
+    return convert.import_model(source)
 
 
 def restore_model(content: dict, source, cfg: Config | None = None) -> tuple:
@@ -1516,8 +1542,24 @@ def print_changes(changed: dict):
         print(f"changed  since the run was saved: {cli.printable(changes)}", flush=True)
 
 
+def next_command(word: str) -> str:
+    """Return what to type for a word that is no config file: a text, a data set or a model; or an
+    empty text."""
+    path = Path(word)
+    folder = path.parent if path.name in ("meta.json", "train.bin") else path
+    name = re.sub("[^A-Za-z0-9._-]+", "_", path.resolve().stem).strip("._-") or "text"
+    if os.path.isfile(folder / "meta.json"):
+        place = folder.resolve()
+        return f"python train.py --dataset={place.name} --data_dir={quote(str(place.parent))}"
+    if word.endswith(".pt") or os.path.isfile(path / "config.json"):
+        return f"python train.py --init_from={quote(word)} --dataset=NAME"
+    if os.path.exists(word):
+        return f"python prepare.py {quote(word)} --name={name} && python train.py --dataset={name}"
+    return ""
+
+
 def main(argv: list) -> int:
-    parsed = cli.parse(Config, argv, __doc__)
+    parsed = cli.parse(Config, argv, __doc__, hint=next_command)
     cfg = Config(**parsed.values)
     name = parsed.files[-1].stem if parsed.files else cfg.dataset
     out_dir = Path(cfg.out_dir or Path("out") / name)

@@ -316,10 +316,11 @@ def read_flag(word: str, kinds: dict) -> tuple:
         raise UserError(f"--{key}={text} is not {problem}")
 
 
-def parse(options: type, argv: list, doc: str, takes: str = "config files") -> Parsed:
+def parse(options: type, argv: list, doc: str, takes: str = "config files", hint=None) -> Parsed:
     """Read `argv`, config files and flags: a flag overrides every file, later files and flags
     override earlier ones. Unless takes="config files", words without dashes are returned as they
-    are. `--help` prints `doc` and the fields and exits with 0."""
+    are. hint: from a word that is no config file to the command that may be meant, or an empty text.
+    `--help` prints `doc` and the fields and exits with 0."""
     kinds = field_types(options)
     parsed = Parsed()
     for word in argv:
@@ -333,7 +334,7 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files") -> P
             parsed.values[name] = value
             parsed.typed.add(name)
         elif takes == "config files":
-            for name, value in read_config_file(find_config_file(word), kinds).items():
+            for name, value in read_config_file(find_config_file(word, hint), kinds).items():
                 if name not in parsed.typed:
                     parsed.values[name] = value
             parsed.files.append(Path(word))
@@ -344,9 +345,12 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files") -> P
     return parsed
 
 
-def find_config_file(word: str) -> str:
+def find_config_file(word: str, hint=None) -> str:
     """`word`, if it names a config file that is there."""
     if not word.endswith(".py"):
+        if command := hint(word) if hint else "":
+            raise UserError(f"{word!r} is neither a config file (NAME.py) nor a flag (--key=value); "
+                            f"you may want: {command}")
         raise UserError(f"{word!r} is neither a config file (NAME.py) nor a flag (--key=value)"
                         f"{nearest_config(word) or '; see --help'}")
     if not os.path.isfile(word):            # Path.is_file raises on a name that is too long

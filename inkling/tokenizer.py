@@ -289,8 +289,9 @@ class Tokenizer:
         return text
 
     def stream(self) -> Callable[[int | None], str]:
-        """A function from one id to the text that it completes, in the middle of a text: a character spread over several
-        tokens is held back until it is whole. Called with None it returns what is held back."""
+        """A function from one id to the text that it completes, in the middle of a text: a character
+        spread over several tokens is held back until it is whole. Called with None it returns what
+        is held back."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
         def push(value: int | None) -> str:
