@@ -1,8 +1,9 @@
-"""Models of other programs: a Hugging Face directory of GPT-2 or Llama to a checkpoint of Inkling,
-and back.
+"""Models of other programs: a Hugging Face directory of GPT-2 or Llama, or nanoGPT's ckpt.pt, to a
+checkpoint of Inkling; and a checkpoint to a Hugging Face directory.
 
     python convert.py import gpt2               # OpenAI's; also gpt2-medium, gpt2-large, gpt2-xl
     python convert.py import path/to/folder --out=out/llama
+    python convert.py import nanoGPT/out/ckpt.pt --out=out/nano
     python convert.py export out/book/ckpt.pt --out=book
 
 The folder to import holds config.json, model.safetensors and tokenizer.json; transformers loads the
@@ -24,12 +25,20 @@ from typing import NamedTuple
 
 import torch
 
-from inkling.checkpoint import RunFolder, load_checkpoint
+from inkling.checkpoint import ForeignCheckpoint, RunFolder, load_checkpoint
 from inkling.cli import FilePath, UserError, parse, run
 from inkling.files import atomic_write
-from inkling.huggingface import NAMES, load_tokenizer, model_folder, read_json, tokenizer_to_json
+from inkling.huggingface import (
+    NAMES,
+    load_tokenizer,
+    model_folder,
+    read_json,
+    refuse_pointer,
+    token_text,
+    tokenizer_to_json,
+)
 from inkling.output import outlive_output
-from inkling.tokenizer import END_OF_TEXT, Tokenizer
+from inkling.tokenizer import Tokenizer
 
 EXPORTED = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
             "tokenizer_config.json"}
@@ -40,9 +49,9 @@ class Options:
     # -- what is written
     out: FilePath = ""                  # import: folder of the run, empty: out/NAME; export: the
                                         # directory to write
-    tokenizer: FilePath = ""            # import: the tokenizer, if the directory's own cannot be
-                                        # used: byte, a name that tiktoken knows, or the path of a
-                                        # meta.json or ckpt.pt of Inkling
+    tokenizer: FilePath = ""            # import: the model's tokenizer, if it is not in the
+                                        # directory: byte, a name that tiktoken knows, or the path
+                                        # of a meta.json or ckpt.pt of Inkling
 
 
 # -- architectures ---------------------------------------------------------------------------------
@@ -55,7 +64,7 @@ TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
 FIXED_IN_BOTH = dict(embed_norm=False, head_bias=False, qk_norm=False, logit_cap=0.0,
                      shortcuts=False, ngrams=0)
 FIXED = {
-    "gpt2": FIXED_IN_BOTH | dict(positions="learned", norm="layernorm"),
+    "gpt2": FIXED_IN_BOTH | dict(positions="learned", norm="layernorm", head_dim=0),
     "llama": FIXED_IN_BOTH | dict(positions="rope", rope_fraction=1.0, norm="rmsnorm",
                                   mlp="swiglu"),
 }
@@ -77,15 +86,23 @@ ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu"
 # as zeros or ones.
 OPTIONAL = ("bias", "qkv_bias", "norm_gain")
 
-# Fields of config.json that say nothing about what the weights compute in evaluation.
+# Fields of config.json that say nothing about what the weights compute in evaluation: names and
+# notes, what training did, how generate() is to sample, and what calls are to return.
 HARMLESS = {
-    "_name_or_path", "_num_labels", "architectures", "attention_dropout", "attn_pdrop", "bos_token_id",
-    "dtype", "embd_pdrop", "eos_token_id", "gradient_checkpointing", "id2label", "initializer_range",
-    "inkling", "is_llama_config", "label2id", "model_type", "n_special", "output_past", "pad_token_id",
-    "predict_special_tokens", "pretraining_tp", "reorder_and_upcast_attn", "resid_pdrop",
-    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
-    "summary_use_proj", "task_specific_params", "tokenizer_class", "torch_dtype",
-    "transformers.js_config", "transformers_version", "use_cache"}
+    "architectures", "auto_map", "bad_words_ids", "bos_token", "chunk_size_feed_forward",
+    "diversity_penalty", "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size",
+    "eos_token", "exponential_decay_length_penalty", "finetuning_task", "gradient_checkpointing",
+    "id2label", "initializer_range", "inkling", "is_decoder", "is_llama_config", "label2id",
+    "length_penalty", "max_length", "max_new_tokens", "max_sequence_length", "min_length",
+    "model_max_length", "model_type", "n_special", "name_or_path", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_labels", "num_return_sequences", "output_past",
+    "predict_special_tokens", "prefix", "pretraining_tp", "problem_type", "remove_invalid_values",
+    "reorder_and_upcast_attn", "repetition_penalty", "return_dict", "seq_length",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p",
+    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p",
+    "use_bfloat16", "use_cache", "use_flash_attention"}
+HARMLESS_KINDS = re.compile(r"_.*|unsloth_.*|summary_.*|output_.*|return_.*|.*_token_ids?|.*suppress_tokens"
+                            r"|(.*_)?(dropout|pdrop)|neftune_.*|(.*_)?attn_implementation|tokenizer_.*")
 
 
 # -- config.json to our settings -------------------------------------------------------------------
@@ -129,7 +146,9 @@ class Fields:
         """Whatever was not read could change what the model computes, unless it is off or
         harmless."""
         for name, value in self.hf.items():
-            if name not in self.used | HARMLESS and value is not None and value is not False:
+            harmless = name in HARMLESS or HARMLESS_KINDS.fullmatch(name)
+            is_off = value is None or value is False or value in ([], {})
+            if name not in self.used and not harmless and not is_off:
                 self.refused.append(f"{name}={value!r}")
 
 
@@ -151,10 +170,11 @@ def settings_from_hf(hf: dict) -> tuple:
 
     heads = config["n_head"]
     kv_heads = config["n_kv_head"] or heads
-    multiple = 2 * heads if kind == "llama" else heads          # rope turns pairs of numbers
-    if config["n_embd"] % multiple or heads % kv_heads:
-        fields.refused.append(f"{heads} heads, {kv_heads} of keys and values, in a width of "
-                              f"{config['n_embd']}")
+    head_dim = config["head_dim"] or config["n_embd"] / heads
+    multiple = 2 if kind == "llama" else 1                      # rope turns pairs of numbers
+    if head_dim % multiple or heads % kv_heads:
+        fields.refused.append(f"{heads} heads of {head_dim:g} dimensions, {kv_heads} of keys and "
+                              f"values, in a width of {config['n_embd']}")
     fields.refuse_unread()
     if fields.refused:
         named = ", ".join(fields.refused)
@@ -178,44 +198,66 @@ def gpt2_settings(fields: Fields, config: dict) -> dict:
 def llama_settings(fields: Fields, config: dict) -> dict:
     fields.choice("hidden_act", "silu")
     fields.choice("partial_rotary_factor", 1)
-    fields.choice("head_dim", config["n_embd"] / config["n_head"])
     attention_bias = fields.choice("attention_bias", False, True)
     mlp_bias = fields.choice("mlp_bias", False, True)
     if mlp_bias and not attention_bias:
         fields.refused.append("mlp_bias=True with attention_bias=False")
-    return dict(
+    head_dim = fields.size("head_dim") if fields.get("head_dim") else 0
+    if head_dim * config["n_head"] == config["n_embd"]:
+        head_dim = 0                    # the usual width
+    return read_rope(fields, config["block_size"]) | dict(
         n_kv_head=fields.size("num_key_value_heads", config["n_head"]),
+        head_dim=head_dim,
         bias=mlp_bias,
         qkv_bias="auto" if attention_bias == mlp_bias else True,
-        rope_theta=read_rope_theta(fields),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         tie_weights=fields.choice("tie_word_embeddings", False, True),
     )
 
 
-def read_rope_theta(fields: Fields) -> float:
-    """The base of the rotary angles: transformers 5 has it in rope_parameters, transformers 4
-    beside rope_scaling. Any way of scaling the angles is refused."""
+# What a rope_type needs, by the names in config.json, and our settings for it.
+ROPE_FIELDS = {"linear": {"factor": "rope_factor"},
+               "llama3": {"factor": "rope_factor", "low_freq_factor": "rope_low_freq",
+                          "high_freq_factor": "rope_high_freq",
+                          "original_max_position_embeddings": "rope_context"}}
+
+
+def read_rope(fields: Fields, block_size: int) -> dict:
+    """Our settings of the rotary angles: transformers 5 has them in rope_parameters, transformers 4
+    beside and in rope_scaling. Any scaling but linear and Llama 3's is refused."""
     rope = dict(fields.get("rope_scaling", {})) | dict(fields.get("rope_parameters", {}))
     if theta := rope.pop("rope_theta", None):
         fields.hf["rope_theta"] = theta
-    types = {rope.pop(name, "default") for name in ("rope_type", "type")}
+    types = {rope.pop(name, "default") for name in ("rope_type", "type")} - {"default"}
+    kind = types.pop() if len(types) == 1 else "default"
     factor = rope.pop("partial_rotary_factor", 1)
-    if types != {"default"} or factor != 1 or any(rope.values()):
+    config = {"rope_theta": float(fields.number("rope_theta", 10_000.0))}
+    for theirs, ours in ROPE_FIELDS.get(kind, {}).items():
+        default = block_size if ours == "rope_context" else None
+        value = rope.pop(theirs, default)
+        if type(value) not in (int, float) or not 0 < value < 2**31:
+            types.add(kind)
+            continue
+        config[ours] = int(value) if ours == "rope_context" else float(value)
+    known = kind == "default" or kind in ROPE_FIELDS
+    if kind != "default":
+        rope.pop("original_max_position_embeddings", None)      # linear scaling does not use it
+        config["rope_scaling"] = kind
+    if not known or types or factor != 1 or any(rope.values()):
         scaling = fields.get("rope_parameters") or fields.get("rope_scaling")
         fields.refused.append(f"rope_parameters={scaling}")
-    return float(fields.number("rope_theta", 10_000.0))
+    return config
 
 
 # -- our settings to config.json -------------------------------------------------------------------
 
-def settings_to_hf(config: dict, width: int, vocab_size: int, eot: int | None) -> dict:
+def settings_to_hf(config: dict, width: int, vocab_size: int) -> dict:
     """config.json's content for our settings. width: of the MLP. Raises ValueError naming every
     switch that neither GPT-2 nor Llama has."""
     kind = "llama" if config["positions"] == "rope" else "gpt2"
     refuse_switches(kind, config)
     sizes = config | dict(ffn_dim=width, n_kv_head=config["n_kv_head"] or config["n_head"])
-    hf = {"model_type": kind, "vocab_size": vocab_size, "bos_token_id": eot, "eos_token_id": eot,
+    hf = {"model_type": kind, "vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": None,
           "tie_word_embeddings": config["tie_weights"], "dtype": "float32"}
     for ours, theirs in SIZES[kind].items():
         hf[theirs] = sizes[ours]
@@ -225,7 +267,7 @@ def settings_to_hf(config: dict, width: int, vocab_size: int, eot: int | None) -
 
 def refuse_switches(kind: str, config: dict):
     """Raise ValueError naming the switches that the architecture does not have."""
-    refused = [name for name, value in FIXED[kind].items() if config[name] != value]
+    refused = [name for name, value in FIXED[kind].items() if config.get(name, value) != value]
     if kind == "gpt2" and config["mlp"] not in ACTIVATIONS.values():
         refused.append("mlp")
     if kind == "gpt2" and config["n_kv_head"] not in (0, config["n_head"]):
@@ -252,17 +294,25 @@ def gpt2_fields(config: dict, width: int) -> dict:
 
 def llama_fields(config: dict) -> dict:
     theta = config["rope_theta"]        # transformers 4 reads it by itself, 5 in rope_parameters
-    return dict(
+    kind = config.get("rope_scaling", "none")
+    rope = {"rope_type": "default" if kind == "none" else kind}
+    rope |= {theirs: config[ours] for theirs, ours in ROPE_FIELDS.get(kind, {}).items()}
+    scaling = {} if kind == "none" else {"rope_scaling": rope}
+    return scaling | dict(
         architectures=["LlamaForCausalLM"],
         hidden_act="silu",
         rms_norm_eps=config["norm_eps"],
-        head_dim=config["n_embd"] // config["n_head"],
+        head_dim=head_width(config),
         attention_bias=config["bias"] or config["qkv_bias"] is True,
         mlp_bias=config["bias"],
         attention_dropout=config["dropout"] if config["attn_dropout"] else 0.0,
         rope_theta=theta,
-        rope_parameters={"rope_theta": theta, "rope_type": "default"},
+        rope_parameters={"rope_theta": theta} | rope,
     )
+
+
+def head_width(config: dict) -> int:
+    return config.get("head_dim") or config["n_embd"] // config["n_head"]
 
 
 # -- names and shapes of the weights ---------------------------------------------------------------
@@ -318,7 +368,8 @@ def gpt2_layout(config: dict, rows: int, width: int) -> dict:
 def llama_layout(config: dict, rows: int, width: int) -> dict:
     """Every weight of a Llama, likewise."""
     n_embd = config["n_embd"]
-    kv_dim = n_embd // config["n_head"] * (config["n_kv_head"] or config["n_head"])
+    q_dim = head_width(config) * config["n_head"]
+    kv_dim = head_width(config) * (config["n_kv_head"] or config["n_head"])
     mlp_bias = config["bias"]
     attention_bias = config["bias"] or config["qkv_bias"] is True
     layout = {"model.embed_tokens.weight": Weight(["wte.weight"], (rows, n_embd))}
@@ -327,10 +378,10 @@ def llama_layout(config: dict, rows: int, width: int) -> dict:
         attention = f"{theirs}.self_attn"
         mlp = f"{theirs}.mlp"
         ours = f"blocks.{layer}"
-        layout |= linear(f"{attention}.q_proj", [f"{ours}.attn.q"], n_embd, n_embd, attention_bias)
+        layout |= linear(f"{attention}.q_proj", [f"{ours}.attn.q"], n_embd, q_dim, attention_bias)
         layout |= linear(f"{attention}.k_proj", [f"{ours}.attn.k"], n_embd, kv_dim, attention_bias)
         layout |= linear(f"{attention}.v_proj", [f"{ours}.attn.v"], n_embd, kv_dim, attention_bias)
-        layout |= linear(f"{attention}.o_proj", [f"{ours}.attn.out"], n_embd, n_embd, attention_bias)
+        layout |= linear(f"{attention}.o_proj", [f"{ours}.attn.out"], q_dim, n_embd, attention_bias)
         layout |= linear(f"{mlp}.gate_proj", [f"{ours}.mlp.gate"], n_embd, width, mlp_bias)
         layout |= linear(f"{mlp}.up_proj", [f"{ours}.mlp.up"], n_embd, width, mlp_bias)
         layout |= linear(f"{mlp}.down_proj", [f"{ours}.mlp.down"], width, n_embd, mlp_bias)
@@ -455,12 +506,12 @@ def switch_off_neutral(config: dict, hf: dict, ours: dict) -> dict:
 
 # -- weights to there ------------------------------------------------------------------------------
 
-def model_to_hf(config: dict, tensors: dict, vocab_size: int, eot: int | None = None) -> tuple:
+def model_to_hf(config: dict, tensors: dict, vocab_size: int) -> tuple:
     """(config.json's content, tensors by their name there) of a model of ours, without the rows
     that pad its vocabulary. Raises ValueError naming the switches that neither architecture has."""
     rows = tensors["wte.weight"].size(0)
     width = tensors["blocks.0.mlp.up.weight"].size(0)
-    hf = settings_to_hf(config, width, vocab_size, eot)
+    hf = settings_to_hf(config, width, vocab_size)
     if config["n_layer"] > len(tensors):
         raise ValueError(f"its {len(tensors)} tensors are not those of {config['n_layer']} layers")
     layout = LAYOUTS[hf["model_type"]](config, rows, width)
@@ -509,26 +560,31 @@ def import_safetensors():
 
 
 def weight_files(folder: Path) -> list:
-    """The files that hold the weights in `folder`, or [] when any is missing."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(dict(read_json(index).get("weight_map") or {}).values())
-        if any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise UserError(f"{index} names files outside its folder")
-        paths = [folder / name for name in sorted(names)]
-        return paths if all(path.is_file() for path in paths) else []
+    """The files that hold the weights in `folder`, which are those that transformers reads; [] when
+    any is missing."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return indexed_files(index)
     return []
+
+
+def indexed_files(index: Path) -> list:
+    """The files that an index names; [] when any is missing."""
+    names = set(dict(read_json(index).get("weight_map") or {}).values())
+    if any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise UserError(f"{index} names files outside its folder")
+    paths = [index.parent / name for name in sorted(names)]
+    return paths if all(path.is_file() for path in paths) else []
 
 
 def load_tensors(folder: Path) -> dict:
     """Every tensor of a Hugging Face directory by its name there, on the CPU."""
     paths = weight_files(folder)
     if not paths:
-        raise UserError(f"{folder} holds no complete model.safetensors (nor pytorch_model.bin): is "
-                        "the download finished?")
+        raise UserError(f"{folder} holds no complete model.safetensors (nor pytorch_model.bin){other_weights(folder)}")
     tensors = {}
     for path in paths:
         content = load_weight_file(path)
@@ -538,8 +594,20 @@ def load_tensors(folder: Path) -> dict:
     return tensors
 
 
+def other_weights(folder: Path) -> str:
+    """What to do about weights in another form, or about none."""
+    if (folder / "adapter_config.json").is_file():
+        return ", but an adapter of peft: merge it into its model first (merge_and_unload, save_pretrained)"
+    for pattern in ("*.gguf", "tf_model.h5", "flax_model.msgpack", "*.safetensors", "*.bin", "*.pth"):
+        if found := sorted(folder.glob(pattern)):
+            return (f", but {found[0].name}: let transformers load it and write a folder with "
+                    "save_pretrained")
+    return ": is the download finished?"
+
+
 def load_weight_file(path: Path) -> dict:
     """The tensors in one file."""
+    refuse_pointer(path)
     load_file = load_pickle if path.suffix == ".bin" else import_safetensors().torch.load_file
     try:
         return load_file(path)
@@ -563,33 +631,137 @@ def find_folder(source: str) -> Path:
     folder = Path(source)
     if source in NAMES and not (folder / "config.json").is_file():
         return model_folder(source)
-    if not folder.is_dir():
+    if os.path.isfile(source):
+        raise UserError(f"{source} is a file: name the folder that holds it with its config.json, or "
+                        "a ckpt.pt of nanoGPT")
+    if not os.path.isdir(source):
         raise UserError(f"{source} is neither a folder nor one of {', '.join(NAMES)}")
+    if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} holds no model{other_weights(folder)}")
     return folder
 
 
 def import_model(source: str, tokenizer: str = "") -> dict:
-    """A checkpoint's content with the weights of a Hugging Face directory, or of one of NAMES.
-    Raises UserError about what is not there, is damaged, or has no counterpart in Inkling."""
+    """A checkpoint's content with the weights of a Hugging Face directory, of one of NAMES, or of a
+    ckpt.pt of nanoGPT. Raises UserError about what is not there, is damaged, or has no counterpart
+    in Inkling."""
+    source = str(source)
     if tokenizer == "char":
         raise UserError("--tokenizer=char: a char tokenizer comes from a text; name the meta.json "
                         "of its data set")
+    if source.endswith(".pt"):
+        return import_checkpoint(source, tokenizer)
     folder = find_folder(source)
     hf = read_json(folder / "config.json")
     try:
         settings_from_hf(hf)            # says in a moment what needs no gigabytes
+        chosen = choose_tokenizer(folder, hf, tokenizer)
         config, tensors, rows = model_from_hf(hf, load_tensors(folder))
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{folder}: {error}")
-    chosen = Tokenizer.build(tokenizer, "") if tokenizer else load_tokenizer(folder, hf)
-    vocab_size = chosen.vocab_size
+    return checkpoint_of(folder, config, tensors, rows, chosen)
+
+
+def checkpoint_of(source, config: dict, tensors: dict, rows: int, tokenizer: Tokenizer) -> dict:
+    """A checkpoint's content. rows: of the embedding; those beyond the vocabulary stand for no
+    token."""
+    vocab_size = tokenizer.vocab_size
     if vocab_size > rows:
-        raise UserError(f"{folder}: the tokenizer has {vocab_size:,} tokens, the model only "
+        raise UserError(f"{source}: the tokenizer has {vocab_size:,} tokens, the model only "
                         f"{rows:,}: name its own with --tokenizer")
-    if vocab_size < rows:               # the further rows stand for no token
+    if vocab_size < rows:
         config["pad_vocab_to"] = rows
-    return {"config": config, "vocab_size": vocab_size, "tokenizer": chosen.stored,
+    return {"config": config, "vocab_size": vocab_size, "tokenizer": tokenizer.stored,
             "model": tensors, "step": 0}
+
+
+def choose_tokenizer(folder: Path, hf: dict, name: str) -> Tokenizer:
+    """The directory's own tokenizer, or the named one, which must have the model's vocabulary."""
+    if not name:
+        return load_tokenizer(folder, hf)
+    tokenizer = Tokenizer.build(name, "")
+    check_vocabulary(folder, name, tokenizer, hf["vocab_size"])
+    try:
+        own = load_tokenizer(folder, hf)
+    except UserError:                   # none, or one that cannot be used
+        return tokenizer
+    if own.pieces[:tokenizer.vocab_size] != tokenizer.pieces[:own.vocab_size]:
+        raise UserError(f"--tokenizer={name} has other tokens than the tokenizer in {folder}: leave "
+                        "the flag out")
+    return tokenizer
+
+
+# What programs round a vocabulary up to a multiple of: GPT-2's 50,257 tokens have 50,304 rows in
+# nanoGPT.
+PADDED_TO = (1, 8, 16, 32, 64, 128, 256, 512)
+
+
+def check_vocabulary(source, name: str, tokenizer: Tokenizer, rows: int):
+    """Raise UserError unless a model with so many rows may have the named tokenizer."""
+    size = tokenizer.vocab_size
+    if rows not in {-(-size // multiple) * multiple for multiple in PADDED_TO}:
+        raise UserError(f"--tokenizer={name} has {size:,} tokens, but the model in {source} has "
+                        f"{rows:,}: name the tokenizer that it was trained with")
+
+
+# -- nanoGPT ---------------------------------------------------------------------------------------
+
+NANOGPT = dict(positions="learned", norm="layernorm", norm_gain=True, norm_eps=1e-5, mlp="gelu", tie_weights=True,
+               n_kv_head=0, qkv_bias="auto", ffn_dim=0, pad_vocab_to=1, init="gpt2", dropout=0.0, attn_dropout=False)
+
+
+def import_checkpoint(path: str, tokenizer: str = "") -> dict:
+    """A checkpoint's content from a file: nanoGPT's becomes one of Inkling's, which needs nothing."""
+    try:
+        load_checkpoint(Path(path))
+    except ForeignCheckpoint as error:
+        return import_nanogpt(path, error.content, tokenizer)
+    raise UserError(f"{path} is a checkpoint of Inkling already: python sample.py --ckpt={path}")
+
+
+def import_nanogpt(path: str, content: dict, tokenizer: str = "") -> dict:
+    """A checkpoint's content from nanoGPT's, whose linear layers are stored (out, in), whose head is
+    tied, and which has no tokenizer in it."""
+    try:
+        sizes = content["model_args"]
+        rows = sizes["vocab_size"]
+        config = FIXED["gpt2"] | NANOGPT | {name: sizes[name] for name in SIZES["gpt2"]}
+        config["bias"] = bool(sizes.get("bias", True))
+        if config["n_layer"] > len(content["model"]):
+            raise ValueError(f"its {len(content['model'])} tensors are not those of {config['n_layer']} layers")
+        layout = nanogpt_layout(config, rows)
+        tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in content["model"].items()}
+        tensors = full_names("gpt2", tensors)
+        drop_tied_head(tensors, embedding="transformer.wte.weight")
+        check_tensors(layout, tensors)
+        ours = split_tensors(layout, tensors)
+        ours["head.weight"] = ours["wte.weight"]
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{path} is not what nanoGPT writes: {type(error).__name__}: {error}")
+    return checkpoint_of(path, config, ours, rows, nanogpt_tokenizer(path, rows, tokenizer))
+
+
+def nanogpt_layout(config: dict, rows: int) -> dict:
+    """Every weight of nanoGPT's GPT: those of GPT-2, not transposed, and the biases if it has any."""
+    layout = {}
+    for name, weight in gpt2_layout(config, rows, 4 * config["n_embd"]).items():
+        if not has_weight(weight.ours[0], config):
+            continue
+        if weight.transposed:
+            weight = Weight(weight.ours, weight.shape[::-1])
+        layout[name] = weight
+    return layout
+
+
+def nanogpt_tokenizer(path: str, rows: int, name: str) -> Tokenizer:
+    """GPT-2's for a model of its size, or the named one."""
+    if not name and rows not in (50_257, 50_304):
+        raise UserError(f"{path} has {rows:,} tokens, and its tokenizer is not in it: python convert.py import {path} "
+                        "--tokenizer=NAME. For nanoGPT's characters, prepare the same text here (python prepare.py "
+                        "input.txt --name=chars) and name data/chars/meta.json")
+    tokenizer = Tokenizer.build(name or "gpt2", "")
+    check_vocabulary(path, name, tokenizer, rows)
+    return tokenizer
 
 
 def import_folder(source: str, options: Options):
@@ -609,6 +781,11 @@ def import_folder(source: str, options: Options):
     print(f"{out / 'ckpt.pt'}: {parameters:,} parameters, {config['n_layer']} layers, "
           f"{config['n_head']} heads, {config['n_embd']} wide, context {config['block_size']:,}, "
           f"vocabulary {content['vocab_size']:,}")
+    tokenizer = Tokenizer(content["tokenizer"])
+    ends = ", ".join(repr(tokenizer.pieces[end].decode("utf-8", "replace")) for end in sorted(tokenizer.stops))
+    kinds = {"json": "tokenizer.json, kept whole", "bpe": f"BPE, {tokenizer.stored.get('name')}"}
+    print(f"tokenizer {kinds.get(tokenizer.kind, tokenizer.kind)}; a text ends at {ends or 'no token'}"
+          + ("" if tokenizer.bos is None else f" and begins with {tokenizer.pieces[tokenizer.bos].decode()!r}"))
     print(f"next     python sample.py --out_dir={out}", flush=True)
 
 
@@ -626,13 +803,13 @@ def export_folder(source: str, options: Options):
     config = content["config"]
     try:
         tokenizer = Tokenizer(content["tokenizer"])
-        hf, tensors = model_to_hf(config, content["model"], content["vocab_size"], tokenizer.eot)
+        hf, tensors = model_to_hf(config, content["model"], content["vocab_size"])
+        ends = end_tokens(tokenizer)
         files = {
-            "config.json": hf,
+            "config.json": hf | ends,
             "tokenizer.json": tokenizer_to_json(tokenizer),
             "tokenizer_config.json": tokenizer_config(tokenizer, config["block_size"]),
-            "generation_config.json": {"bos_token_id": tokenizer.eot,
-                                       "eos_token_id": tokenizer.eot},
+            "generation_config.json": ends,
         }
     except ValueError as error:
         raise UserError(f"{source}: {error}")
@@ -656,12 +833,22 @@ def is_replaceable(path: Path) -> bool:
     return names <= EXPORTED and "inkling" in read_json(path / "config.json")
 
 
+def end_tokens(tokenizer: Tokenizer) -> dict:
+    """The ids that begin and end a text, as config.json and generation_config.json have them."""
+    ends = [tokenizer.eot, *sorted(tokenizer.stops - {tokenizer.eot})]
+    bos = tokenizer.eot if tokenizer.bos is None else tokenizer.bos
+    return {"bos_token_id": bos, "eos_token_id": ends if len(ends) > 1 else tokenizer.eot}
+
+
 def tokenizer_config(tokenizer: Tokenizer, block_size: int) -> dict:
     """tokenizer_config.json's content."""
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
                 "clean_up_tokenization_spaces": False}
+    ends = end_tokens(tokenizer)
+    if ends["bos_token_id"] is not None:
+        settings["bos_token"] = token_text(tokenizer, ends["bos_token_id"])
     if tokenizer.eot is not None:
-        settings |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+        settings["eos_token"] = token_text(tokenizer, tokenizer.eot)
     if tokenizer.kind == "bpe":
         settings["inkling"] = {key: tokenizer.stored[key] for key in ("name", "pattern")}
     return settings

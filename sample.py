@@ -18,6 +18,7 @@ import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 import numpy as np
@@ -45,6 +46,7 @@ from inkling.cli import (
     unescape,
 )
 from inkling.device import choose_device, choose_dtype, compile_step, compiler_missing
+from inkling.huggingface import NAMES
 from inkling.readers import to_newlines
 from inkling.tokenizer import prompt_ids
 from train import draw, load
@@ -59,9 +61,10 @@ class Options:
     # -- which model
     ckpt: FilePath = ""                 # checkpoint or folder of a run; empty: ckpt.pt of out_dir
     out_dir: FilePath = ""              # folder of the run; empty: the latest one under out/
-    init_from: Literal["resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "resume"    # resume:
-                                        # your own model; others: OpenAI's weights, from the Hugging
-                                        # Face cache or downloaded to it
+    init_from: str = "resume"           # resume: your own model; gpt2, gpt2-medium, gpt2-large,
+                                        # gpt2-xl: OpenAI's weights, from the Hugging Face cache or
+                                        # downloaded to it; or a Hugging Face folder, or a
+                                        # checkpoint
     # -- prompts
     start: str = ""                     # the prompt, where \n, \t, \r and \\ are read; or
                                         # FILE:path, or - for standard input, taken as they stand;
@@ -244,7 +247,7 @@ class Sample:
 
     def add(self, token: int, logprob: float | None = None):
         """Append a token, with its log-probability where that is recorded."""
-        if token == self.tokenizer.eot and not self.options.ignore_eot:
+        if token in self.tokenizer.stops and not self.options.ignore_eot:
             self.finish = "eot"
             return
         self.ids.append(token)
@@ -499,7 +502,7 @@ def encode_scored(tokenizer, options: Options) -> np.ndarray:
     name = options.score
     text, = fit_texts(tokenizer, [read_text(name, "--score")], options, f"--score={name}")
     try:
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode_document(text)
     except ValueError as error:
         raise UserError(f"--score={name}: {error}")
     if len(ids) < 2:
@@ -612,10 +615,15 @@ def read_prompts(options: Options) -> list:
 def find_checkpoint(options: Options) -> Path | str:
     """What to load: a checkpoint, by default the latest one, or the name of OpenAI's weights."""
     if options.init_from != "resume":
+        if options.init_from not in NAMES and not os.path.exists(options.init_from):
+            raise UserError(f"--init_from={options.init_from} is neither {', '.join(NAMES)} nor a folder or "
+                            "checkpoint that is there")
         return options.init_from
     if options.ckpt:
         return Path(options.ckpt)
     path = Path(options.out_dir) / "ckpt.pt" if options.out_dir else newest_checkpoint()
+    if os.path.isfile(path.with_name("config.json")) and not os.path.isfile(path):
+        return path.parent              # a Hugging Face folder
     if not os.path.isfile(path):        # Path.is_file raises on a name that is too long
         last = path.with_name("last.pt")
         if os.path.isfile(last):
@@ -644,8 +652,17 @@ def compile_if_asked(model, options: Options, device: str):
     return compile_step(model.next_logits, device)
 
 
+def next_command(word: str) -> str:
+    """What to type for a word that is no config file: a model or a text; or an empty text."""
+    if word.endswith(".pt") or os.path.isdir(word):
+        return f"python sample.py --ckpt={quote(word)}"
+    if os.path.isfile(word):
+        return f"python sample.py --start={quote('FILE:' + word)}"
+    return ""
+
+
 def main(argv: list) -> int:
-    parsed = parse(Options, argv, __doc__)
+    parsed = parse(Options, argv, __doc__, hint=next_command)
     options = Options(**parsed.values)
     check(options)
     refuse_unused(options, parsed.typed)

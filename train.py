@@ -16,10 +16,12 @@ save failed, 129, 130 and 143 stopped. README.zh.md: 中文说明
 
 import math
 import os
+import re
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 import numpy as np
@@ -29,7 +31,14 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from inkling import cli, cpu
-from inkling.checkpoint import RunFolder, build_model, file_stamp, load_checkpoint, restore_optimizers
+from inkling.checkpoint import (
+    ForeignCheckpoint,
+    RunFolder,
+    build_model,
+    file_stamp,
+    load_checkpoint,
+    restore_optimizers,
+)
 from inkling.cli import (
     FilePath,
     Fraction,
@@ -75,10 +84,17 @@ class ModelConfig:
     n_head: PositiveInt = 2             # attention heads (queries)
     n_kv_head: NonNegativeInt = 0       # key-value heads, shared by groups of queries (GQA); 0: n_head
     n_embd: PositiveInt = 192           # width: embedding size
+    head_dim: NonNegativeInt = 0        # width of each attention head; 0: n_embd / n_head
     ffn_dim: NonNegativeInt = 0         # width inside the MLP; 0: 4 n_embd (swiglu: 8/3, rounded up to 128)
     positions: Literal["rope", "learned"] = "rope"  # rotary (arXiv 2104.09864) or learned embeddings
     rope_theta: PositiveFloat = 1024.0  # base of the rotary wavelengths
     rope_fraction: Fraction = 0.5       # fraction of each head's dimensions that is rotated
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"  # slower rotation, for a context longer than the
+                                        # one first trained on: all of it, or as Llama 3 does (scale_frequency)
+    rope_factor: Annotated[float, at_least(1)] = 8.0  # with rope_scaling: how many times slower
+    rope_low_freq: PositiveFloat = 1.0  # llama3: what turns less often than this in rope_context is slowed down
+    rope_high_freq: PositiveFloat = 4.0  # llama3: what turns more often than this is not; between, in part
+    rope_context: PositiveInt = 8192    # llama3: the context that the model was first trained on
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # before attention, before the MLP, and at the end
     norm_gain: bool = False             # the norms have a learned gain
     norm_eps: NonNegativeFloat = 1e-6   # the norms' epsilon
@@ -172,11 +188,13 @@ class Config(ModelConfig):
 
     def rules(self) -> dict:
         """The rules between settings: each one in words, and whether it holds."""
-        head_dim = self.n_embd / max(1, self.n_head)
+        head_dim = self.head_dim or self.n_embd / max(1, self.n_head)
         return {
-            f"n_head={self.n_head} must divide n_embd={self.n_embd}": head_dim % 1 == 0,
-            f"n_embd / n_head = {head_dim:g} must be even for rope":
+            f"n_head={self.n_head} must divide n_embd={self.n_embd}, or head_dim be set": head_dim % 1 == 0,
+            f"{'head_dim' if self.head_dim else 'n_embd / n_head'} = {head_dim:g} must be even for rope":
                 self.positions != "rope" or head_dim % 2 != 1,
+            f"rope_low_freq={self.rope_low_freq} must be below rope_high_freq={self.rope_high_freq}":
+                self.rope_scaling != "llama3" or self.rope_low_freq < self.rope_high_freq,
             f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}":
                 self.n_head % (self.n_kv_head or 1) == 0,
             "tie_weights=True needs an init other than zero":
@@ -208,13 +226,32 @@ def make_norm(cfg: Config):
     return nn.RMSNorm(cfg.n_embd, cfg.norm_eps, cfg.norm_gain)
 
 
+def head_width(cfg: Config) -> int:
+    """Return the number of dimensions of an attention head."""
+    return cfg.head_dim or cfg.n_embd // cfg.n_head
+
+
+def scale_frequency(cfg: Config, frequency):
+    """Return the rotary frequencies after rope_scaling. llama3: where a pair turns seldom within
+    rope_context, it is slowed down; where it turns often, it stays; between, in proportion."""
+    if cfg.rope_scaling == "none":
+        return frequency
+    slowed = frequency / cfg.rope_factor
+    if cfg.rope_scaling == "linear":
+        return slowed
+    turns = cfg.rope_context * frequency / (2 * math.pi)
+    kept = (turns - cfg.rope_low_freq) / (cfg.rope_high_freq - cfg.rope_low_freq)
+    return slowed.lerp(frequency, kept.clamp(0, 1))
+
+
 def rotation_table(cfg: Config):
     """Return the cos and sin, (block_size, head_dim / 2) each, of the angle by which a position
     rotates a pair of dimensions. Pairs beyond rope_fraction are not rotated."""
-    pairs = cfg.n_embd // cfg.n_head // 2
+    pairs = head_width(cfg) // 2
     turning = round(cfg.rope_fraction * pairs)
     frequency = torch.zeros(pairs)
     frequency[:turning] = cfg.rope_theta ** (-torch.arange(turning) / max(1, turning))
+    frequency = scale_frequency(cfg, frequency)
     angle = torch.outer(torch.arange(cfg.block_size), frequency)
     return angle.cos(), angle.sin()
 
@@ -270,7 +307,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head = cfg.n_head
         self.n_kv_head = cfg.n_kv_head or cfg.n_head
-        self.head_dim = cfg.n_embd // cfg.n_head
+        self.head_dim = head_width(cfg)
         self.qk_norm = cfg.qk_norm
         self.norm_eps = cfg.norm_eps
         self.dropout = cfg.dropout if cfg.attn_dropout else 0.0
@@ -278,7 +315,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(cfg.n_embd, self.n_head * self.head_dim, bias=bias)
         self.k = nn.Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=bias)
         self.v = nn.Linear(cfg.n_embd, self.n_kv_head * self.head_dim, bias=bias)
-        self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        self.out = nn.Linear(self.n_head * self.head_dim, cfg.n_embd, bias=cfg.bias)
         mixes_values = cfg.shortcuts and layer > 0
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if mixes_values else None
 
@@ -299,7 +336,7 @@ class Attention(nn.Module):
             q = rotate(q, *rotation)
             k = rotate(k, *rotation)
         y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), cache)
-        y = y.transpose(1, 2).reshape(B, T, C)                      # the heads side by side
+        y = y.transpose(1, 2).reshape(B, T, -1)                     # the heads side by side
         return self.out(y), v
 
     def attend(self, q, k, v, cache):
@@ -528,8 +565,7 @@ class Cache:
     """
 
     def __init__(self, cfg: Config, batch_size: int, size: int, device, dtype):
-        head_dim = cfg.n_embd // cfg.n_head
-        shape = (batch_size, cfg.n_kv_head or cfg.n_head, size, head_dim)
+        shape = (batch_size, cfg.n_kv_head or cfg.n_head, size, head_width(cfg))
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.n_layer)]
         self.ids = torch.zeros(batch_size, size, device=device, dtype=torch.int64)
@@ -1013,11 +1049,20 @@ def check_origin(origin: Origin, cfg: Config, tokenizer: Tokenizer, meta: dict):
     if origin.checkpoint and origin.checkpoint["tokenizer"] != tokenizer.stored:
         raise UserError(
             f"data set {cfg.dataset} has another tokenizer than the checkpoint: prepare it with the checkpoint's "
-            "own (prepare.py --tokenizer=PATH/ckpt.pt; gpt2 and byte fit every text)")
+            f"own (prepare.py --tokenizer={own_tokenizer(cfg)})")
     text = text_checksum(meta)
     if origin.resuming and origin.checkpoint.get("text", text) != text:
         raise UserError(
             f"data set {cfg.dataset} has changed since the run began: restore it, or start from scratch")
+
+
+def own_tokenizer(cfg: Config) -> str:
+    """Return what to say to prepare.py for the tokenizer of the checkpoint that a run starts from."""
+    if cfg.init_from in ("resume", "auto"):
+        return f"{cfg.out_dir}/last.pt"
+    if os.path.isfile(Path(cfg.init_from, "ckpt.pt")):
+        return f"{cfg.init_from}/ckpt.pt"
+    return cfg.init_from if os.path.exists(cfg.init_from) else "gpt2"
 
 
 def text_checksum(meta: dict) -> str:
@@ -1199,7 +1244,7 @@ def sample_text(run: Run) -> str:
     tokens = run.model.generate(prompt_tokens[None].to(device), cfg.sample_tokens, pick)
     ids = [token.item() for token in tokens]
     run.model.train()
-    return prompt + run.tokenizer.decode(ids)
+    return prompt + run.tokenizer.decode(ids, begins=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1420,14 +1465,11 @@ def resume_content(run: Run) -> dict:
 
 def load(path, device: str = "cpu") -> tuple:
     """Return (model, tokenizer) for use from Python, the model in eval mode. path: a checkpoint, a
-    run's folder, or the name gpt2, gpt2-medium, gpt2-large or gpt2-xl. Raises UserError.
+    run's folder, or what else read_checkpoint takes. Raises UserError.
 
     `for ids in model.generate(prompt, 100, lambda logits: draw(logits, 0.8))` continues a prompt, ids
     (B, T)."""
     path = cli.expand_home(os.fspath(path))
-    in_folder = Path(path, "ckpt.pt")
-    if os.path.isfile(in_folder):
-        path = in_folder
     model, tokenizer = restore_model(read_checkpoint(path), path)
     model = model.to(device).eval()
     if device_type(device) == "cpu":
@@ -1436,11 +1478,22 @@ def load(path, device: str = "cpu") -> tuple:
 
 
 def read_checkpoint(source) -> dict:
-    """Return the content of a checkpoint, given its path or the name of one of OpenAI's models."""
-    if str(source).startswith("gpt2") and not os.path.isfile(source):
-        import convert  # only needed here
-        return convert.import_model(source)
-    return load_checkpoint(Path(source))
+    """Return the content of a checkpoint, given its path or a run's folder; or of a model that
+    convert.py can take over: one of OpenAI's by its name, a Hugging Face directory, nanoGPT's
+    ckpt.pt."""
+    in_folder = Path(source, "ckpt.pt")
+    if os.path.isfile(in_folder):
+        source = in_folder
+    is_name = str(source).startswith("gpt2") and not os.path.isfile(source)
+    if not is_name and not os.path.isfile(Path(source, "config.json")):
+        try:
+            return load_checkpoint(Path(source))
+        except ForeignCheckpoint as error:
+            foreign = error
+    import convert  # only needed here
+    if os.path.isfile(source):
+        return convert.import_nanogpt(source, foreign.content)
+    return convert.import_model(source)
 
 
 def restore_model(content: dict, source, cfg: Config | None = None) -> tuple:
@@ -1525,8 +1578,24 @@ def print_overruled(values: dict, parsed: cli.Parsed, names, source):
     print(f"kept     from {source}, not from {files}: {cli.printable(kept)}; {way_out}", flush=True)
 
 
+def next_command(word: str) -> str:
+    """Return what to type for a word that is no config file: a text, a data set or a model; or an
+    empty text."""
+    path = Path(word)
+    folder = path.parent if path.name in ("meta.json", "train.bin") else path
+    name = re.sub("[^A-Za-z0-9._-]+", "_", path.resolve().stem).strip("._-") or "text"
+    if os.path.isfile(folder / "meta.json"):
+        place = folder.resolve()
+        return f"python train.py --dataset={place.name} --data_dir={quote(str(place.parent))}"
+    if word.endswith(".pt") or os.path.isfile(path / "config.json"):
+        return f"python train.py --init_from={quote(word)} --dataset=NAME"
+    if os.path.exists(word):
+        return f"python prepare.py {quote(word)} --name={name} && python train.py --dataset={name}"
+    return ""
+
+
 def main(argv: list) -> int:
-    parsed = cli.parse(Config, argv, __doc__)
+    parsed = cli.parse(Config, argv, __doc__, hint=next_command)
     cfg = Config(**parsed.values)
     if not (cfg.eval_only or cfg.dry_run):
         outlive_output()

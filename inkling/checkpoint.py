@@ -143,11 +143,22 @@ def keep_numbered(path: Path, step: int, keep: int):
 
 # -- loading -----------------------------------------------------------------------------------------------------------
 
+class ForeignCheckpoint(UserError):
+    """A checkpoint of nanoGPT; convert.py can take its `content` over."""
+
+    def __init__(self, message: str, content: dict):
+        super().__init__(message)
+        self.content = content
+
+
 def load_checkpoint(path: Path, resumable: bool = False) -> dict:
     """The content of a checkpoint, on the CPU; `resumable`: of a last.pt. Raises UserError for a
     file that is damaged, hostile or not ours; nothing in it is ever run."""
     path = Path(path)
     content = read_zip_of_tensors(path, resumable)
+    if isinstance(content, dict) and "model_args" in content and "model" in content:
+        raise ForeignCheckpoint(f"{path} is a checkpoint of nanoGPT: python convert.py import {path} takes it over",
+                                content)
     whole = isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT
     if not whole or wrong_types(content, ENTRIES):
         raise UserError(f"{path} is not an Inkling checkpoint (format {CHECKPOINT_FORMAT}); python train.py "

@@ -129,9 +129,10 @@ def program() -> str:
     return Path(sys.argv[0]).name or "inkling"
 
 
-# What acts on a terminal: control characters except line breaks and tabs, unpaired surrogates, and the marks that
-# reorder everything shown after them. Other invisible characters belong to the text and stay: ideographic and no-break
-# spaces, the joiners of Persian, Hindi and emoji, soft hyphens, U+2028 and U+2029.
+# What acts on a terminal: control characters except line breaks and tabs, unpaired surrogates, and
+# the marks that reorder everything shown after them. Other invisible characters belong to the text
+# and stay: ideographic and no-break spaces, the joiners of Persian, Hindi and emoji, soft hyphens,
+# U+2028 and U+2029.
 ACTS_ON_TERMINAL = r"\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069"
 UNSAFE = re.compile(f"[{ACTS_ON_TERMINAL}]")
 UNSAFE_IN_A_LINE = re.compile(f"[{ACTS_ON_TERMINAL}\\t\\n\\u2028\\u2029]")
@@ -147,13 +148,14 @@ def printable(text: str) -> str:
 
 
 def printable_text(text: str) -> str:
-    """`text`, of any number of lines, with what would act on a terminal escaped; \\r\\n is a line break."""
+    """`text`, of any number of lines, with what would act on a terminal escaped; \\r\\n is a line
+    break."""
     return UNSAFE.sub(escape_match, text.replace("\r\n", "\n"))
 
 
 def quoted(text: str) -> str:
-    """`text` in quotes and in one line: like repr, but a visible text keeps its invisible characters
-    where they do no harm."""
+    """`text` in quotes and in one line: like repr, but a visible text keeps its invisible
+    characters where they do no harm."""
     if not any(char.isprintable() and not char.isspace() for char in text):
         return repr(text)
     quote = '"' if "'" in text and '"' not in text else "'"
@@ -165,8 +167,8 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
 def unescape(text: str) -> str:
-    """A text typed on the command line, with a line break, a tab, a carriage return and a backslash in
-    place of \\n, \\t, \\r and \\\\. Any other backslash stays."""
+    """A text typed on the command line, with a line break, a tab, a carriage return and a backslash
+    in place of \\n, \\t, \\r and \\\\. Any other backslash stays."""
     return re.sub(r"\\([ntr\\])", lambda match: ESCAPES[match[1]], text)
 
 
@@ -258,8 +260,8 @@ def convert(value, kind):
 
 
 def expand_home(path: str) -> str:
-    """The path with ~ or ~NAME at its beginning replaced by the home folder: no shell does it behind
-    the = of a flag. Unchanged where there is no such user."""
+    """The path with ~ or ~NAME at its beginning replaced by the home folder: no shell does it
+    behind the = of a flag. Unchanged where there is no such user."""
     try:
         return os.path.expanduser(path)
     except ValueError:                      # characters that no user's name has
@@ -363,10 +365,11 @@ def read_flag(word: str, kinds: dict) -> tuple:
         raise UserError(f"--{key}={text} is not {problem}")
 
 
-def parse(options: type, argv: list, doc: str, takes: str = "config files") -> Parsed:
+def parse(options: type, argv: list, doc: str, takes: str = "config files", hint=None) -> Parsed:
     """Read `argv`, config files and flags: a flag overrides every file, later files and flags
     override earlier ones. Unless takes="config files", words without dashes are returned as they
-    are, but for a ~ at their beginning. `--help` prints `doc` and the fields and exits with 0."""
+    are, but for a ~ at their beginning. hint: from a word that is no config file to the command
+    that may be meant, or an empty text. `--help` prints `doc` and the fields and exits with 0."""
     kinds = field_types(options)
     parsed = Parsed()
     for word in argv:
@@ -381,7 +384,7 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files") -> P
             parsed.typed.add(name)
         elif takes == "config files":
             word = expand_home(word)
-            for name, value in read_config_file(find_config_file(word), kinds).items():
+            for name, value in read_config_file(find_config_file(word, hint), kinds).items():
                 if name not in parsed.typed:
                     parsed.values[name] = value
             parsed.files.append(Path(word))
@@ -392,9 +395,12 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files") -> P
     return parsed
 
 
-def find_config_file(word: str) -> str:
+def find_config_file(word: str, hint=None) -> str:
     """`word`, if it names a config file that is there."""
     if not word.endswith(".py"):
+        if command := hint(word) if hint else "":
+            raise UserError(f"{word!r} is neither a config file (NAME.py) nor a flag (--key=value); "
+                            f"you may want: {command}")
         raise UserError(f"{word!r} is neither a config file (NAME.py) nor a flag (--key=value)"
                         f"{nearest_config(word) or '; see --help'}")
     if not os.path.isfile(word):            # Path.is_file raises on a name that is too long

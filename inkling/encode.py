@@ -57,15 +57,16 @@ def encode_pieces(split_pieces, tokenizer: Tokenizer, eot: bool, workers: int):
 
 
 def make_jobs(split_pieces, eot: bool):
-    """Yield lists of (split, whether the end-of-text token comes first, piece), of about JOB
-    characters each."""
+    """Yield lists of (split, whether the end-of-text token comes first, whether a document begins,
+    piece), of about JOB characters each."""
     job = []
     size = 0
     last = {}                                           # document of each split
     for split, number, piece in split_pieces:
         for part in cut_pieces(piece, JOB):
-            is_next_document = last.get(split, number) != number
-            job.append((split, eot and is_next_document, part))
+            begins = last.get(split) != number
+            eot_first = eot and begins and split in last
+            job.append((split, eot_first, begins and (eot_first or split not in last), part))
             last[split] = number
             size += len(part)
             if size >= JOB:
@@ -79,9 +80,10 @@ def make_jobs(split_pieces, eot: bool):
 def encode_job(tokenizer: Tokenizer, job: list) -> list:
     """A thread's share: one Encoded text of each split that occurs in it."""
     results = []
-    for split in dict.fromkeys(split for split, _, _ in job):
-        texts = [(eot_first, piece) for name, eot_first, piece in job if name == split]
-        ids = tokenizer.encode_joined(texts)
+    for split in dict.fromkeys(split for split, *_ in job):
+        texts = [(eot_first, piece) for name, eot_first, _, piece in job if name == split]
+        begins = [begins for name, _, begins, _ in job if name == split]
+        ids = tokenizer.encode_joined(texts, begins)
         characters = sum(len(piece) for _, piece in texts)
         size = sum(utf8_size(piece) for _, piece in texts)
         results.append(Encoded(split, ids, characters, size))

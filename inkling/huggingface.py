@@ -10,13 +10,13 @@ The package huggingface_hub finds and downloads models; it is imported when a na
 
 import json
 import re
-import sys
 from math import inf
 from pathlib import Path
 
 from inkling.cli import UserError
 from inkling.files import sha256
 from inkling.tokenizer import END_OF_TEXT, Tokenizer, rank_lines
+from inkling.tokenizer_json import BYTES, steps, to_bytes, to_letters
 
 # OpenAI's models, at huggingface.co/openai-community/NAME, and what is needed of each.
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -24,6 +24,15 @@ FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
 # GPT-2's way to split a text, as tiktoken writes it.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+def refuse_pointer(path: Path):
+    """Raise UserError if a file is what Git leaves in a clone in place of a large file."""
+    with open(path, "rb") as file:
+        is_pointer = file.read(40).startswith(b"version https://git-lfs.github.com")
+    if is_pointer:
+        raise UserError(f"{path} is a pointer of Git LFS and not the file itself: run git lfs pull in "
+                        f"{path.parent}, or download the file")
 
 
 def read_json(path: Path) -> dict:
@@ -34,33 +43,14 @@ def read_json(path: Path) -> dict:
         reason = error.strerror or error
         raise UserError(f"cannot read {path}: {reason}; a Hugging Face directory has {', '.join(FILES)}")
     except (ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise UserError(f"{path} is not JSON: {str(error)[:100]}")
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object")
     return content
 
 
-# -- bytes and merges ------------------------------------------------------------------------------
-
-def byte_letters() -> list:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's
-    encoder.py)."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(value if value in printable else next(others)) for value in range(256)]
-
-
-LETTERS = byte_letters()
-BYTES = {letter: value for value, letter in enumerate(LETTERS)}
-
-
-def to_letters(token: bytes) -> str:
-    return "".join(LETTERS[value] for value in token)
-
-
-def to_bytes(letters: str) -> bytes:
-    return bytes(BYTES[letter] for letter in letters)
-
+# -- merges --------------------------------------------------------------------------------------
 
 def last_parts(token: bytes, ranks: dict) -> list:
     """What merging by ranks makes of `token` before the merge that completes it: two parts, or more
@@ -150,8 +140,12 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict:
     """tokenizer.json's content. It gives the same ids of any text, except that one that looks like
     a special token becomes that token. Raises ValueError for a kind of tokenizer that has no
     counterpart."""
+    if tokenizer.kind == "json":
+        return json.loads(tokenizer.stored["json"])
     content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
                "normalizer": None, "post_processor": None}
+    if tokenizer.bos is not None:
+        content["post_processor"] = bos_template(token_text(tokenizer, tokenizer.bos), tokenizer.bos)
     if tokenizer.kind == "char":
         return content | char_parts(tokenizer)
     if tokenizer.kind == "byte":
@@ -159,6 +153,24 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict:
     if tokenizer.kind == "bpe":
         return content | bpe_parts(tokenizer)
     raise ValueError(f"tokenizer.json has no counterpart of the kind {tokenizer.kind}")
+
+
+def token_text(tokenizer: Tokenizer, value: int) -> str:
+    """How tokenizer.json spells an id."""
+    if tokenizer.kind == "json":
+        return tokenizer.backend.first.id_to_token(value)
+    special = tokenizer.bpe["special_tokens"] if tokenizer.kind == "bpe" else {}
+    names = [text for text, special_id in special.items() if special_id == value]
+    return names[0] if names else to_letters(tokenizer.pieces[value])
+
+
+def bos_template(text: str, value: int) -> dict:
+    """The post_processor that puts a token before every text."""
+    bos = {"SpecialToken": {"id": text, "type_id": 0}}
+    first = {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    return {"type": "TemplateProcessing", "single": [bos, first], "pair": [bos, first, second],
+            "special_tokens": {text: {"id": text, "ids": [value], "tokens": [text]}}}
 
 
 def char_parts(tokenizer: Tokenizer) -> dict:
@@ -295,20 +307,21 @@ def check_merges(model: dict, vocab: dict, ranks: dict):
 
 # -- the tokenizer of a directory ------------------------------------------------------------------
 
-def load_tokenizer(folder: Path, hf: dict) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory; `hf`: what its config.json holds."""
-    settings = {}
-    if (folder / "tokenizer_config.json").is_file():
-        settings = read_json(folder / "tokenizer_config.json")
+def load_tokenizer(folder: Path, hf: dict | None = None) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory, with the tokens that begin and end a text. hf: what
+    its config.json holds; None: read it."""
+    folder = Path(folder)
+    if hf is None:
+        hf = optional_json(folder / "config.json")
+    settings = optional_json(folder / "tokenizer_config.json")
+    content = tokenizer_content(folder, settings)
+    if content is None and hf.get("model_type") == "gpt2" and hf.get("vocab_size") == 50_257:
+        return Tokenizer.build("gpt2", "")
     try:
-        content = tokenizer_content(folder, settings)
-        if content is None and hf.get("model_type") == "gpt2" and hf.get("vocab_size") == 50_257:
-            return Tokenizer.build("gpt2", "")
         if content is None:
-            raise ValueError("neither tokenizer.json nor vocab.json with merges.txt is there")
-        tokenizer = tokenizer_from_json(content, dict(settings.get("inkling") or {}))
-        if tokenizer.kind == "bpe":
-            tokenizer.encode("Once")    # tiktoken reads the pattern here
+            raise ValueError(why_no_tokenizer(folder))
+        tokenizer = whole_or_plain_tokenizer(content, dict(settings.get("inkling") or {}))
+        return with_ends(tokenizer, content, folder, hf, settings)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = str(error)
         if not isinstance(error, ValueError):
@@ -316,10 +329,38 @@ def load_tokenizer(folder: Path, hf: dict) -> Tokenizer:
         raise UserError(f"the tokenizer in {folder} cannot be used: {reason[:300]}; name another "
                         "with --tokenizer=NAME, one that tiktoken knows, or the path of a meta.json "
                         "or ckpt.pt that has it")
-    if "TemplateProcessing" in str(content.get("post_processor")):
-        print(f"note     the tokenizer in {folder} puts special tokens around every text; "
-              "Inkling does not", file=sys.stderr, flush=True)
-    return tokenizer
+
+
+def optional_json(path: Path) -> dict:
+    """The JSON object in a file; empty if there is no file."""
+    return read_json(path) if path.is_file() else {}
+
+
+def why_no_tokenizer(folder: Path) -> str:
+    if (folder / "tokenizer.model").is_file():
+        return ("tokenizer.model alone is not read: let transformers write tokenizer.json beside it "
+                "(AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))")
+    return "neither tokenizer.json nor vocab.json with merges.txt is there"
+
+
+def whole_or_plain_tokenizer(content: dict, exported: dict) -> Tokenizer:
+    """A tokenizer of Inkling's own kinds if one of them gives the same ids, or else tokenizer.json
+    as it is. Raises ValueError."""
+    try:
+        tokenizer = tokenizer_from_json(content, exported)
+        if tokenizer.kind == "bpe":
+            tokenizer.encode("Once")    # tiktoken reads the pattern here
+        return tokenizer
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error)
+        if not isinstance(error, ValueError):
+            reason = f"damaged ({type(error).__name__}: {error})"
+    try:
+        return Tokenizer({"kind": "json", "json": json.dumps(content, ensure_ascii=False)})
+    except ValueError as error:
+        raise ValueError(f"{reason}; {error}") from None
+    except UserError as error:          # the package is missing
+        raise UserError(f"{reason}: {error}")
 
 
 def tokenizer_content(folder: Path, settings: dict) -> dict | None:
@@ -330,13 +371,79 @@ def tokenizer_content(folder: Path, settings: dict) -> dict | None:
     if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
         return None
     vocab = read_json(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = [line for line in lines if line and not line.startswith("#version")]
-    added = [added_token(END_OF_TEXT, vocab[END_OF_TEXT])] if END_OF_TEXT in vocab else []
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
+    names = {END_OF_TEXT, *special_names(folder, settings)}
     prefix_space = bool(settings.get("add_prefix_space"))
-    return {"model": {"type": "BPE", "vocab": vocab, "merges": merges},
-            "added_tokens": added,
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": prefix_space}}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": prefix_space, "trim_offsets": True}
+    return {"version": "1.0", "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+            "added_tokens": [added_token(name, vocab[name]) for name in sorted(names & vocab.keys(), key=vocab.get)],
+            "pre_tokenizer": byte_level,
+            "decoder": byte_level}
+
+
+# -- the tokens that begin and end a text ----------------------------------------------------------
+
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+def token_name(token) -> str | None:
+    """The text of a token as tokenizer_config.json has it: by itself, or in an object."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def special_names(folder: Path, settings: dict) -> set:
+    """The texts of the special tokens that the directory names."""
+    roles = optional_json(folder / "special_tokens_map.json") | settings
+    names = {token_name(roles.get(role)) for role in ROLES}
+    names |= {token_name(token) for token in (settings.get("added_tokens_decoder") or {}).values()}
+    return names - {None}
+
+
+def with_ends(tokenizer: Tokenizer, content: dict, folder: Path, hf: dict, settings: dict) -> Tokenizer:
+    """The tokenizer with the model's own end-of-text tokens, the first of which separates documents,
+    and with the token that it was trained to see first."""
+    ids = known_ids(content)
+    roles = optional_json(folder / "special_tokens_map.json") | settings
+    generation = optional_json(folder / "generation_config.json")
+    candidates = [ids.get(token_name(roles.get("eos_token")))]
+    for stated in (hf.get("eos_token_id"), generation.get("eos_token_id")):
+        candidates += stated if isinstance(stated, list) else [stated]
+    ends = [value for value in dict.fromkeys(candidates) if is_id(value, tokenizer)]
+    stored = dict(tokenizer.stored)
+    if ends and ends != [tokenizer.eot]:
+        stored["eot"] = ends
+    bos = first_id(content, settings, ids.get(token_name(roles.get("bos_token"))))
+    if is_id(bos, tokenizer):
+        stored["bos"] = bos
+    return Tokenizer(stored) if stored != tokenizer.stored else tokenizer
+
+
+def known_ids(content: dict) -> dict:
+    """The id of each token by its text."""
+    vocab = content["model"]["vocab"]
+    ids = dict(vocab) if isinstance(vocab, dict) else {token: value for value, (token, _) in enumerate(vocab)}
+    return ids | {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+
+
+def is_id(value, tokenizer: Tokenizer) -> bool:
+    return type(value) is int and 0 <= value < tokenizer.vocab_size
+
+
+def first_id(content: dict, settings: dict, bos: int | None) -> int | None:
+    """The id that transformers puts before every text: if tokenizer_config.json says so, or else the
+    post_processor."""
+    if isinstance(settings.get("add_bos_token"), bool):
+        return bos if settings["add_bos_token"] else None
+    for step in steps(content.get("post_processor")):
+        if step["type"] in ("BertProcessing", "RobertaProcessing"):
+            return step["cls"][1]
+        if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
+            name = step["single"][0]["SpecialToken"]["id"]
+            return step["special_tokens"][name]["ids"][0]
+    return None
 
 
 # -- the hub ---------------------------------------------------------------------------------------

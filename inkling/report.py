@@ -51,7 +51,8 @@ def flops_per_token(cfg, model) -> float:
     attention's (PaLM's count, arXiv 2204.02311, appendix B)."""
     weights = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
     weights += model.head.weight.numel()
-    return 6 * weights + 12 * cfg.n_layer * cfg.block_size * cfg.n_embd
+    width = cfg.n_head * (cfg.head_dim or cfg.n_embd // cfg.n_head)
+    return 6 * weights + 12 * cfg.n_layer * cfg.block_size * width
 
 
 def peak_flops(device: str, dtype: str) -> float:

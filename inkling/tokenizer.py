@@ -15,6 +15,7 @@ import numpy as np
 from inkling.cli import UserError, quoted, unescape
 from inkling.dataset import read_meta, token_dtype
 from inkling.readers import cut_pieces, to_newlines
+from inkling.tokenizer_json import JsonTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 # The pattern of GPT-4's cl100k_base in plain form: contractions, words with what precedes them, numbers
@@ -34,12 +35,15 @@ class Tokenizer:
     dict `stored`, which meta.json and every checkpoint carry, so that decoding needs neither a file
     nor a network. It raises ValueError, KeyError or TypeError if `stored` is damaged.
 
-    kind: "char", "byte" or "bpe".
+    kind: "char", "byte", "bpe" or, for a tokenizer.json that is none of these, "json".
     vocab_size: number of ids, special tokens included.
     pieces: the bytes of each id; an unused id has none.
-    eot: id of the end-of-text token, or None.
+    eot: id of the end-of-text token, which separates documents, or None. stops: the ids that end a
+    text; an imported model may have several.
+    bos: id of the token that an imported model was trained to see before every text, or None.
+    exact: whether the pieces of a text's ids are that text.
     fallback: char: id of byte 0, if rare characters are spelled in bytes; else None.
-    bpe: the arguments of tiktoken.Encoding; None for other kinds.
+    bpe: the arguments of tiktoken.Encoding; None for other kinds. backend: likewise, of json.
     """
 
     def __init__(self, stored: dict):
@@ -48,15 +52,34 @@ class Tokenizer:
         self.eot = None
         self.fallback = None
         self.bpe = None
+        self.backend = None
+        self.exact = True
         if self.kind == "byte":
             self.pieces = list(SINGLE_BYTES)
         elif self.kind == "char":
             self._restore_char(stored)
         elif self.kind == "bpe":
             self._restore_bpe(stored)
+        elif self.kind == "json":
+            self.backend = JsonTokenizer(stored["json"], MOST_TOKENS)
+            self.pieces = self.backend.pieces
+            self.exact = self.backend.exact
         else:
             raise ValueError(f"unknown tokenizer kind {self.kind!r}")
         self.vocab_size = len(self.pieces)
+        self._restore_ends(stored)
+
+    def _restore_ends(self, stored: dict):
+        """What an imported model says of its own tokens."""
+        ends = stored.get("eot", [] if self.eot is None else [self.eot])
+        self.bos = stored.get("bos")
+        for value in [*ends, *([] if self.bos is None else [self.bos])]:
+            if type(value) is not int or not 0 <= value < self.vocab_size:
+                raise ValueError(f"{value!r} is none of its {self.vocab_size:,} ids")
+        self.eot = ends[0] if ends else None
+        self.stops = frozenset(ends)
+        special = self.bpe["special_tokens"] if self.bpe else {}
+        self.eot_text = {value: text for text, value in special.items()}.get(self.eot)
 
     def _restore_char(self, stored: dict):
         chars = stored["chars"]
@@ -93,8 +116,8 @@ class Tokenizer:
     @classmethod
     def build(cls, name: str, text: str = "", pattern: str = "") -> "Tokenizer":
         """char: the sorted distinct characters of `text`. byte: the 256 bytes. Else the name of a tiktoken
-        encoding, a .tiktoken file (`pattern` replaces PATTERN), or a meta.json or checkpoint (.pt) whose
-        tokenizer is taken. Raises UserError if there is no such tokenizer."""
+        encoding, a .tiktoken file (`pattern` replaces PATTERN), or a meta.json, a checkpoint (.pt) or a
+        Hugging Face directory whose tokenizer is taken. Raises UserError if there is no such tokenizer."""
         if name == "char":
             return cls({"kind": "char", "chars": "".join(map(chr, np.unique(code_points(text))))})
         if name == "byte":
@@ -106,6 +129,11 @@ class Tokenizer:
             from inkling.checkpoint import load_checkpoint  # imports torch: only where it is needed
 
             return cls(load_checkpoint(Path(name))["tokenizer"])
+        folder = Path(name).parent if os.path.basename(name) == "tokenizer.json" else Path(name)
+        if os.path.isdir(folder):
+            from inkling.huggingface import load_tokenizer  # imports this module
+
+            return load_tokenizer(folder)
         tiktoken = import_tiktoken(f"tokenizer={name} needs tiktoken (pip install tiktoken); char "
                                    "and byte need nothing")
         if name.endswith(".tiktoken"):
@@ -113,7 +141,7 @@ class Tokenizer:
         known = tiktoken.list_encoding_names()
         if name not in known:
             raise UserError(f"tokenizer={name!r} is none of: char, byte, bpe:VOCAB, FILE.tiktoken, "
-                            f"FOLDER/meta.json, ckpt.pt, {', '.join(known)}")
+                            f"FOLDER/meta.json, ckpt.pt, a Hugging Face folder, {', '.join(known)}")
         try:
             encoding = tiktoken.get_encoding(name)
         except Exception as error:      # whatever its download raises
@@ -145,9 +173,10 @@ class Tokenizer:
 
     # -- text to ids -------------------------------------------------------------------------------
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, begins: bool = True) -> np.ndarray:
         """Ids (tokens,) of `text`, in the smallest type that holds the vocabulary. Text that looks
-        like a special token is ordinary text. A BPE sees at most 65,536 characters at once, cut
+        like a special token is ordinary text. begins: it is the beginning of a text, where some
+        tokenizers put a space. A BPE sees at most 65,536 characters at once, cut
         where a word ends (find_cut); only a longer run without such a place gives other ids than
         the whole would. Raises ValueError that names the characters which the tokenizer lacks."""
         try:
@@ -157,8 +186,16 @@ class Tokenizer:
                              f"{error.start}") from None
         if self.kind == "byte":
             return np.frombuffer(raw, np.uint8)
+        if self.kind == "json":
+            return self._encode_json(text, begins)
         ids = self._encode_char(text, raw) if self.kind == "char" else self._encode_bpe(text)
         return ids.astype(token_dtype(self.vocab_size))
+
+    def _encode_json(self, text: str, begins: bool) -> np.ndarray:
+        ids = []
+        for number, piece in enumerate(cut_pieces(text, BOUNDED)):
+            ids += self.backend.encode(piece, begins and number == 0)
+        return np.array(ids, token_dtype(self.vocab_size))
 
     def _encode_bpe(self, text: str) -> np.ndarray:
         parts = [self.encoding.encode_to_numpy(piece, disallowed_special=())
@@ -213,31 +250,39 @@ class Tokenizer:
             raise ValueError(f"the pattern of the tokenizer {name} skips some of the text: "
                              r"let it end with |[\s\S]")
 
-    def encode_joined(self, texts: list) -> np.ndarray:
-        """Ids (tokens,) of [(whether the end-of-text token comes first, text)], one after
-        another."""
+    def encode_joined(self, texts: list, begins: list | None = None) -> np.ndarray:
+        """Ids (tokens,) of [(whether the end-of-text token comes first, text)], one after another.
+        begins: of each, whether it begins a document; by default, where that token comes first."""
         if self._can_be_joined(texts):
             # One call for many documents: each return from tiktoken waits for the interpreter's lock.
-            joined = "".join(END_OF_TEXT + text if eot_first else text for eot_first, text in texts)
-            ids = self.encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT},
+            joined = "".join(self.eot_text + text if eot_first else text for eot_first, text in texts)
+            ids = self.encoding.encode_to_numpy(joined, allowed_special={self.eot_text},
                                                 disallowed_special=())
             self._check_whole(ids, joined)
             return ids.astype(token_dtype(self.vocab_size))
+        begins = begins or [eot_first for eot_first, _ in texts]
         parts = []
-        for eot_first, text in texts:
-            if eot_first:
-                parts.append(np.array([self.eot or 0], token_dtype(self.vocab_size)))
-            parts.append(self.encode(text))
+        for (eot_first, text), is_first in zip(texts, begins, strict=True):
+            marks = [self.eot or 0] if eot_first else []
+            if is_first and self.bos is not None and self.bos not in marks:
+                marks.append(self.bos)
+            parts.append(np.array(marks, token_dtype(self.vocab_size)))
+            parts.append(self.encode(text, is_first))
         return np.concatenate(parts)
 
     def _can_be_joined(self, texts: list) -> bool:
         """Whether the texts are several whole, short documents, none of which contains the text of
         the special token."""
-        if len(texts) < 2 or self.eot is None:
+        if len(texts) < 2 or self.eot_text is None or self.bos is not None:
             return False
         if not all(eot_first for eot_first, _ in texts[1:]):
             return False
-        return not any(END_OF_TEXT in text or len(text) > BOUNDED for _, text in texts)
+        return not any(self.eot_text in text or len(text) > BOUNDED for _, text in texts)
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """Ids of a whole text, after the token that the model was trained to see first."""
+        ids = self.encode(text)
+        return ids if self.bos is None else np.concatenate((np.array([self.bos], ids.dtype), ids))
 
     @cached_property
     def line_break(self) -> str:
@@ -263,10 +308,10 @@ class Tokenizer:
         return min(forms, key=self.count_unknown)
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """Like encode, but never empty: an empty prompt becomes the end-of-text token, a line
-        break, or id 0."""
-        if text:
-            return self.encode(text)
+        """Like encode_document, but never empty: an empty prompt becomes the end-of-text token, a
+        line break, or id 0."""
+        if text or self.bos is not None:
+            return self.encode_document(text)
         first = self.eot
         if first is None:
             first = self.pieces.index(b"\n") if b"\n" in self.pieces else 0
@@ -274,13 +319,18 @@ class Tokenizer:
 
     # -- ids to text -------------------------------------------------------------------------------
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(self.pieces[value] for value in ids).decode("utf-8", "replace")
+    def decode(self, ids: Iterable[int], begins: bool = True) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. begins: they are the beginning of a
+        text, where some tokenizers put a space, which is dropped."""
+        text = b"".join(self.pieces[value] for value in ids).decode("utf-8", "replace")
+        if begins and self.backend and self.backend.prefix:
+            text = text.removeprefix(" ")
+        return text
 
     def stream(self) -> Callable[[int | None], str]:
-        """A function from one id to the text that it completes: a character spread over several
-        tokens is held back until it is whole. Called with None it returns what is held back."""
+        """A function from one id to the text that it completes, in the middle of a text: a character
+        spread over several tokens is held back until it is whole. Called with None it returns what
+        is held back."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
         def push(value: int | None) -> str:

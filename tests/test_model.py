@@ -14,7 +14,8 @@ from inkling.cpu import dropout, in_blocks
 from train import GPT, Config, NGrams, draw
 
 VOCAB, T = 50, 16
-SMALL = dict(n_layer=3, n_head=4, n_embd=32, block_size=T, dropout=0.0, ngrams=0, ngram_rows=97, init="gpt2")
+SMALL = dict(n_layer=3, n_head=4, n_embd=32, block_size=T, dropout=0.0, ngrams=0, ngram_rows=97, init="gpt2",
+             rope_factor=3.0, rope_context=256)
 PLAIN = dict(norm_gain=True, embed_norm=False, qk_norm=False, logit_cap=0.0, shortcuts=False, ngrams=0)
 GPT2 = PLAIN | dict(positions="learned", norm="layernorm", norm_eps=1e-5, mlp="gelu_tanh", bias=True,
                     tie_weights=True, init="gpt2")
@@ -25,7 +26,7 @@ SWITCHES = pairwise(
     norm_gain=[False, True], embed_norm=[False, True], mlp=["relu2", "relu", "gelu", "gelu_tanh", "swiglu"],
     bias=[False, True], qkv_bias=["auto", False, True], head_bias=[False, True], tie_weights=[False, True],
     qk_norm=[False, True], logit_cap=[0.0, 15.0], shortcuts=[False, True], n_kv_head=[0, 1, 2],
-    pad_vocab_to=[1, 64], ngrams=[0, 2, 5])
+    pad_vocab_to=[1, 64], ngrams=[0, 2, 5], head_dim=[0, 12], rope_scaling=["none", "linear", "llama3"])
 
 
 def small(**changes) -> GPT:
@@ -74,13 +75,26 @@ def plain_linear(x, w, name):
     return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
 
 
+def plain_frequency(cfg, frequency: float) -> float:
+    """What rope_scaling makes of a frequency, by its wavelength, as in Meta's llama3 code."""
+    if cfg.rope_scaling == "linear":
+        return frequency / cfg.rope_factor
+    wavelength = 2 * math.pi / frequency
+    if cfg.rope_scaling == "none" or wavelength < cfg.rope_context / cfg.rope_high_freq:
+        return frequency
+    if wavelength > cfg.rope_context / cfg.rope_low_freq:
+        return frequency / cfg.rope_factor
+    smooth = (cfg.rope_context / wavelength - cfg.rope_low_freq) / (cfg.rope_high_freq - cfg.rope_low_freq)
+    return (1 - smooth) * frequency / cfg.rope_factor + smooth * frequency
+
+
 def plain_turn(cfg, x):
     """Rotary positions as complex numbers: the halves of x (T, head_dim) are real and imaginary part."""
     pairs = x.size(1) // 2
     turning = round(pairs * cfg.rope_fraction)
     for t in range(len(x)):
         for i in range(turning):
-            angle = t * cfg.rope_theta ** (-i / turning)
+            angle = t * plain_frequency(cfg, cfg.rope_theta ** (-i / turning))
             z = complex(x[t, i], x[t, i + pairs]) * complex(math.cos(angle), math.sin(angle))
             x[t, i], x[t, i + pairs] = z.real, z.imag
     return x
@@ -115,7 +129,7 @@ def plain_ngrams(cfg, ids: list, table):
 def plain_logits(model, idx):
     """Logits (T, VOCAB) of one sequence idx (T)."""
     cfg, w = model.cfg, {name: tensor.double() for name, tensor in model.state_dict().items()}
-    width, group = cfg.n_embd // cfg.n_head, cfg.n_head // (cfg.n_kv_head or cfg.n_head)
+    width, group = cfg.head_dim or cfg.n_embd // cfg.n_head, cfg.n_head // (cfg.n_kv_head or cfg.n_head)
     x = w["wte.weight"][idx]
     if cfg.ngrams:
         x = x + plain_ngrams(cfg, idx.tolist(), w["ngrams.weight"])
