@@ -33,7 +33,7 @@ from timing import count_parameters, seconds_of
 from inkling.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, UserError, parse, run
 from inkling.files import atomic_write
 from inkling.report import Report
-from train import Config, Origin, claim_folder, leave, save, start, update
+from train import Config, Origin, claim_folder, save, start, update
 
 
 @dataclass
@@ -121,7 +121,7 @@ def measure(size_name: str, optimizer: str, options: Options, folder: Path) -> l
     ckpt_seconds, _ = measure_save(measured_run, report, "ckpt.pt", options.saves)
     last_seconds, last_size = measure_save(measured_run, report, "last.pt", options.saves)
     bytes_seconds = median_seconds(min(3, options.saves), device, write_bytes, folder / "bytes", last_size)
-    leave(measured_run, 0)
+    measured_run.folder.release()
     pause = last_seconds + ckpt_seconds
     megabytes = last_size / 1e6
     return [

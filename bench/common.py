@@ -108,18 +108,23 @@ def run_task(task: str, env: dict | None = None, **spec) -> dict:
         result = Path(folder, "result.json")
         log = Path(folder, "log.txt")
         spec |= {"folder": folder, "launched": time.time()}
-        words = [sys.executable, str(ROOT / "bench" / "runners.py"), task, json.dumps(spec), str(result)]
-        with open(log, "w", encoding="utf-8") as file:
-            process = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, env=os.environ | (env or {}),
-                                     check=False)
-        if process.returncode or not result.is_file():
+        code = launch_runner([task, json.dumps(spec), str(result)], log, env or {})
+        if code or not result.is_file():
             output = log.read_text(encoding="utf-8", errors="replace").strip()
             if os.environ.get("BENCH_VERBOSE"):
                 print(output, file=sys.stderr)
             last_line = output.rpartition("\n")[2][:300] or "it printed nothing"
-            raise UserError(f"{task} ended with code {process.returncode}: {last_line} (BENCH_VERBOSE=1 shows all of "
-                            "its output)", 1)
+            raise UserError(f"{task} ended with code {code}: {last_line} (BENCH_VERBOSE=1 shows all of its output)", 1)
         return json.loads(result.read_text(encoding="utf-8"))
+
+
+def launch_runner(words: list, log: Path, env: dict) -> int:
+    """Run runners.py with its output in the file `log`; returns its exit code."""
+    runner = str(ROOT / "bench" / "runners.py")
+    with open(log, "w", encoding="utf-8") as file:
+        process = subprocess.run([sys.executable, runner, *words], stdout=file, stderr=subprocess.STDOUT,
+                                 env=os.environ | env, check=False)
+    return process.returncode
 
 
 def run_program(words: list, env: dict | None = None, cwd: Path | None = None) -> str:
@@ -221,7 +226,7 @@ def command_line() -> str:
     for word in sys.argv[1:]:
         if word.startswith("--nanogpt="):
             word = "--nanogpt=../nanoGPT"
-        words.append(re.sub(r"=/.*/(?=[^/])", "=", word))
+        words.append(re.sub(r"(^|=)/.*/(?=[^/])", r"\1", word))
     return shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *words])
 
 

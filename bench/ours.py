@@ -64,6 +64,8 @@ def start_run(spec: dict) -> train.Run:
     cfg = train.Config(**parsed.values)
     if cfg.max_minutes:
         raise UserError(f"max_minutes={cfg.max_minutes:g} does not say how many steps to measure: give --max_iters")
+    if "max_iters" in parsed.typed and "max_epochs" not in parsed.typed:
+        cfg = replace(cfg, max_epochs=0.0)
     if spec.get("tokens"):
         tokens_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size
         cfg = replace(cfg, max_epochs=0.0, max_iters=max(1, round(spec["tokens"] / tokens_per_step)))

@@ -97,7 +97,7 @@ def measure_work(checkouts: list, work: Work, options: Options, folder: Path) ->
     for number in range(1, options.rounds + 1):
         for checkout, runs in zip(checkouts, paces, strict=True):
             runs.append(measure_pace(checkout, work, options, folder))
-            print(f"round {number} of {options.rounds}: {work.config.stem}, compile {work.compile}, {checkout}: "
+            print(f"round {number} of {options.rounds}: {work.config.stem}, compile {work.compile}, {checkout.name}: "
                   f"{1000 * runs[-1].seconds:,.1f} ms a step", flush=True)
     return paces
 
@@ -132,7 +132,8 @@ def main(argv: list) -> int:
             paces = measure_work(checkouts, work, options, folder)
             rows.append(table_row(work, paces))
             figures.append({"config": work.config.stem, "compile": work.compile, "paces": paces})
-    head = ["config", "", *(f"{word}, tokens/s" for word in parsed.words), "ratio of the second to the first"]
+    names = [checkout.name for checkout in checkouts]
+    head = ["config", "", f"{names[0]}, tokens/s", f"{names[1]}, tokens/s", "ratio of the second to the first"]
     counted = options.steps - options.warm_up
     note = f"Medians of {options.rounds} rounds in turn (lowest-highest), {counted} steps each, {options.dtype}."
     save_figures("pace", figures)
