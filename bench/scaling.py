@@ -15,112 +15,161 @@ DistributedDataParallel does it; `exposed` is the worst, nothing hidden. Where M
 processes, its results travel too: up to half as many bytes again.
 """
 
-import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Annotated, NamedTuple
 
-from common import ROOT, flops_per_token, machine, publish, random_set, table
+from common import (
+    ROOT,
+    describe_machine,
+    flags,
+    flops_per_token,
+    markdown_table,
+    publish,
+    read_options,
+    run_program,
+    write_random_set,
+)
 
-from inkling.cli import fail, parse, run
+from inkling.cli import PositiveFloat, PositiveInt, above, at_least, run
 from inkling.format import short
 from inkling.plots import read_log
 
-# name: n_layer, n_embd, parameters
-MODELS = {"124M": (12, 768, 124_439_808), "350M": (24, 1024, 354_823_168), "1.5B": (48, 1600, 1_557_611_200)}
+
+class Model(NamedTuple):
+    n_layer: int
+    n_embd: int
+    parameters: int
+
+
+class Cluster(NamedTuple):
+    machines: int
+    cards: int                          # of each machine
+    network: str
+    bytes_per_second: float             # of a machine's network, each way
+
+
+MODELS = {
+    "124M": Model(12, 768, 124_439_808),
+    "350M": Model(24, 1024, 354_823_168),
+    "1.5B": Model(48, 1600, 1_557_611_200),
+}
 NVLINK = 450e9                          # bytes a second each way, of a card
-NETWORKS = {"100 Gbit Ethernet a machine": 12.5e9, "400 Gbit InfiniBand a card": 50e9}    # bytes a second each way
+ETHERNET = 12.5e9                       # the same of 100 Gbit a machine
+INFINIBAND = 50e9                       # and of 400 Gbit a card
+CLUSTERS = [
+    Cluster(1, 8, "NVLink alone", NVLINK),
+    Cluster(8, 1, "100 Gbit Ethernet a machine", ETHERNET),
+    Cluster(8, 1, "400 Gbit InfiniBand a card", INFINIBAND),
+    Cluster(8, 8, "100 Gbit Ethernet a machine", ETHERNET),
+    Cluster(8, 8, "400 Gbit InfiniBand a card", 8 * INFINIBAND),
+]
 
 
 @dataclass
 class Options:
     # -- what to measure
     measure: bool = True                # run the processes; else the arithmetic alone
-    rounds: int = 3                     # of the three ways in turn
-    steps: int = 6                      # of a run; the first is not counted
+    rounds: PositiveInt = 3             # of the three ways in turn
+    steps: Annotated[int, at_least(2)] = 6  # of a run; the first is not counted
     words: str = ""                     # more flags for train.py
     # -- what to compute
-    tokens: int = 491_520               # of a step, over all cards
-    block_size: int = 1024              # context
-    peak: float = 989.0                 # TFLOP/s of a card
-    mfu: float = 0.5                    # share of it that one card alone reaches
+    tokens: PositiveInt = 491_520       # of a step, over all cards
+    block_size: PositiveInt = 1024      # context
+    peak: PositiveFloat = 989.0         # TFLOP/s of a card
+    mfu: Annotated[float, above(0).at_most(1)] = 0.5    # share of it that one card alone reaches
     append: bool = False                # add the tables to bench/RESULTS.md
 
 
-def rate(processes: int, threads: int, options: Options, folder: Path) -> float:
+# -- measured ------------------------------------------------------------------------------------
+
+def measure_rate(processes: int, threads: int, options: Options) -> float:
     """Median tokens a second of one run."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    out = folder / f"run{processes}{threads}"
-    words = [str(ROOT / "config" / "shakespeare_char.py"), "--dataset=set", f"--data_dir={folder}", f"--out_dir={out}",
-             "--device=cpu", "--compile=False", "--log_interval=1", "--eval_iters=1", "--sample_tokens=0",
-             f"--max_iters={options.steps}", f"--eval_interval={options.steps}", *options.words.split()]
-    process = subprocess.run([sys.executable, *launch, str(ROOT / "train.py"), *words], capture_output=True, text=True,
-                             encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=False)
-    if process.returncode:
-        fail(f"{processes} processes ended with {process.returncode}: {process.stderr.strip()[-300:]}", 1)
-    rates = [row["tokens_per_second"] for row in read_log(out / "log.csv") if "tokens_per_second" in row]
+    launcher = []
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    with tempfile.TemporaryDirectory(prefix="inkling-bench-") as name:
+        folder = Path(name)
+        write_random_set(folder / "set", 65, 100_000)
+        words = flags(dataset="set", data_dir=folder, out_dir=folder / "run", device="cpu", compile=False,
+                      log_interval=1, eval_iters=1, sample_tokens=0, max_iters=options.steps,
+                      eval_interval=options.steps)
+        config = ROOT / "config" / "shakespeare_char.py"
+        run_program([*launcher, ROOT / "train.py", config, *words, *options.words.split()],
+                    env={"OMP_NUM_THREADS": str(threads)})
+        rows = read_log(folder / "run" / "log.csv")
+    rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     return median(rates[1:])
 
 
-def measured(options: Options) -> str:
-    ways = {(1, 1): [], (1, 2): [], (2, 1): []}
-    for number in range(options.rounds):
-        for (processes, threads), rates in ways.items():
-            print(f"round {number + 1} of {options.rounds}: {processes} x {threads} threads", flush=True)
-            with tempfile.TemporaryDirectory(prefix="inkling-bench-") as folder:
-                random_set(Path(folder) / "set", 65, 100_000)
-                rates.append(rate(processes, threads, options, Path(folder)))
-    one = median(ways[1, 1])
+def measured_table(options: Options) -> str:
+    rates = {(1, 1): [], (1, 2): [], (2, 1): []}                # (processes, threads): tokens a second
+    for number in range(1, options.rounds + 1):
+        for processes, threads in rates:
+            print(f"round {number} of {options.rounds}: {processes} x {threads} threads", flush=True)
+            rates[processes, threads].append(measure_rate(processes, threads, options))
+    base = median(rates[1, 1])
     rows = []
-    for (processes, threads), rates in ways.items():
-        times = median(rates) / one
-        rows.append([processes, threads, short(median(rates)), f"{times:.2f}x",
-                     f"{100 * times / (processes * threads):.0f}%"])
-    return table(["processes", "threads each", "tokens/s", "of one", "efficiency"], rows)
+    for (processes, threads), values in rates.items():
+        speedup = median(values) / base
+        efficiency = speedup / (processes * threads)
+        rows.append([processes, threads, short(median(values)), f"{speedup:.2f}x", f"{100 * efficiency:.0f}%"])
+    return markdown_table(["processes", "threads each", "tokens/s", "of one", "efficiency"], rows)
 
 
-def exchange(size: float, machines: int, cards: int, network: float) -> tuple:
-    """Seconds that the sum of `size` bytes takes within machines of so many cards, and between them. network: bytes a
-    second of a machine."""
-    return 2 * (cards - 1) / cards * size / NVLINK, 2 * (machines - 1) / machines * size / network
+# -- computed ------------------------------------------------------------------------------------
+
+def exchange_seconds(size: float, machines: int, cards: int, bytes_per_second: float) -> tuple:
+    """Seconds that the sum of `size` bytes takes within machines of `cards` cards, and between them.
+    bytes_per_second: of a machine's network."""
+    within = 2 * (cards - 1) / cards * size / NVLINK
+    between = 2 * (machines - 1) / machines * size / bytes_per_second
+    return within, between
 
 
-def computed(options: Options) -> str:
-    rows = []
-    for name, (n_layer, n_embd, parameters) in MODELS.items():
-        operations = flops_per_token(n_layer, n_embd, options.block_size, 50257)
-        for machines, cards, network in ((1, 8, ""), *((count, each, name) for count, each in ((8, 1), (8, 8))
-                                                       for name in NETWORKS)):
-            total = machines * cards
-            of_machine = NETWORKS[network] * (cards if network.endswith("card") else 1) if network else 1.0
-            within, between = exchange(4 * parameters, machines, cards, of_machine)
-            compute = options.tokens / total * operations / (options.peak * 1e12 * options.mfu)
-            travel = within + between
-            hidden = max(compute, compute / 3 + travel)
-            rows.append([name, f"{total} = {machines} x {cards}", network or "NVLink alone",
-                         f"{4 * parameters / 1e9:.2f}",
-                         *(f"{1000 * value:,.1f}" for value in (compute, within, between)),
-                         f"{100 * compute / (compute + travel):.0f}%", f"{100 * compute / hidden:.0f}%",
-                         short(options.tokens / hidden)])
-    return table(["model", "cards = machines x cards", "network", "gradients, GB", "compute, ms", "within, ms",
-                  "between, ms", "efficiency, exposed", "hidden", "tokens/s, hidden"], rows)
+def computed_row(name: str, cluster: Cluster, options: Options) -> list:
+    model = MODELS[name]
+    cards = cluster.machines * cluster.cards
+    size = 4 * model.parameters
+    within, between = exchange_seconds(size, cluster.machines, cluster.cards, cluster.bytes_per_second)
+    travel = within + between
+    operations = flops_per_token(model.n_layer, model.n_embd, options.block_size, 50257)
+    compute = options.tokens / cards * operations / (options.peak * 1e12 * options.mfu)
+    hidden = max(compute, compute / 3 + travel)
+    return [
+        name,
+        f"{cards} = {cluster.machines} x {cluster.cards}",
+        cluster.network,
+        f"{size / 1e9:.2f}",
+        f"{1000 * compute:,.1f}",
+        f"{1000 * within:,.1f}",
+        f"{1000 * between:,.1f}",
+        f"{100 * compute / (compute + travel):.0f}%",
+        f"{100 * compute / hidden:.0f}%",
+        short(options.tokens / hidden),
+    ]
+
+
+def computed_table(options: Options) -> str:
+    rows = [computed_row(name, cluster, options) for name in MODELS for cluster in CLUSTERS]
+    head = ["model", "cards = machines x cards", "network", "gradients, GB", "compute, ms", "within, ms",
+            "between, ms", "efficiency, exposed", "hidden", "tokens/s, hidden"]
+    return markdown_table(head, rows)
 
 
 def main(argv: list) -> int:
-    options = Options(**parse(Options, argv, __doc__).values)
-    if options.steps < 2 or options.rounds < 1:
-        fail(f"steps={options.steps} and rounds={options.rounds} must be at least 2 and 1")
-    if not 0 < options.mfu <= 1 or options.peak <= 0:
-        fail(f"mfu={options.mfu} must be above 0 and at most 1, peak={options.peak} above 0")
-    if options.tokens < 1 or options.block_size < 1:
-        fail(f"tokens={options.tokens} and block_size={options.block_size} must be at least 1")
-    parts = ["Measured, config/shakespeare_char.py:", measured(options)] if options.measure else []
-    parts += [f"Computed: {options.tokens:,} tokens a step, context {options.block_size:,}, {100 * options.mfu:.0f}% "
-              f"of {options.peak:,.0f} TFLOP/s a card.", computed(options)]
-    publish("Several processes", "\n\n".join(parts), machine(), options.append)
+    options = read_options(Options, argv, __doc__)
+    paragraphs = []
+    if options.measure:
+        paragraphs += ["Measured, config/shakespeare_char.py:", measured_table(options)]
+    paragraphs += [
+        f"Computed: {options.tokens:,} tokens a step, context {options.block_size:,}, {100 * options.mfu:.0f}% of "
+        f"{options.peak:,.0f} TFLOP/s a card.",
+        computed_table(options),
+    ]
+    publish("Several processes", "\n\n".join(paragraphs), describe_machine(), options.append)
     return 0
 
 
