@@ -28,6 +28,7 @@ RESUME_ENTRIES = {"evaluated": int | None, "best_step": int, "best_val_loss": fl
 LATER_ENTRIES = {"tokens": int, "threads": int, "text": str, "lost": str, "plan": dict}
 PLAN_ENTRIES = {"device": str, "dtype": str, "compile": bool | str, "max_iters": int | None, "sequences": int,
                 "micro_batches": int}
+PLAN_CHOICES = {"dtype": ("float32", "bfloat16", "float16"), "compile": (True, False, "auto")}
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------
@@ -219,13 +220,26 @@ def why_implausible(content: dict) -> str:
     entries = {name: kind for name, kind in (RESUME_ENTRIES | LATER_ENTRIES).items() if name in content}
     if wrong := wrong_types(content, entries):
         return ", ".join(wrong)
-    plan = content.get("plan", {})
-    if wrong := wrong_types(plan, PLAN_ENTRIES) if plan else []:
+    if wrong := wrong_in_plan(content.get("plan", {})):
         return f"plan.{', plan.'.join(wrong)}"
     losses = content.get("losses", {}).values()
     if content["step"] < 0 or content.get("tokens", 0) < 0 or not math.isfinite(content.get("seconds", 0)):
         return "step, tokens or seconds"
     return "" if all(isinstance(loss, float) for loss in losses) else "losses"
+
+
+def wrong_in_plan(plan: dict) -> list:
+    """The names of a plan's entries that train.py cannot have written."""
+    if not plan:
+        return []
+    if wrong := wrong_types(plan, PLAN_ENTRIES):
+        return wrong
+    wrong = [name for name, choices in PLAN_CHOICES.items() if plan[name] not in choices]
+    try:
+        torch.device(plan["device"])
+    except RuntimeError:
+        wrong.append("device")
+    return wrong
 
 
 def upgrade(content: dict):

@@ -152,7 +152,7 @@ def test_resuming_with_another_model_is_refused(start):
     start()
     before = contents(Path("out"))
     outcome = start("--init_from=resume", n_layer=3, block_size=16)
-    one_line_error(outcome, "out/toy/last.pt", "n_layer=3 (it has 2)", "block_size=16 (it has 32)")
+    one_line_error(outcome, "out/toy/last.pt", "n_layer=3 (the run has 2)", "block_size=16 (the run has 32)")
     assert contents(Path("out")) == before
 
 
@@ -194,7 +194,7 @@ def test_fine_tuning_brings_the_model_of_its_checkpoint(start):
     Path("tune.py").write_text("bias = True\n")         # a file's settings yield to the checkpoint's
     assert start("tune.py", "--init_from=out/toy/ckpt.pt", n_layer=1).returncode == 0
     assert torch.load("out/tune/ckpt.pt")["config"]["bias"] is False
-    one_line_error(start("--bias", "--init_from=out/toy/ckpt.pt", n_layer=1), "bias=True (it has False)")
+    one_line_error(start("--bias", "--init_from=out/toy/ckpt.pt", n_layer=1), "bias=True (the run has False)")
 
 
 def test_a_data_set_with_another_tokenizer_is_refused(start, book):

@@ -80,7 +80,7 @@ class Trials:
 
 def given(trials: Trials, what, content, home, folder, program: int):
     """Try a checkpoint, bytes or something to save, with one of the programs that read them: 0 samples, 1 starts a run
-    from its weights, 2 goes on."""
+    from its weights, 2 resumes."""
     folder.mkdir()
     path, tokens = folder / "run" / "last.pt", "bpe" if what[0] == "bpe" else "char"
     path.parent.mkdir()
