@@ -3,12 +3,13 @@
     python bench/checkpoint.py                              # 14M, 124M, 350M; up to 4.3 GB on disk, 8 GB of memory
     python bench/checkpoint.py --sizes=14M --saves=20
 
-For each size last.pt (weights, optimizer state) and ckpt.pt (weights) of a run are saved `saves` times over the same
-files. The medians are printed, beside writing and flushing as many bytes alone. By default a run saves at every
-evaluation, once last.pt and, when the loss is the best so far, ckpt.pt: `pause` is both. Its share of the interval is
-that of eval_interval steps of the size's config, whose time is measured here: one micro-batch forward and backward,
-times their number, and the rest of an update. On a slow machine the share is small for that reason alone;
---step_seconds gives another machine's.
+For each size last.pt (weights, optimizer state) and ckpt.pt (weights) of a run are saved `saves`
+times over the same files. The medians are printed, beside writing and flushing as many bytes alone.
+By default a run saves at every evaluation, once last.pt and, when the loss is the best so far,
+ckpt.pt: `pause` is both. Its share of the interval is that of eval_interval steps of the size's
+config, whose time is measured here: one micro-batch forward and backward, times their number, and
+the rest of an update. On a slow machine the share is small for that reason alone; --step_seconds
+gives another machine's.
 """
 
 import os
@@ -82,7 +83,8 @@ def median_seconds(times: int, device: str, function, *arguments) -> float:
 
 
 def measure_step(measured_run, cfg: Config) -> float:
-    """Seconds of a step with all of cfg's sequences, from those of a run whose step is one micro-batch."""
+    """Seconds of a step with all of cfg's sequences, from those of a run whose step is one
+    micro-batch."""
     device = measured_run.plan.device
     passes = median_seconds(3, device, measured_run.forward_backward)
     whole_update = median_seconds(2, device, update, measured_run, 1)

@@ -1,6 +1,7 @@
-"""What the benchmarks share: child processes that return JSON, data sets of random tokens, tables and RESULTS.md.
+"""What the benchmarks share: options, child processes, random data sets, tables, RESULTS.md.
 
-Nothing here imports torch: the parent of the measured processes stays small and runs no thread of its own.
+Nothing here imports torch: the parent of the measured processes stays small and runs no thread of
+its own.
 """
 
 import importlib.metadata
@@ -102,8 +103,8 @@ def need_packages(*packages: str):
 # -- child processes -----------------------------------------------------------------------------
 
 def run_task(task: str, env: dict | None = None, **spec) -> dict:
-    """The result of a task of runners.py, in a process of its own and a temporary folder. Raises UserError if it
-    fails. env: more environment variables."""
+    """The result of a task of runners.py, in a process of its own and a temporary folder. Raises
+    UserError if it fails. env: more environment variables."""
     with tempfile.TemporaryDirectory(prefix="inkling-bench-") as folder:
         result = Path(folder, "result.json")
         log = Path(folder, "log.txt")
@@ -122,16 +123,16 @@ def launch_runner(words: list, log: Path, env: dict) -> int:
     """Run runners.py with its output in the file `log`; returns its exit code."""
     runner = str(ROOT / "bench" / "runners.py")
     with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.run([sys.executable, runner, *words], stdout=file, stderr=subprocess.STDOUT,
-                                 env=os.environ | env, check=False)
+        process = subprocess.run([sys.executable, runner, *words], stdout=file,
+                                 stderr=subprocess.STDOUT, env=os.environ | env, check=False)
     return process.returncode
 
 
 def run_program(words: list, env: dict | None = None, cwd: Path | None = None) -> str:
     """What a Python program prints. Raises UserError if it fails."""
     words = [str(word) for word in words]
-    process = subprocess.run([sys.executable, *words], capture_output=True, text=True, encoding="utf-8", cwd=cwd,
-                             env=os.environ | (env or {}), check=False)
+    process = subprocess.run([sys.executable, *words], capture_output=True, text=True,
+                             encoding="utf-8", cwd=cwd, env=os.environ | (env or {}), check=False)
     if process.returncode:
         raise UserError(f"{' '.join(words[:2])} ended with code {process.returncode}: "
                         f"{process.stderr.strip()[-400:]}", 1)
@@ -141,8 +142,8 @@ def run_program(words: list, env: dict | None = None, cwd: Path | None = None) -
 # -- data sets -----------------------------------------------------------------------------------
 
 def write_random_set(folder: Path, vocab_size: int, tokens: int):
-    """Write a data set of random ids, `tokens` for training and a tenth as many for validation: speed does not depend
-    on them. Its tokenizer is one of made-up characters."""
+    """Write a data set of random ids, `tokens` for training and a tenth as many for validation:
+    speed does not depend on them. Its tokenizer is one of made-up characters."""
     folder.mkdir(parents=True, exist_ok=True)
     dtype = token_dtype(vocab_size)
     rng = np.random.default_rng(0)
@@ -165,8 +166,8 @@ def write_random_set(folder: Path, vocab_size: int, tokens: int):
 # -- arithmetic ----------------------------------------------------------------------------------
 
 def flops_per_token(n_layer: int, n_embd: int, block_size: int, vocab_size: int) -> float:
-    """Operations to train GPT-2's architecture on one token: 6 for each weight of a matrix product, and attention's
-    (PaLM's count, arXiv 2204.02311, appendix B)."""
+    """Operations to train GPT-2's architecture on one token: 6 for each weight of a matrix product,
+    and attention's (PaLM's count, arXiv 2204.02311, appendix B)."""
     weights = 12 * n_layer * n_embd ** 2 + n_embd * vocab_size
     return 6 * weights + 12 * n_layer * block_size * n_embd
 

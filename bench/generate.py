@@ -1,12 +1,12 @@
-"""Generation speed, side by side in one run and with the same weights: ours, nanoGPT's and transformers' generate.
+"""Generation speed of ours, nanoGPT's and transformers', with the same weights, in one run.
 
     python bench/generate.py --nanogpt=../nanoGPT          # a checkout of github.com/karpathy/nanoGPT
     python bench/generate.py --only=small,batch --runs=5
     python bench/generate.py --device=cuda --dtype=bfloat16 --compile=True --only=gpt2,xl
 
-Each figure is the median of the runs, after one that warms up; the ways take turns, so that a busy moment of the
-machine meets all of them. The bound, measured in turn as well, is what reading the weights once a token from memory
-allows; those that fit into the processor's cache may exceed it.
+Each figure is the median of the runs, after one that warms up; the ways take turns, so that a busy
+moment of the machine meets all of them. The bound, measured in turn as well, is what reading the
+weights once a token from memory allows; those that fit into the processor's cache may exceed it.
 """
 
 import copy
@@ -57,7 +57,7 @@ BOUND = "reading the weights once a token"
 @dataclass
 class Options:
     # -- what to measure
-    only: str = "small,recipe,gpt2,batch,prompt"  # of small, recipe, gpt2, batch, prompt, xl, toy; separated by commas
+    only: str = "small,recipe,gpt2,batch,prompt"  # of these, xl and toy; separated by commas
     runs: PositiveInt = 3               # runs of each way; the median counts
     nanogpt: str = ""                   # folder of a nanoGPT checkout; empty: without it
     transformers: bool = True           # measure transformers' generate too
@@ -110,7 +110,8 @@ def uncached_rate(model: GPT, prompt, count: int) -> float:
 # -- the peers -----------------------------------------------------------------------------------
 
 def peer_weights(model: GPT) -> dict:
-    """Our weights under the names that nanoGPT and transformers share, matrices as nn.Linear has them."""
+    """Our weights under the names that nanoGPT and transformers share, matrices as nn.Linear has
+    them."""
     weights = {
         "transformer.wte.weight": model.wte.weight,
         "transformer.wpe.weight": model.wpe.weight,
@@ -240,8 +241,8 @@ def make_prompt(model: GPT, rows: int, length: int):
 
 
 def add_compiled(ways: Ways, title: str, model: GPT, prompt, count: int, options: Options):
-    """Our compiled step and, on a CPU, the same with weights in bfloat16. The size of the cache is compiled in, and
-    follows from the count, so that a whole run warms up."""
+    """Our compiled step and, on a CPU, the same with weights in bfloat16. The size of the cache is
+    compiled in, and follows from the count, so that a whole run warms up."""
     step = compile_step(model.next_logits, options.device)
     began = time.perf_counter()
     our_rate(model, prompt, count, step)
@@ -276,11 +277,15 @@ def add_peers(ways: Ways, model: GPT, prompt, count: int, options: Options):
 
 def measure(title: str, model: GPT, count: int, options: Options, rows: int = 1, peers: bool = False,
             compiled: bool = True, uncached: int = 0) -> float:
-    """Print a table of ways to generate `count` tokens; returns our uncompiled rate. peers: with the peers' ways.
-    uncached: the number of tokens to generate without a cache, too; 0: none."""
+    """Print a table of ways to generate `count` tokens; returns our uncompiled rate. peers: with
+    the peers' ways. uncached: the number of tokens to generate without a cache, too; 0: none."""
     prompt = make_prompt(model, rows, 1)
     ways = Ways()
-    ways.add("ours", lambda: our_rate(model, prompt, count), warm_up=lambda: our_rate(model, prompt, 8))
+    ways.add(
+        "ours",
+        lambda: our_rate(model, prompt, count),
+        warm_up=lambda: our_rate(model, prompt, 8),
+    )
     if compiled and options.compile and not compiler_missing(options.device):
         add_compiled(ways, title, model, prompt, count, options)
     if peers:

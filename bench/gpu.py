@@ -1,4 +1,4 @@
-"""All targets on one NVIDIA card, in parts of at most 10 minutes each, without a network; prints targets and figures.
+"""All targets on one NVIDIA card, in parts of at most 10 minutes each, without a network.
 
     python bench/gpu.py --nanogpt=nanoGPT --part=time_to_loss --data_dir=data
     python bench/gpu.py --nanogpt=nanoGPT --part=throughput,loop
@@ -16,14 +16,15 @@
 | loop | 20 steps of 124M between two log steps | no synchronization, no compilation |
 | generate | generate.py: GPT-2 124M and XL, bfloat16 | 1,500 tokens/s; 50% of the bandwidth bound |
 
-To be carried to a machine without a network: the repository, a nanoGPT checkout, and a folder of data sets (--data_dir)
-with shakespeare_char and, for tokens_to_loss, a set of 10-50 MB in GPT-2's tokens:
+To be carried to a machine without a network: the repository, a nanoGPT checkout, and a folder of
+data sets (--data_dir) with shakespeare_char and, for tokens_to_loss, a set of 10-50 MB in GPT-2's
+tokens:
 
     python prepare.py shakespeare_char
     python prepare.py TEXT --name=web --tokenizer=gpt2
 
-MFU is against the card's peak for dense bfloat16 (inkling/report.py). What a part printed stays in bench/out/gpu/, its
-figures in bench/out/*.json.
+MFU is against the card's peak for dense bfloat16 (inkling/report.py). What a part printed stays in
+bench/out/gpu/, its figures in bench/out/*.json.
 """
 
 import json
@@ -79,7 +80,8 @@ class Target(NamedTuple):
 
 
 def run_script(name: str, options: Options, *words: str) -> str:
-    """What a script of bench/ printed. Raises UserError if it fails or takes more than options.minutes."""
+    """What a script of bench/ printed. Raises UserError if it fails or takes more than
+    options.minutes."""
     print(f"    python bench/{name} {' '.join(words)}", flush=True)
     log = OUT / "gpu" / f"{name}.{time.strftime('%H%M%S')}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +112,8 @@ def time_to_loss(options: Options) -> list:
     if options.toy:
         preset = "toy"
         words = flags(preset="toy", peers="nanogpt", seeds=1, points=2, estimate=False)
-    run_script("time_to_loss.py", options, *words, *flags(nanogpt=options.nanogpt, data_dir=options.data_dir))
+    words += flags(nanogpt=options.nanogpt, data_dir=options.data_dir)
+    run_script("time_to_loss.py", options, *words)
     figures = read_figures(f"time_to_loss_{preset}")
     nanogpt, = figures["runs"]["nanogpt"]
     ours, = figures["runs"]["ours"]

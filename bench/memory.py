@@ -1,14 +1,16 @@
-"""How near the memory that `train.py --dry_run` expects comes to what a run takes, on this machine's CPU.
+"""How near the memory that `train.py --dry_run` expects comes to what a run takes, on a CPU.
 
     python bench/memory.py
     python bench/memory.py --sizes=default,gpt2_30m
 
-For each size it runs the dry run, then three steps and two evaluations in a fresh process, uncompiled, in float32.
-- tensors: what the dry run adds up, against the peak of resident memory above what was held before, with libraries,
-  data and tokenizer already there. There glibc is told to give back every block at once (MALLOC_MMAP_THRESHOLD_), as
-  a GPU's allocator nearly does.
-- process: what the dry run measures of itself, against the peak of a process that does nothing unusual. The difference
-  to the former is Python, PyTorch's libraries and the gaps in glibc's heap, which can be as large as all tensors.
+For each size it runs the dry run, then three steps and two evaluations in a fresh process,
+uncompiled, in float32.
+- tensors: what the dry run adds up, against the peak of resident memory above what was held before,
+  with libraries, data and tokenizer already there. There glibc is told to give back every block at
+  once (MALLOC_MMAP_THRESHOLD_), as a GPU's allocator nearly does.
+- process: what the dry run measures of itself, against the peak of a process that does nothing
+  unusual. The difference to the former is Python, PyTorch's libraries and the gaps in glibc's heap,
+  which can be as large as all tensors.
 """
 
 import os

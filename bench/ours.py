@@ -1,6 +1,7 @@
 """train.py, as tasks of runners.py.
 
-- ours: its `start`, `compile_and_wrap` and `update`, in a loop that evaluates as the peers are evaluated.
+- ours: its `start`, `compile_and_wrap` and `update`, in a loop that evaluates as the peers are
+  evaluated.
 - loop, memory: the whole program.
 """
 
@@ -24,7 +25,8 @@ from inkling.report import flops_per_token, peak_memory
 
 
 def ours(spec: dict) -> dict:
-    """Train as the command line spec["words"] says, for as many steps as spec["tokens"] make if that is given."""
+    """Train as the command line spec["words"] says, for as many steps as spec["tokens"] make if
+    that is given."""
     run = start_run(spec)
     train.compile_and_wrap(run)
     if run.cfg.compile is True and not run.plan.compile:
@@ -102,9 +104,9 @@ def step_parts(run: train.Run, steps: int) -> dict:
 # -- the whole program ---------------------------------------------------------------------------
 
 def loop(spec: dict) -> dict:
-    """Run train.py with spec["words"] and count what happens from the update of step spec["first"] to that of
-    spec["last"]: synchronizations of host and device, as PyTorch's debug mode sees them (by place), and graphs
-    compiled."""
+    """Run train.py with spec["words"] and count what happens from the update of step spec["first"]
+    to that of spec["last"]: synchronizations of host and device, as PyTorch's debug mode sees them
+    (by place), and graphs compiled."""
     from torch._dynamo.utils import counters
 
     places = Counter()
@@ -127,19 +129,25 @@ def loop(spec: dict) -> dict:
             places[f"{Path(filename).name}:{lineno}"] += 1
 
     data = Path(spec["data"])
-    words = [*spec["words"], f"--dataset={data.name}", f"--data_dir={data.parent}", f"--out_dir={spec['folder']}/run"]
+    words = [*spec["words"], f"--dataset={data.name}", f"--data_dir={data.parent}",
+             f"--out_dir={spec['folder']}/run"]
     register_optimizer_step_pre_hook(before_step)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = note
         run_train(words)
     first_graphs, last_graphs = graphs
-    return {"places": places, "graphs": last_graphs, "recompilations": last_graphs - first_graphs, "counted": on_cuda}
+    return {
+        "places": places,
+        "graphs": last_graphs,
+        "recompilations": last_graphs - first_graphs,
+        "counted": on_cuda,                     # whether synchronizations were
+    }
 
 
 def memory(spec: dict) -> dict:
-    """Run train.py with spec["words"]: the peak of resident memory, and what was resident before. A tiny run comes
-    first, so that libraries, data and tokenizer are there already."""
+    """Run train.py with spec["words"]: the peak of resident memory, and what was resident before. A
+    tiny run comes first, so that libraries, data and tokenizer are there already."""
     sys.modules["matplotlib"] = None    # a picture is no part of it
     tiny = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8", "--batch_size=1", "--ngrams=0"]
     run_train([*spec["words"], *tiny, f"--out_dir={spec['folder']}/tiny"])

@@ -1,14 +1,15 @@
-"""Tokens a second of two checkouts of Inkling, side by side: what a change of the code does to the pace of training.
+"""Tokens a second of two checkouts of Inkling, side by side.
 
     python bench/pace.py ../before .
     python bench/pace.py ../before . --config=config/shakespeare_char.py --steps=12 --rounds=3
     python bench/pace.py ../before . --compile=False --dtype=float32 --words="--batch_size=8"
 
-Each run is a checkout's train.py as a whole, in a process of its own, so that a checkout may be of any age. They take
-turns: the first checkout, the second, the first again, ... A run's figure is the median of its ms a step in log.csv
-after the first rows, which warm up and compile; evaluations are not on that clock. The table has the medians over the
-rounds, the lowest and highest run, and the ratio of the medians. Both checkouts read the same config files and the same
-random ids of 65 characters: speed does not depend on them.
+Each run is a checkout's train.py as a whole, in a process of its own, so that a checkout may be of
+any age. They take turns: the first checkout, the second, the first again, ... A run's figure is the
+median of its ms a step in log.csv after the first rows, which warm up and compile; evaluations are
+not on that clock. The table has the medians over the rounds, the lowest and highest run, and the
+ratio of the medians. Both checkouts read the same config files and the same random ids of 65
+characters: speed does not depend on them.
 """
 
 import re
@@ -18,7 +19,16 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal, NamedTuple
 
-from common import ROOT, describe_machine, flags, markdown_table, publish, run_program, save_figures, write_random_set
+from common import (
+    ROOT,
+    describe_machine,
+    flags,
+    markdown_table,
+    publish,
+    run_program,
+    save_figures,
+    write_random_set,
+)
 
 from inkling.cli import PositiveInt, UserError, at_least, check, parse, run
 from inkling.format import short
@@ -79,16 +89,27 @@ def find_configs(text: str) -> list:
 def measure_pace(checkout: Path, work: Work, options: Options, folder: Path) -> Pace:
     """One run of a checkout, with the data set `set` in `folder`."""
     with tempfile.TemporaryDirectory(dir=folder) as out_dir:
-        words = flags(dataset="set", data_dir=folder, out_dir=out_dir, compile=work.compile, device=options.device,
-                      dtype=options.dtype, max_iters=options.steps, eval_interval=options.steps, log_interval=1,
-                      eval_iters=1, sample_tokens=0)
+        words = flags(
+            dataset="set",
+            data_dir=folder,
+            out_dir=out_dir,
+            compile=work.compile,
+            device=options.device,
+            dtype=options.dtype,
+            max_iters=options.steps,
+            eval_interval=options.steps,
+            log_interval=1,
+            eval_iters=1,
+            sample_tokens=0,
+        )
         output = run_program([checkout / "train.py", work.config, *words, *options.words.split()])
         if work.compile and "compile on" not in output:
             machine = re.search("compile (?:off|failed).*", output)
             raise UserError(f"{checkout} did not compile: {machine[0] if machine else output[-300:]}", 1)
         rows = [row for row in read_log(Path(out_dir, "log.csv")) if "ms" in row]
     measured = rows[options.warm_up:]
-    return Pace(median(row["ms"] for row in measured) / 1000, median(row["tokens_per_second"] for row in measured))
+    seconds = median(row["ms"] for row in measured) / 1000
+    return Pace(seconds, median(row["tokens_per_second"] for row in measured))
 
 
 def measure_work(checkouts: list, work: Work, options: Options, folder: Path) -> list:
@@ -97,8 +118,8 @@ def measure_work(checkouts: list, work: Work, options: Options, folder: Path) ->
     for number in range(1, options.rounds + 1):
         for checkout, runs in zip(checkouts, paces, strict=True):
             runs.append(measure_pace(checkout, work, options, folder))
-            print(f"round {number} of {options.rounds}: {work.config.stem}, compile {work.compile}, {checkout.name}: "
-                  f"{1000 * runs[-1].seconds:,.1f} ms a step", flush=True)
+            print(f"round {number} of {options.rounds}: {work.config.stem}, compile {work.compile}, "
+                  f"{checkout.name}: {1000 * runs[-1].seconds:,.1f} ms a step", flush=True)
     return paces
 
 
@@ -109,7 +130,8 @@ def table_row(work: Work, paces: list) -> list:
         rates = [pace.tokens_per_second for pace in runs]
         milliseconds = 1000 * median(pace.seconds for pace in runs)
         medians.append(median(rates))
-        cells.append(f"{short(medians[-1])} ({short(min(rates))}-{short(max(rates))}), {milliseconds:,.1f} ms")
+        lowest_to_highest = f"{short(min(rates))}-{short(max(rates))}"
+        cells.append(f"{short(medians[-1])} ({lowest_to_highest}), {milliseconds:,.1f} ms")
     before, after = medians
     way = "compiled" if work.compile else "uncompiled"
     return [work.config.stem, way, *cells, f"{after / before:.3f}"]
@@ -121,7 +143,9 @@ def main(argv: list) -> int:
     check(options)
     checkouts = find_checkouts(parsed.words)
     compile_values = [False, True] if options.compile == "both" else [options.compile]
-    works = [Work(config, compile) for config in find_configs(options.config) for compile in compile_values]
+    works = []
+    for config in find_configs(options.config):
+        works += [Work(config, compiled) for compiled in compile_values]
 
     rows = []
     figures = []
@@ -133,11 +157,13 @@ def main(argv: list) -> int:
             rows.append(table_row(work, paces))
             figures.append({"config": work.config.stem, "compile": work.compile, "paces": paces})
     names = [checkout.name for checkout in checkouts]
-    head = ["config", "", f"{names[0]}, tokens/s", f"{names[1]}, tokens/s", "ratio of the second to the first"]
+    head = ["config", "", *(f"{name}, tokens/s" for name in names), "ratio of the second to the first"]
     counted = options.steps - options.warm_up
-    note = f"Medians of {options.rounds} rounds in turn (lowest-highest), {counted} steps each, {options.dtype}."
+    note = (f"Medians of {options.rounds} rounds in turn (lowest-highest), {counted} steps each, "
+            f"{options.dtype}.")
     save_figures("pace", figures)
-    publish("Pace of two checkouts", f"{markdown_table(head, rows)}\n\n{note}", describe_machine(), options.append)
+    text = f"{markdown_table(head, rows)}\n\n{note}"
+    publish("Pace of two checkouts", text, describe_machine(), options.append)
     return 0
 
 

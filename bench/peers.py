@@ -1,16 +1,18 @@
 """Other programs that train the same architecture on the same ids, as tasks of runners.py.
 
-- nanogpt: the checkout's train.py, run whole in a temporary folder, on our ids as uint16. Only its seed is another.
-- trainer: transformers' Trainer with GPT2LMHeadModel and nanoGPT's hyper-parameters, on random windows of
-  block_size + 1 tokens, so that it learns as many predictions as the others.
+- nanogpt: the checkout's train.py, run whole in a temporary folder, on our ids as uint16. Only its
+  seed is another.
+- trainer: transformers' Trainer with GPT2LMHeadModel and nanoGPT's hyper-parameters, on random
+  windows of block_size + 1 tokens, so that it learns as many predictions as the others.
 
-What is added is bench/timing.py's timer and evaluation: to nanoGPT by hooks that PyTorch calls, to the Trainer by its
-callbacks.
+What is added is bench/timing.py's timer and evaluation: to nanoGPT by hooks that PyTorch calls, to
+the Trainer by its callbacks.
 """
 
 import os
 import pickle
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,7 +32,8 @@ def tokens_per_step(settings: dict) -> int:
 # -- nanoGPT -------------------------------------------------------------------------------------
 
 def nanogpt(spec: dict) -> dict:
-    """Run the checkout's train.py with spec["settings"] as its flags, and evaluate it spec["points"] times."""
+    """Run the checkout's train.py with spec["settings"] as its flags, and evaluate it
+    spec["points"] times."""
     settings = spec["settings"]
     device = spec["device"]
     steps = settings["max_iters"]
@@ -84,12 +87,13 @@ def nanogpt_flags(spec: dict) -> dict:
 
 
 def plant_checkout(spec: dict) -> Path:
-    """A folder with the checkout's program, its seed set to spec["seed"], and with our ids as its data set `set`."""
+    """A folder with the checkout's program, its seed set to spec["seed"], and with our ids as its
+    data set `set`."""
     folder = Path(spec["folder"], "nanogpt")
     data_folder = folder / "data" / "set"
     data_folder.mkdir(parents=True)
     for name in ("model.py", "configurator.py"):
-        os.symlink(Path(spec["checkout"], name), folder / name)
+        shutil.copyfile(Path(spec["checkout"], name), folder / name)
     program = Path(spec["checkout"], "train.py").read_text(encoding="utf-8")
     seeding = "torch.manual_seed(1337"                          # no flag sets it
     if program.count(seeding) != 1:
@@ -109,7 +113,8 @@ def plant_checkout(spec: dict) -> Path:
 
 
 def nanogpt_parts(names: dict, steps: int, device: str) -> dict:
-    """Seconds of the parts of a step. names: those of its train.py after the run, such as model and optimizer."""
+    """Seconds of the parts of a step. names: those of its train.py after the run, such as model and
+    optimizer."""
     model = names["model"]
     optimizer = names["optimizer"]
     current = {}                        # what one part hands to the next
@@ -129,7 +134,8 @@ def nanogpt_parts(names: dict, steps: int, device: str) -> dict:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return time_parts({"data": fetch, "forward": forward, "backward": backward, "optimizer": optimize}, steps, device)
+    parts = {"data": fetch, "forward": forward, "backward": backward, "optimizer": optimize}
+    return time_parts(parts, steps, device)
 
 
 # -- Hugging Face --------------------------------------------------------------------------------
@@ -167,7 +173,8 @@ def trainer(spec: dict) -> dict:
     timer = StepTimer(device, spec["launched"])
 
     def val_loss():
-        return full_loss(model, lambda x, y: model(input_ids=x).logits, data["val"], settings["block_size"], device)
+        return full_loss(model, lambda x, y: model(input_ids=x).logits, data["val"],
+                         settings["block_size"], device)
 
     class Timing(TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -179,8 +186,10 @@ def trainer(spec: dict) -> dict:
             if spec["evaluate"] and (step % interval == 0 or step == steps):
                 timer.evaluate(step, val_loss)
 
-    Trainer(model=model, args=trainer_arguments(spec), train_dataset=windows, callbacks=[Timing()]).train()
-    return timer.figures(spec["compile"], parameters=count_parameters(model), tokens_per_step=tokens_per_step(settings))
+    arguments = trainer_arguments(spec)
+    Trainer(model=model, args=arguments, train_dataset=windows, callbacks=[Timing()]).train()
+    return timer.figures(spec["compile"], parameters=count_parameters(model),
+                         tokens_per_step=tokens_per_step(settings))
 
 
 def trainer_model(settings: dict, vocab_size: int):

@@ -3,8 +3,9 @@
     python bench/prepare_memory.py
     python bench/prepare_memory.py --gigabytes=2 --tokenizers=char,gpt2,bpe:32000 --workers=2
 
-Makes a text of made-up words (three in four from 50,000 that recur, the others new), prepares it in a process of its
-own per tokenizer, and prints the peak of its resident memory, which counts pages of files too, with the time it took.
+Makes a text of made-up words (three in four from 50,000 that recur, the others new), prepares it in
+a process of its own per tokenizer, and prints the peak of its resident memory, which counts pages
+of files too, with the time it took.
 """
 
 import os

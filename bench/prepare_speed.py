@@ -1,12 +1,13 @@
-"""How fast prepare.py tokenizes, beside tiktoken's own batch function and the way nanoGPT prepares its texts.
+"""How fast prepare.py tokenizes, beside tiktoken's own batch function and nanoGPT's way.
 
     python bench/prepare_speed.py
     python bench/prepare_speed.py --megabytes=64 --rounds=3 --text=FILE --threads=2
 
-All take the same text (FILE again and again, to the size given) and the same number of threads or processes, in turns,
-`rounds` times; the medians of the rates are printed, in megabytes of text a second. `datasets.map` is Hugging Face's
-library, used as in nanoGPT's data/openwebtext/prepare.py: encode_ordinary in `map` over processes, then a copy into a
-memmap. prepare.py's figure is for the whole command: reading, splitting, tokenizing, checksums and writing.
+All take the same text (FILE again and again, to the size given) and the same number of threads or
+processes, in turns, `rounds` times; the medians of the rates are printed, in megabytes of text a
+second. `datasets.map` is Hugging Face's library, used as in nanoGPT's data/openwebtext/prepare.py:
+encode_ordinary in `map` over processes, then a copy into a memmap. prepare.py's figure is for the
+whole command: reading, splitting, tokenizing, checksums and writing.
 """
 
 import contextlib

@@ -3,16 +3,18 @@
     python bench/scaling.py                         # about 3 minutes on 2 cores
     python bench/scaling.py --measure=False --peak=312 --mfu=0.4
 
-Measured: tokens a second of train.py with config/shakespeare_char.py's model and global batch as 1 process of 1 thread,
-1 of 2 threads, and 2 of 1 thread each under torchrun with gloo, in turns; medians of the steps and of the rounds.
+Measured: tokens a second of train.py with config/shakespeare_char.py's model and global batch as 1
+process of 1 thread, 1 of 2 threads, and 2 of 1 thread each under torchrun with gloo, in turns;
+medians of the steps and of the rounds.
 
-Computed: a step sums the gradients of all cards once, 4 bytes a parameter, however many micro-batches it has. A ring
-over n members sends and receives 2 (n - 1) / n times the bytes each (Patarasuk and Yuan 2009). Within a machine the
-cards' link is NVLink (450 GB/s each way); between machines the sum of a machine is exchanged over its network, after
-NVLink has made it and before NVLink spreads it. Compute is tokens / cards x operations a token / (peak x mfu). `hidden`
-is the best case: gradients travel while the rest of the backward pass (two thirds of the compute) goes on, as
-DistributedDataParallel does it; `exposed` is the worst, nothing hidden. Where Muon's work is shared between the
-processes, its results travel too: up to half as many bytes again.
+Computed: a step sums the gradients of all cards once, 4 bytes a parameter, however many
+micro-batches it has. A ring over n members sends and receives 2 (n - 1) / n times the bytes each
+(Patarasuk and Yuan 2009). Within a machine the cards' link is NVLink (450 GB/s each way); between
+machines the sum of a machine is exchanged over its network, after NVLink has made it and before
+NVLink spreads it. Compute is tokens / cards x operations a token / (peak x mfu). `hidden` is the
+best case: gradients travel while the rest of the backward pass (two thirds of the compute) goes on,
+as DistributedDataParallel does it; `exposed` is the worst, nothing hidden. Where Muon's work is
+shared between the processes, its results travel too: up to half as many bytes again.
 """
 
 import tempfile
@@ -122,8 +124,8 @@ def measured_table(options: Options) -> str:
 # -- computed ------------------------------------------------------------------------------------
 
 def exchange_seconds(size: float, machines: int, cards: int, bytes_per_second: float) -> tuple:
-    """Seconds that the sum of `size` bytes takes within machines of `cards` cards, and between them.
-    bytes_per_second: of a machine's network."""
+    """Seconds that the sum of `size` bytes takes within machines of `cards` cards, and between
+    them. bytes_per_second: of a machine's network."""
     within = 2 * (cards - 1) / cards * size / NVLINK
     between = 2 * (machines - 1) / machines * size / bytes_per_second
     return within, between

@@ -4,8 +4,8 @@
     python bench/seeds.py verdict lecture      # some of them
     python bench/seeds.py tinystories --stories=stories.txt --max_iters=300
 
-Each run is the command in its config's header, in a folder under bench/out/. OpenAI's weights are not needed: gpt2
-checks the sizes and the decoding, tests/test_convert.py the logits.
+Each run is the command in its config's header, in a folder under bench/out/. OpenAI's weights are
+not needed: gpt2 checks the sizes and the decoding, tests/test_convert.py the logits.
 """
 
 import math
@@ -48,6 +48,9 @@ class Table:
         print(f"| {figure} | {expected} | {format_figure(measured)} | {verdict} |", flush=True)
         if holds is False:
             self.failed.append(figure)
+
+    def row_between(self, figure: str, expected: str, low: float, measured: float, high: float):
+        self.row(figure, expected, measured, low <= measured <= high)
 
 
 def format_figure(value) -> str:
@@ -113,10 +116,6 @@ def parameters_of(settings: dict, vocab_size: int) -> int:
         return count_parameters(GPT(Config(**settings), vocab_size))
 
 
-def is_between(low: float, value: float, high: float) -> bool:
-    return low <= value <= high
-
-
 # -- the systems ---------------------------------------------------------------------------------
 
 def verdict(table: Table, options: Options):
@@ -132,13 +131,14 @@ def verdict(table: Table, options: Options):
     table.row("tokens", "4,612 / 534", tokens, tokens == "4,612 / 534")
     table.row("parameters", "162,419,712", parameters, parameters == 162_419_712)
     table.row("updates", "90", int(last["step"]), last["step"] == 90)
-    table.row("untrained train loss", "about 10.98", first["train_loss"], is_between(10.8, first["train_loss"], 11.2))
-    table.row("train loss at update 5", "8.1-9.8", fifth["train_loss"], is_between(7.8, fifth["train_loss"], 9.9))
-    table.row("val loss at update 5", "8.3-9.9", fifth["val_loss"], is_between(8.0, fifth["val_loss"], 10.0))
+    table.row_between("untrained train loss", "about 10.98", 10.8, first["train_loss"], 11.2)
+    table.row_between("train loss at update 5", "8.1-9.8", 7.8, fifth["train_loss"], 9.9)
+    table.row_between("val loss at update 5", "8.3-9.9", 8.0, fifth["val_loss"], 10.0)
     table.row("final train loss", "0.569 (accept < 1)", last["train_loss"], last["train_loss"] < 1)
-    table.row("best val loss", "6.12 (accept 6.0-6.4)", best["val_loss"], is_between(6.0, best["val_loss"], 6.4))
-    table.row("best at update", "near 50", int(best["step"]), is_between(25, best["step"], 75))
-    table.row("val loss rises after it", "yes", last["val_loss"], last["val_loss"] > best["val_loss"])
+    table.row_between("best val loss", "6.12 (accept 6.0-6.4)", 6.0, best["val_loss"], 6.4)
+    table.row_between("best at update", "near 50", 25, int(best["step"]), 75)
+    has_risen = last["val_loss"] > best["val_loss"]
+    table.row("val loss rises after it", "yes", last["val_loss"], has_risen)
     print(trained.output.split("--- sample at step 81")[-1][:400])
 
 
@@ -151,9 +151,8 @@ def lecture(table: Table, options: Options):
     first_loss = trained.first["val_loss"]
     table.head(f"lecture ({trained.seconds:.0f} s of training)")
     table.row("parameters", "209,729", parameters, parameters == 209_729)
-    table.row("first val loss", "4.4", first_loss, is_between(4.2, first_loss, 4.6))
-    table.row("val loss, full split, context 32", "1.82 (accept 1.79-1.85)", val_loss,
-              is_between(1.79, val_loss, 1.85))
+    table.row_between("first val loss", "4.4", 4.2, first_loss, 4.6)
+    table.row_between("val loss, full split, context 32", "1.82 (accept 1.79-1.85)", 1.79, val_loss, 1.85)
 
 
 # OpenAI's sizes: n_layer, n_head, n_embd, parameters.
@@ -184,7 +183,8 @@ def gpt2(table: Table, _options: Options):
     top_logits, top_ids = select_top_k(logits, 3)
     p = top_logits.softmax(-1)[0]
     found = ", ".join(f"{value:.4f}" for value in p)
-    holds = torch.allclose(p, torch.tensor([.0615, .5775, .3610]), atol=5e-5) and top_ids.tolist() == [[0, 3, 7]]
+    expected_p = torch.tensor([.0615, .5775, .3610])
+    holds = torch.allclose(p, expected_p, atol=5e-5) and top_ids.tolist() == [[0, 3, 7]]
     table.row("top 3 of the toy logits", "0.0615, 0.5775, 0.3610 at 0, 3, 7", found, holds)
     cold = (logits / 0.1).softmax(-1)[0, 3].item()
     table.row("temperature 0.1 at index 3", ".9910", cold, abs(cold - .9910) < 5e-5)
@@ -195,15 +195,18 @@ def cl100k(table: Table, options: Options):
     folder = data_folder("fables_zh", options.data_dir)
     meta = read_meta(folder)
     largest_id = int(open_split(folder, meta, "train").max())
-    # It is decoded strictly, so all of it is UTF-8; U+FFFD stands for what the model says and is no character.
-    text = show_and_run("sample.py", f"--out_dir={OUT / 'fables_zh_cl100k'}", "--start=从前", "--max_new_tokens=200")
+    # It is decoded strictly, so all of it is UTF-8; U+FFFD stands for bytes that are no character.
+    text = show_and_run("sample.py", f"--out_dir={OUT / 'fables_zh_cl100k'}", "--start=从前",
+                        "--max_new_tokens=200")
     best_loss = trained.best["val_loss"]
     table.head(f"cl100k ({trained.seconds:.0f} s of training)")
     table.row("type of the ids", "uint32", meta["dtype"], meta["dtype"] == "uint32")
-    table.row("vocabulary", "100,277", trained.tokenizer.vocab_size, trained.tokenizer.vocab_size == 100_277)
+    vocab_size = trained.tokenizer.vocab_size
+    table.row("vocabulary", "100,277", vocab_size, vocab_size == 100_277)
     table.row("largest id", "above 65,535", largest_id, 65_535 < largest_id < 100_277)
     table.row("val loss falls", f"from {trained.first['val_loss']:.2f}", best_loss, best_loss < 7)
-    table.row("U+FFFD among the characters of a sample", "-", text.count("\ufffd") / len(text), None)
+    share = text.count("\ufffd") / len(text)
+    table.row("U+FFFD among the characters of a sample", "-", share, None)
 
 
 def tinystories(table: Table, options: Options):
@@ -227,11 +230,19 @@ def tinystories(table: Table, options: Options):
     table.head(f"tinystories ({options.max_iters} steps on {text_name}, {trained.seconds:.0f} s of training)")
     table.row("parameters at a vocabulary of 32,000", "19,532,032", parameters, parameters == 19_532_032)
     table.row("vocabulary", "at most 32,000", trained.tokenizer.vocab_size, trained.tokenizer.vocab_size <= 32_000)
-    table.row("val loss, nats per token", f"falls from {first_loss:.2f}", last_loss, last_loss < first_loss - 1)
-    table.row("bits per byte on val", "-", last_loss / math.log(2) * val["tokens"] / val["bytes"], None)
+    has_fallen = last_loss < first_loss - 1
+    table.row("val loss, nats per token", f"falls from {first_loss:.2f}", last_loss, has_fallen)
+    bits_per_byte = last_loss / math.log(2) * val["tokens"] / val["bytes"]
+    table.row("bits per byte on val", "-", bits_per_byte, None)
 
 
-SYSTEMS = {"verdict": verdict, "gpt2": gpt2, "cl100k": cl100k, "tinystories": tinystories, "lecture": lecture}
+SYSTEMS = {
+    "verdict": verdict,
+    "gpt2": gpt2,
+    "cl100k": cl100k,
+    "tinystories": tinystories,
+    "lecture": lecture,
+}
 
 
 def main(argv: list) -> int:

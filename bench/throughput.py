@@ -5,18 +5,23 @@
     python bench/throughput.py --nanogpt=../nanoGPT --sizes=124M,350M,1.5B,recipe --dtypes=bfloat16 --device=cuda
 
 How it is measured (bench/ours.py and bench/peers.py hold the code):
-- Ours are train.py's updates, eager and compiled, with the switches of config/shakespeare_char_nanogpt.py; nanoGPT is
-  its own train.py (compiled too on a card). It has no bfloat16 on a CPU: there it is measured in float32 alone, and
-  ours in both precisions is compared with that. `recipe` is config/shakespeare_char.py's own model and batch.
-- Each variant is a process of its own; all take turns, `rounds` times, so that a busy moment of the machine meets them
-  all. A figure is the median over the rounds of the median step (on a card of the mean: it does not wait for steps).
-- data, forward, backward, optimizer: the same calls once more, one after the other, each waited for. The gradient's
-  norm counts as optimizer.
-- share: of the card's known peak rate (MFU), or else of a large matrix product's rate measured here in that precision;
-  operations are 6 per weight of a matrix product and token, and attention's (PaLM's count).
+- Ours are train.py's updates, eager and compiled, with the switches of
+  config/shakespeare_char_nanogpt.py; nanoGPT is its own train.py (compiled too on a card). It has
+  no bfloat16 on a CPU: there it is measured in float32 alone, and ours in both precisions is
+  compared with that. `recipe` is config/shakespeare_char.py's own model and batch.
+- Each variant is a process of its own; all take turns, `rounds` times, so that a busy moment of the
+  machine meets them all. A figure is the median over the rounds of the median step (on a card of
+  the mean: it does not wait for steps).
+- data, forward, backward, optimizer: the same calls once more, one after the other, each waited
+  for. The gradient's norm counts as optimizer.
+- share: of the card's known peak rate (MFU), or else of a large matrix product's rate measured here
+  in that precision; operations are 6 per weight of a matrix product and token, and attention's
+  (PaLM's count).
 - peak: the largest resident memory of the process, or the memory that PyTorch held on the card.
-- start-up: from launch to the end of the first step, compilation included, the first evaluation and sets of data not.
-- Ids are random: speed does not depend on them. 0.8M to 30M have a vocabulary of 65, the larger ones of 50,257.
+- start-up: from launch to the end of the first step, compilation included, the first evaluation and
+  sets of data not.
+- Ids are random: speed does not depend on them. 0.8M to 30M have a vocabulary of 65, the larger
+  ones of 50,257.
 """
 
 import tempfile
@@ -159,19 +164,24 @@ def measure_variant(variant: Variant, options: Options, sets: Path, checkout: st
 
 
 def measure_all(variants: list, options: Options, checkout: str) -> tuple:
-    """({variant: results of its runs}, {precision: operations a second of a matrix product, of each round})."""
+    """({variant: results of its runs},
+    {precision: operations a second of a matrix product, of each round})."""
     dtypes = sorted({variant.dtype for variant in variants})
     results = {variant: [] for variant in variants}
     matmul_rates = {dtype: [] for dtype in dtypes}
     is_toy = all(variant.size == "toy" for variant in variants)
+    tokens = 20_000 if is_toy else 1_000_000
     matmul_size = 8192 if options.on_cuda else 2048
+    if is_toy:
+        matmul_size = 256
     with tempfile.TemporaryDirectory(prefix="inkling-bench-") as folder:
         sets = Path(folder)
-        for vocab_size in {65} | {SIZES[variant.size].vocab_size for variant in variants if variant.size in SIZES}:
-            write_random_set(sets / str(vocab_size), vocab_size, 20_000 if is_toy else 1_000_000)
+        vocab_sizes = {SIZES[variant.size].vocab_size for variant in variants if variant.size in SIZES}
+        for vocab_size in {65} | vocab_sizes:
+            write_random_set(sets / str(vocab_size), vocab_size, tokens)
         for number in range(1, options.rounds + 1):
             for dtype in dtypes:
-                product = run_task("matmul", device=options.device, dtype=dtype, size=256 if is_toy else matmul_size)
+                product = run_task("matmul", device=options.device, dtype=dtype, size=matmul_size)
                 matmul_rates[dtype].append(product["rate"])
             for variant in variants:
                 print(f"round {number} of {options.rounds}: {', '.join(map(str, variant))}", flush=True)
@@ -193,9 +203,10 @@ def operations_per_token(variant: Variant, results: list) -> float:
     return flops_per_token(size.n_layer, size.n_embd, size.block_size, size.vocab_size)
 
 
-def summarize(variant: Variant, results: list, options: Options, nanogpt_seconds: float | None, rate: float) -> dict:
-    """What the table says of a variant. nanogpt_seconds: of a step, None if it was not measured; rate: operations a
-    second that the share is taken of."""
+def summarize(variant: Variant, results: list, options: Options, nanogpt_seconds: float | None,
+              rate: float) -> dict:
+    """What the table says of a variant. nanogpt_seconds: of a step, None if it was not measured;
+    rate: operations a second that the share is taken of."""
     seconds = step_seconds(results, options)
     tokens = results[0]["tokens_per_step"]
     parts = {}

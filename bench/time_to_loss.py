@@ -7,20 +7,23 @@
     python bench/time_to_loss.py --nanogpt=../nanoGPT --preset=web --dataset=NAME --tokens=5e7 --device=cuda
 
 How it is measured (bench/ours.py and bench/peers.py hold the code):
-- Ours are train.py's updates, nanoGPT its own train.py, the Trainer transformers' with GPT2LMHeadModel of nanoGPT's
-  size and hyper-parameters. Each run is a process of its own; within a seed they take turns.
-- The loss is that of the full val split in whole windows of the preset's context, in float32, by the same code for all.
-  Evaluations are not on the clock. Nor is what comes before the first step, and the compilation in it: these are in
-  `s from launch` alone.
-- Ours must have the target with its final weights. A peer has it where the line between its evaluations first crosses
-  it, whatever follows.
-- A peer that would take hours (`--estimate`; auto: preset full on a CPU) runs a few steps, and counts as the steps
-  after which nanoGPT publishes the target, times its median step here; its row says so.
-- Figures are medians over the seeds. Without a target of its own, a preset takes nanoGPT's best loss in this run.
-- preset fables: nanoGPT's hyper-parameters get a schedule that fits the seconds which ours took (warm-up at most a
-  tenth).
-- preset web: 124M on a text of 10-50 MB in GPT-2's tokens; nanoGPT trains on --tokens with its default hyper-parameters
-  (its schedule fitted, warm-up a tenth), ours on --share of them.
+- Ours are train.py's updates, nanoGPT its own train.py, the Trainer transformers' with
+  GPT2LMHeadModel of nanoGPT's size and hyper-parameters. Each run is a process of its own; within a
+  seed they take turns.
+- The loss is that of the full val split in whole windows of the preset's context, in float32, by
+  the same code for all. Evaluations are not on the clock. Nor is what comes before the first step,
+  and the compilation in it: these are in `s from launch` alone.
+- Ours must have the target with its final weights. A peer has it where the line between its
+  evaluations first crosses it, whatever follows.
+- A peer that would take hours (`--estimate`; auto: preset full on a CPU) runs a few steps, and
+  counts as the steps after which nanoGPT publishes the target, times its median step here; its row
+  says so.
+- Figures are medians over the seeds. Without a target of its own, a preset takes nanoGPT's best
+  loss in this run.
+- preset fables: nanoGPT's hyper-parameters get a schedule that fits the seconds which ours took
+  (warm-up at most a tenth).
+- preset web: 124M on a text of 10-50 MB in GPT-2's tokens; nanoGPT trains on --tokens with its
+  default hyper-parameters (its schedule fitted, warm-up a tenth), ours on --share of them.
 """
 
 import math
@@ -273,7 +276,8 @@ def run_all(plan: Plan, options: Options) -> dict:
 # -- the table -----------------------------------------------------------------------------------
 
 def reached(result: dict, target: float, final: bool) -> tuple:
-    """(seconds, steps) to the target; infinite if it is not reached. final: only the final weights count."""
+    """(seconds, steps) to the target; infinite if it is not reached. final: only the final weights
+    count."""
     points = [point for point in result["curve"] if point[2] is not None]
     if final:
         points = points[-1:]
@@ -301,7 +305,9 @@ def time_to_target(name: str, result: dict, plan: Plan, target: float) -> tuple:
 def summarize(name: str, results: list, plan: Plan, target: float) -> dict:
     """The figures of a row: medians over the seeds."""
     times = [time_to_target(name, result, plan, target) for result in results]
-    from_launch = [seconds + result["startup"] for (seconds, _), result in zip(times, results, strict=True)]
+    from_launch = []
+    for (seconds, _), result in zip(times, results, strict=True):
+        from_launch.append(seconds + result["startup"])
     figures = {
         "parameters": results[0]["parameters"],
         "reached": sum(math.isfinite(seconds) for seconds, _ in times),
@@ -384,8 +390,10 @@ def draw_curves(results: dict, target: float, published: int, title: str, path: 
 
 
 def draw_run(left, right, result: dict, target: float, published: int, label: str | None, color: str):
-    """A run's curve. One without losses is an estimate: a star where `published` steps bring it to the target."""
-    curve = [point for point in result["curve"] if point[0] and point[2] is not None]     # a log scale has no step 0
+    """A run's curve. One without losses is an estimate: a star where `published` steps bring it to
+    the target."""
+    # A log scale has no step 0.
+    curve = [point for point in result["curve"] if point[0] and point[2] is not None]
     mark = ".-"
     if not curve:
         curve = [(published, published * result["step_seconds"], target)]
@@ -412,10 +420,11 @@ def main(argv: list) -> int:
         figures = summarize(name, results[name], plan, target)
         base_seconds = base_seconds or figures["seconds"]
         rows.append(table_row(name, figures, plan, base_seconds))
-    head = ["", "parameters", f"reached {target:.4f}", "s to it", "s from launch", "times as fast", "steps", "tokens",
-            "ms a step", "s in all", "final loss", "best loss"]
+    head = ["", "parameters", f"reached {target:.4f}", "s to it", "s from launch", "times as fast",
+            "steps", "tokens", "ms a step", "s in all", "final loss", "best loss"]
     name = f"time_to_loss_{options.preset}"
-    save_figures(name, {"target": target, "estimate": plan.estimate, "runs": results, "rows": rows, "head": head})
+    save_figures(name, {"target": target, "estimate": plan.estimate, "runs": results, "rows": rows,
+                        "head": head})
     picture = draw_curves(results, target, plan.published, options.preset, OUT / f"{name}.png")
     text = "\n\n".join([markdown_table(head, rows), *make_notes(results, plan, options), picture])
     packages = ("transformers",) if "trainer" in plan.peers else ()

@@ -1,7 +1,7 @@
-"""What runners.py measures every way of training with: a timer of its steps, and one evaluation for all.
+"""A timer of steps and an evaluation, the same for every way of training.
 
-The evaluation reads the whole val split in windows that follow on one another, in float32 (TF32 on a card), without
-dropout. The timer stands still meanwhile.
+The evaluation reads the whole val split in windows that follow on one another, in float32 (TF32 on
+a card), without dropout. The timer stands still meanwhile.
 """
 
 import time
@@ -21,8 +21,8 @@ from inkling.report import peak_memory
 class StepTimer:
     """Times a training run on `device`, in a process that was launched at `launched` (time.time()).
 
-    startup: seconds from the launch to the first step. step_ends: seconds of training at the end of each step.
-    curve: (step, seconds of training, loss) at each evaluation.
+    startup: seconds from the launch to the first step. step_ends: seconds of training at the end of
+    each step. curve: (step, seconds of training, loss) at each evaluation.
     """
 
     def __init__(self, device: str, launched: float):
@@ -51,8 +51,8 @@ class StepTimer:
             self.curve.append((step, seconds, evaluate()))
 
     def figures(self, compiled: bool, **more) -> dict:
-        """The figures of the run, after its last step. What the first step of compiled code takes beyond a median step
-        is compilation, and counts as start-up."""
+        """The figures of the run, after its last step. What the first step of compiled code takes
+        beyond a median step is compilation, and counts as start-up."""
         synchronize(self.device)
         end = self.stopwatch.seconds()
         first_step = self.step_ends[0]
@@ -79,7 +79,8 @@ def open_set(spec: dict) -> tuple:
 
 @torch.no_grad()
 def full_loss(model, logits_of, ids, block_size: int, device: str) -> float:
-    """Mean loss of the model in nats over every whole window of `ids`. logits_of(x, y): logits (B, T, vocab_size)."""
+    """Mean loss of the model in nats over every whole window of `ids`.
+    logits_of(x, y): logits (B, T, vocab_size)."""
     model.eval()
     windows = (len(ids) - 1) // block_size
     total = 0.0
@@ -109,8 +110,8 @@ def seconds_of(device: str, function, *arguments) -> float:
 
 
 def time_parts(parts: dict, steps: int, device: str) -> dict:
-    """Median seconds of each of `parts` of a step, {name: function(number of the step)}, over `steps` steps, after two
-    that warm up."""
+    """Median seconds of each of `parts` of a step, {name: function(number of the step)}, over
+    `steps` steps, after two that warm up."""
     seconds = {name: [] for name in parts}
     for number in range(steps + 2):
         for name, part in parts.items():

@@ -244,6 +244,7 @@ def test_loop_counts_graphs_between_two_steps(common, data_dir):
     assert figures["counted"] == torch.cuda.is_available()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_that_of_the_run_above_what_was_there(common, data_dir):
     wide = TINY | {"n_embd": 512, "batch_size": 8, "max_iters": 2, "eval_iters": 1, "sample_tokens": 0,
                    "device": "cpu", "dtype": "float32", "compile": False, "data_dir": data_dir, "dataset": "toy"}
