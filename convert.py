@@ -770,11 +770,12 @@ def import_folder(source: str, options: Options):
     content = import_model(source, options.tokenizer)
     config = content["config"]
     folder = RunFolder(out)
-    folder.claim(resuming=False)
-    problem = folder.save(content, "ckpt.pt")
-    folder.release()
-    if problem:
+    folder.claim()
+    folder.move_old_run()
+    if problem := folder.save(content, "ckpt.pt"):
+        folder.take_back()
         raise UserError(problem)
+    folder.release()
     parameters = sum(tensor.numel() for tensor in content["model"].values())
     if config["tie_weights"]:
         parameters -= content["model"]["head.weight"].numel()

@@ -1269,6 +1269,8 @@ def train(cfg: Config, out_dir: Path, origin: Origin | None = None) -> int:
             dry_run(run, report, out_dir, update, evaluate, partial(sample_text, run))
             code = 0
         else:
+            if not origin.resuming:
+                move_old_run(run)
             code = train_until_stopped(run, report, deadline)
     except NotFinite as error:
         report.not_finite(error)
@@ -1310,9 +1312,23 @@ def claim_folder(run: Run, out_dir: Path, origin: Origin):
         return
     run.folder = RunFolder(out_dir)
     if run.ranks.first:
-        run.folder.claim(origin.resuming, origin.stamp)
+        run.folder.claim(origin.stamp)
     if origin.resuming:                 # best weights that could not be saved are still missing
         run.folder.unsaved["ckpt.pt"] = origin.checkpoint.get("lost", "")
+
+
+def move_old_run(run: Run):
+    """Rename out_dir if it holds an old run: only now, since a command that fails must not have done
+    so. What has not been tried yet is the memory of a step and of an evaluation."""
+    if not run.ranks.broadcast(bool(run.folder and run.folder.holds_a_run())):
+        return
+    states = [torch.empty_like(p) for p in run.model.parameters()]      # no optimizer keeps less
+    if not run.plan.compile:            # compiling has made this pass
+        run.forward_backward(run.model)
+    del states
+    estimate_loss(run, eval_iters=1)
+    if run.ranks.first:
+        run.folder.move_old_run()
 
 
 def note_threads(report: Report, saved_by: int | None):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from inkling.cli import UserError
-from inkling.files import atomic_write, lock_folder
+from inkling.files import LOCK, atomic_write, lock_folder
 
 CHECKPOINT_FORMAT = 1
 NOT_KNOWN = 2**31               # max_iters in a last.pt from before plans, where max_minutes had not measured the pace
@@ -43,10 +43,10 @@ class RunFolder:
         self.path = Path(path)
         self.unsaved = {"last.pt": "", "ckpt.pt": ""}
         self.lock = None
+        self.moved_to: Path | None = None       # where `move_old_run` has put an old run
 
-    def claim(self, resuming: bool, expected: tuple | None = None):
-        """Lock the folder. A new run first moves an old one to NAME.1, or the next free number, so
-        nothing is lost.
+    def claim(self, expected: tuple | None = None):
+        """Lock the folder, and write into it for a trial.
 
         expected: the stamp of last.pt when it was read, or None if it does not matter; another
         process may have resumed the run since. Raises UserError."""
@@ -57,14 +57,34 @@ class RunFolder:
         for leftover in self.path.glob("*.tmp"):        # of a process that was killed while it wrote
             with contextlib.suppress(OSError):
                 leftover.unlink()
-        if not resuming and self.holds_a_run():
-            self.release()                              # Windows renames no folder with an open file
-            print(f"{self.path} holds a run: moved to {set_aside(self.path)} (to resume it instead: "
-                  "--init_from=resume, with --out_dir naming it)", flush=True)
-            self.lock = lock_folder(self.path)
+        try_writing(self.path / "log.csv")
 
     def holds_a_run(self) -> bool:
         return any((self.path / name).exists() for name in ("last.pt", "ckpt.pt", "log.csv"))
+
+    def move_old_run(self):
+        """If there is an old run in the folder, rename the folder to NAME.1, or the next free number,
+        so nothing is lost. Call it once nothing of the new run can fail any more. Raises UserError."""
+        if not self.holds_a_run():
+            return
+        self.release()                              # Windows renames no folder with an open file
+        self.moved_to = set_aside(self.path)
+        try:
+            self.lock = lock_folder(self.path)
+        except UserError:
+            self.take_back()
+            raise
+        print(f"{self.path} holds a run: moved to {self.moved_to} (to resume it instead: "
+              "--init_from=resume, with --out_dir naming it)", flush=True)
+
+    def take_back(self):
+        """Undo `move_old_run`, if nothing has been saved since."""
+        self.release()
+        if self.moved_to:
+            with contextlib.suppress(OSError):      # another process has taken the folder
+                (self.path / LOCK).unlink(missing_ok=True)
+                self.path.rmdir()
+                os.rename(self.moved_to, self.path)
 
     def save(self, content: dict, name: str, keep: int = 0) -> str:
         """Save a checkpoint as `name`, and with `keep` also as NAME-STEP.pt, of which the latest
@@ -86,8 +106,22 @@ def set_aside(folder: Path) -> Path:
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
-    os.rename(folder, aside)
+    try:
+        os.rename(folder, aside)
+    except OSError as error:
+        raise UserError(f"{folder} holds a run and cannot be renamed ({error.strerror or error}): name another folder "
+                        "with --out_dir, or use --init_from=resume")
     return aside
+
+
+def try_writing(path: Path):
+    """Raise UserError if there is no room for a new file beside `path`, or no permission."""
+    try:
+        with atomic_write(path.with_name(".trial")) as file:
+            file.write(bytes(4096))
+        path.with_name(".trial").unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}")
 
 
 def file_stamp(path: Path) -> tuple:

@@ -9,13 +9,20 @@ train.py draws the loss.png of a single run with `plot_run`. Pictures need matpl
 import contextlib
 import csv
 import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from inkling.cli import FilePath, UserError, parse, run
+import numpy as np
+
+from inkling.cli import FilePath, UserError, parse, printable, run
 from inkling.files import atomic_write
 from inkling.format import align_columns, duration, short
+
+# Fonts with letters that matplotlib's own lacks, such as Chinese, on Linux, macOS and Windows.
+MORE_FONTS = ["Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Source Han Sans SC", "PingFang SC",
+              "Hiragino Sans GB", "Arial Unicode MS", "Microsoft YaHei", "SimHei", "Segoe UI", "Noto Sans"]
 
 
 @dataclass
@@ -26,12 +33,13 @@ class Options:
 
 
 def read_log(path: Path) -> list:
-    """The rows of a log.csv as dicts of numbers, without empty cells and without a row that a kill
-    cut short."""
+    """The rows of a log.csv as dicts of numbers, without empty cells and without a row that a kill or
+    a power cut has damaged."""
     rows = []
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if not row.get("seconds"):                  # the last column: without it the row is not complete
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        reader = csv.DictReader(line.replace("\0", "") for line in file)
+        for row in reader:
+            if not all(row.get(name) for name in ("step", "tokens", "seconds")):    # seconds stands last
                 continue
             with contextlib.suppress(ValueError, TypeError):
                 rows.append({key: float(value) for key, value in row.items() if value})
@@ -42,7 +50,7 @@ def read_log(path: Path) -> list:
 
 def plot_run(rows: list, path: Path, title: str, tokens_per_step: int, tokens_per_epoch: int):
     """Draw the losses in a log's rows against steps, tokens and epochs as a PNG.
-    Raises ImportError without matplotlib."""
+    tokens_per_step: of the steps to come. Raises ImportError without matplotlib."""
     figure, axes = new_figure(title)
     updates = [row for row in rows if "loss" in row]
     axes.plot([row["step"] for row in updates], [row["loss"] for row in updates],
@@ -52,10 +60,11 @@ def plot_run(rows: list, path: Path, title: str, tokens_per_step: int, tokens_pe
     last_step = max([1, *(row["step"] for row in rows)])
     axes.set(xlabel="steps", xlim=(-0.03 * last_step, 1.03 * last_step))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    tokens_axis = add_axis(axes, "top", tokens_per_step)
+    steps, tokens = tokens_by_step(rows, tokens_per_step)
+    tokens_axis = add_axis(axes, "top", steps, tokens)
     tokens_axis.set_xlabel("tokens seen")
     tokens_axis.xaxis.set_major_formatter(lambda tokens, _: short(tokens) if tokens >= 1 else "0")
-    epochs_axis = add_axis(axes, -0.15, tokens_per_step / tokens_per_epoch)
+    epochs_axis = add_axis(axes, -0.15, steps, tokens / tokens_per_epoch)
     epochs_axis.set_xlabel("epochs")
     axes.legend()
     save_figure(figure, path)
@@ -74,13 +83,29 @@ def plot_evaluations(axes, evaluations: list):
               label=f"best val {best['val_loss']:.4f} at step {best['step']:,.0f}")
 
 
-def add_axis(axes, location, units_per_step: float):
-    """A second horizontal axis that counts something else than steps."""
-    def from_steps(steps):
-        return steps * units_per_step
+def tokens_by_step(rows: list, tokens_per_step: int) -> tuple:
+    """Arrays of steps and of the tokens seen by then, both rising, which reach beyond the rows on
+    both sides. The line between them bends where a run was resumed with another batch size."""
+    seen = {0: 0} | {row["step"]: row["tokens"] for row in rows if "tokens" in row}
+    steps = np.array(sorted(seen))
+    # A log from before tokens were counted may fall where the batch size does.
+    tokens = np.maximum.accumulate([seen[step] for step in steps])
+    first_pace = tokens_per_step
+    if len(steps) > 1 and tokens[1] > 0:
+        first_pace = tokens[1] / steps[1]
+    margin = 2 + steps[-1]
+    steps = np.array([-margin, *steps, steps[-1] + margin])
+    tokens = np.array([-margin * first_pace, *tokens, tokens[-1] + margin * tokens_per_step])
+    return steps, tokens
 
-    def to_steps(units):
-        return units / units_per_step
+
+def add_axis(axes, location, steps, units):
+    """A second horizontal axis, which counts something else than steps: `units` at `steps`."""
+    def from_steps(x):
+        return np.interp(x, steps, units)
+
+    def to_steps(x):
+        return np.interp(x, units, steps)
 
     return axes.secondary_xaxis(location, functions=(from_steps, to_steps))
 
@@ -96,7 +121,10 @@ def plot_comparison(runs: dict, by: str, path: Path):
         "time": ("seconds", 60, "minutes of training"),
     }[by]
     figure, axes = new_figure("val loss of several runs")
-    for number, (name, rows) in enumerate(runs.items()):
+    for number, (folder, rows) in enumerate(runs.items()):
+        name = plain_text(folder)
+        if name.startswith("_"):            # a legend leaves such names out
+            name = f"./{name}"
         evaluations = [row for row in rows if "val_loss" in row]
         places = [row[column] / unit for row in evaluations]
         color = f"C{number % 10}"
@@ -106,7 +134,8 @@ def plot_comparison(runs: dict, by: str, path: Path):
     axes.plot([], [], "--", color="0.5", lw=0.8, label="train")
     axes.set(xlabel=label)
     axes.xaxis.set_major_formatter(lambda x, _: short(x) if x >= 1000 else f"{x:g}")
-    axes.legend()
+    for text in axes.legend().get_texts():
+        text.set(parse_math=False, fontfamily=font_families())
     save_figure(figure, path)
 
 
@@ -149,11 +178,19 @@ def main(argv: list) -> int:
         plot_comparison(runs, options.by, Path(options.out))
     except ImportError:
         print("\nno picture: pip install matplotlib")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {options.out}: {getattr(error, 'strerror', None) or error}")
+    except OSError as error:
+        raise UserError(f"cannot write {options.out}: {error.strerror or error}")
+    except Exception as error:              # matplotlib raises whatever it likes
+        raise UserError(f"cannot draw {options.out}: {why(error)}")
     else:
         print(f"\n{options.out}: val losses by {options.by}")
     return 0
+
+
+def why(error: Exception) -> str:
+    """What went wrong with a picture, in one line."""
+    reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return " ".join(reason.split())[:200]
 
 
 # -- both ------------------------------------------------------------------------------------------
@@ -163,9 +200,24 @@ def new_figure(title: str) -> tuple:
 
     figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
     axes = figure.subplots()
-    axes.set(title=title, ylabel="loss (nats per token)")
+    axes.set_title(plain_text(title), parse_math=False, fontfamily=font_families())
+    axes.set(ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     return figure, axes
+
+
+def plain_text(path: str) -> str:
+    """A path as text that can be drawn: a name on the disk may hold anything."""
+    return printable(path)
+
+
+def font_families() -> list:
+    """matplotlib's font, then those of MORE_FONTS that are installed: letters that one lacks are
+    taken from the next."""
+    from matplotlib import font_manager, rcParams
+
+    installed = set(font_manager.get_font_names())
+    return [*rcParams["font.family"], *(name for name in MORE_FONTS if name in installed)]
 
 
 def line_style(evaluations: list) -> str:
@@ -175,7 +227,9 @@ def line_style(evaluations: list) -> str:
 
 def save_figure(figure, path: Path):
     image = io.BytesIO()
-    figure.savefig(image, format="png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # a warning for every letter that no font has
+        figure.savefig(image, format="png")
     with atomic_write(path) as file:
         file.write(image.getvalue())
 

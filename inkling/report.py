@@ -23,7 +23,7 @@ from inkling.cli import UserError, printable, printable_text
 from inkling.device import device_type
 from inkling.files import atomic_write
 from inkling.format import duration, fit_line, milliseconds, short, size, terminal_width
-from inkling.plots import plot_run, read_log
+from inkling.plots import plot_run, read_log, why
 
 TIMINGS = ["ms", "tokens_per_second", "seconds"]        # what differs between two runs of the same command
 COLUMNS = ["step", "tokens", "loss", "lr", "norm", "train_loss", "val_loss", "val_bits_per_byte", *TIMINGS]
@@ -116,6 +116,8 @@ def evaluations_left(max_iters: int, eval_interval: int, step: int, evaluated: i
 # -- loggers ---------------------------------------------------------------------------------------
 
 class TensorBoard:
+    name = "TensorBoard"
+
     def __init__(self, out_dir: Path):
         from torch.utils.tensorboard import SummaryWriter  # optional
 
@@ -130,6 +132,8 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
+    name = "Weights & Biases"
+
     def __init__(self, run, out_dir: Path):
         import wandb  # optional
 
@@ -145,7 +149,7 @@ class WeightsAndBiases:
 
 
 def check_loggers(cfg):
-    """Raise UserError if the package of a logger that cfg asks for is missing."""
+    """Raise UserError if the package of a logger that cfg asks for is missing or broken."""
     if cfg.eval_only:                       # logs nothing
         return
     setting = package = ""
@@ -158,6 +162,9 @@ def check_loggers(cfg):
             import wandb  # noqa: F401
     except ImportError:
         raise UserError(f"{setting}=True needs a package that is not installed: pip install {package}")
+    except Exception as error:              # a package that does not fit another one may raise anything
+        raise UserError(f"{setting}=True: the package {package} cannot be imported ({why(error)}): install it anew, "
+                        f"or leave {setting} out")
 
 
 # -- log.csv ---------------------------------------------------------------------------------------
@@ -167,15 +174,14 @@ class LogFile:
     rows that this run will write again are cut off."""
 
     def __init__(self, path: Path, first_step: int, evaluated: int | None):
-        rows = []
-        if first_step and path.exists():
-            rows = [row for row in read_log(path) if is_settled(row, first_step, evaluated)]
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS)
+        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
         writer.writeheader()
-        for row in rows:
-            writer.writerow(row | {"step": int(row["step"]), "tokens": int(row["tokens"])})
         try:
+            rows = read_log(path) if first_step and path.exists() else []
+            for row in rows:
+                if is_settled(row, first_step, evaluated):
+                    writer.writerow(row | {"step": int(row["step"]), "tokens": int(row["tokens"])})
             with atomic_write(path) as file:
                 file.write(text.getvalue().encode())
             self.file = open(path, "a", newline="", encoding="utf-8")   # noqa: SIM115, open for the whole run
@@ -211,6 +217,7 @@ class Report:
         self.bar = None
         self.log_file = None
         self.loggers = []
+        self.draws_fail = False             # and it has been said
         self.process_began = time.perf_counter()
         self.last_step = run.first_step
         self.last_seconds = run.stopwatch.seconds()
@@ -295,15 +302,30 @@ class Report:
             return
         self.log_file = LogFile(self.out_dir / "log.csv", run.first_step, run.state.evaluated)
         if run.cfg.tensorboard:
-            self.loggers.append(TensorBoard(self.out_dir))
+            self.add_logger(TensorBoard, self.out_dir)
         if run.cfg.wandb_log:
-            self.loggers.append(WeightsAndBiases(run, self.out_dir))
+            self.add_logger(WeightsAndBiases, run, self.out_dir)
         if sys.stdout.isatty():
             with contextlib.suppress(ImportError):
                 from tqdm import tqdm  # optional
 
                 self.bar = tqdm(total=run.plan.max_iters, initial=run.first_step, file=sys.stdout,
                                 dynamic_ncols=True, leave=False, desc="step", bar_format="{desc} |{bar}|")
+
+    def add_logger(self, logger: type, *arguments):
+        try:
+            self.loggers.append(logger(*arguments))
+        except Exception as error:              # a logger raises whatever it likes, and ends no run
+            self.warn(f"{logger.name} cannot start and logs nothing: {why(error)}")
+
+    def call_loggers(self, action):
+        """action(logger) for each; one that fails logs no more."""
+        for logger in list(self.loggers):
+            try:
+                action(logger)
+            except Exception as error:          # as above
+                self.loggers.remove(logger)
+                self.warn(f"{logger.name} has failed and logs no more: {why(error)}")
 
     # -- while it trains
 
@@ -396,6 +418,10 @@ class Report:
             pass
         except OSError as error:
             self.say(f"could not write {path}: {error.strerror or error}")
+        except Exception as error:              # matplotlib raises whatever it likes
+            if not self.draws_fail:
+                self.warn(f"cannot draw {path}: {why(error)}")
+            self.draws_fail = True
 
     def sample(self, step: int, text: str):
         shown = printable_text(text.strip(" \t\r\n"))
@@ -411,8 +437,7 @@ class Report:
             self.log_file.write({"step": step, **row})
         except OSError as error:
             self.say(f"could not write log.csv: {error.strerror or error}")
-        for logger in self.loggers:
-            logger.log(step, row)
+        self.call_loggers(lambda logger: logger.log(step, row))
 
     # -- the end
 
@@ -422,8 +447,7 @@ class Report:
             self.bar.close()
         if self.log_file:
             self.log_file.close()
-        for logger in self.loggers:
-            logger.close()
+        self.call_loggers(lambda logger: logger.close())
         self.bar = None
         self.log_file = None
         self.loggers = []

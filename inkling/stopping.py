@@ -136,9 +136,11 @@ def explain_failures(out_dir: Path):
         text = str(error).strip() or "MemoryError"
         reason = text.splitlines()[0][:120]
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+            kept = ""
+            if os.path.exists(out_dir / "last.pt"):
+                kept = f"; what {out_dir} holds is kept, and --init_from=resume resumes from it"
             raise UserError("out of memory: halve batch_size and double gradient_accumulation_steps (the same "
-                            f"training), or lower block_size; what {out_dir} holds is kept, and --init_from=resume "
-                            f"resumes from it ({reason})")
+                            f"training), or lower block_size{kept} ({reason})")
         if isinstance(error, torch.distributed.DistError) or "Connection " in text:
             raise UserError(f"another process of this run is gone: {out_dir}/last.pt holds the last save, and "
                             f"--init_from=resume resumes from it ({reason})", code=1)
