@@ -580,7 +580,8 @@ def fit_texts(tokenizer, texts: list, options: Options, flag: str) -> list:
     fitted = texts
     if options.newlines == "convert":
         fitted = list(map(tokenizer.fit_line_ends, texts))
-    if fitted != texts and (options.score or tokenizer.line_break != "\n"):
+    is_certain = tokenizer.kind == "char" and tokenizer.line_break == "\n"      # it knows no \r
+    if fitted != texts and (options.score or not is_certain):
         print(f"{flag}: line ends become {tokenizer.line_break!r} (--newlines=keep leaves them)", file=sys.stderr,
               flush=True)
     normalized = list(map(tokenizer.fit_form, fitted))

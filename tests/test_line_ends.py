@@ -267,7 +267,7 @@ def test_a_prompt_gets_the_line_ends_of_the_models_text(say, here, kind, expecte
             done = say(kind, "a", word, "--json", length=1, stdin=stdin)
             assert json.loads(done.stdout)["prompt"] == expected
             is_changed = expected != f"a{end}b{end}"
-            assert ("--newlines=keep" in done.stderr) == (kind in ("char", "mac") and is_changed)
+            assert ("--newlines=keep" in done.stderr) == (kind != "unix" and is_changed)
 
 
 def test_a_prompt_keeps_its_line_ends_where_that_is_asked_for(say):
