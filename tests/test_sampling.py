@@ -765,6 +765,17 @@ def test_control_characters_reach_a_pipe_but_no_terminal(parrot, monkeypatch):
         "\\x1bxa\\x1b[2J\tb\\rc\n\\x07\n\\r\nd\\r\n")
 
 
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no such terminals here")
+def test_json_reaches_a_terminal_with_escapes_that_mean_the_same(parrot, monkeypatch):
+    says = "a\x9b2J\u202e猫\x7f".encode()
+    words = ["--ckpt=x", "--device=cpu", "--start=x", "--json", f"--max_new_tokens={len(says)}"]
+    monkeypatch.setattr(sample, "load", lambda path, device: (Parrot(says, 256), Tokenizer(BYTES)))
+    shown = on_a_terminal(sample.main, *words)
+    assert r'"text": "a\u009b2J\u202e猫\u007f"' in shown
+    assert json.loads(shown)["text"] == says.decode()
+    assert says.decode() in parrot(says, *words[2:], stored=BYTES)[0]
+
+
 # Texts that people write, each with a character that Python calls unprintable.
 WRITTEN = {
     "Chinese": "\u3000\u3000话说天下大势，分久必合。",
