@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from inkling.checkpoint import newest_checkpoint
 from inkling.cli import (
+    UNSAFE,
     FilePath,
     Fraction,
     NonNegativeFloat,
@@ -332,12 +333,18 @@ class Printer:
             if not self.options.json:
                 self.print_text(sample, complete)
             elif complete:
-                print(json.dumps(sample.record(), ensure_ascii=False))
+                self.print_record(sample.record())
             sys.stdout.flush()
             if not complete:
                 return
             self.waiting.pop(0)
             self.printed = 0
+
+    def print_record(self, record: dict):
+        line = json.dumps(record, ensure_ascii=False)
+        if self.escapes:                    # as JSON does it
+            line = UNSAFE.sub(lambda match: json.dumps(match[0])[1:-1], line)
+        print(line)
 
     def print_text(self, sample: Sample, complete: bool):
         text = sample.text if complete else sample.text[:sample.settled_length()]

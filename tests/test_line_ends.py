@@ -332,8 +332,8 @@ def test_a_prompt_in_the_other_unicode_form_is_found(form, say, monkeypatch, her
         done = say("mine", "K", "--score=scored", "--json")
         assert json.loads(done.stdout)["tokens"] == len(text) - 1
         assert ("Unicode form" in done.stderr) == (other != form)
-        done = say("mine", text, f"--stop={prompt[-2:]}", "--start=K", length=40)
-        assert done.stdout.startswith("K")
+        done = say("mine", text, f"--stop={prompt[-2:]}", "--start=K", "--json", length=40)
+        assert json.loads(done.stdout)["finish"] == "stop"
         assert "never met" not in done.stderr
         typed = say("mine", "K", "--interactive", "--json", length=1, stdin=prompt.encode())
         assert json.loads(typed.stdout)["prompt"] == text

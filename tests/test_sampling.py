@@ -510,7 +510,7 @@ def test_a_closed_pipe_leaves_no_traceback(endless):
     os.close(endless.out)                               # as `| head` does
     endless.out = os.open(os.devnull, os.O_RDONLY)
     done = endless.wait()
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 # -- prompts
@@ -763,6 +763,17 @@ def test_control_characters_reach_a_pipe_but_no_terminal(parrot, monkeypatch):
     monkeypatch.setattr(sample, "load", lambda path, device: (Parrot(says, 256), tokenizer))
     assert on_a_terminal(sample.main, "--ckpt=x", "--device=cpu", "--start=\x1bx", f"--max_new_tokens={len(says)}") == (
         "\\x1bxa\\x1b[2J\tb\\rc\n\\x07\n\\r\nd\\r\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no such terminals here")
+def test_json_reaches_a_terminal_with_escapes_that_mean_the_same(parrot, monkeypatch):
+    says = "a\x9b2J\u202e猫\x7f".encode()
+    words = ["--ckpt=x", "--device=cpu", "--start=x", "--json", f"--max_new_tokens={len(says)}"]
+    monkeypatch.setattr(sample, "load", lambda path, device: (Parrot(says, 256), Tokenizer(BYTES)))
+    shown = on_a_terminal(sample.main, *words)
+    assert r'"text": "a\u009b2J\u202e猫\u007f"' in shown
+    assert json.loads(shown)["text"] == says.decode()
+    assert says.decode() in parrot(says, *words[2:], stored=BYTES)[0]
 
 
 # Texts that people write, each with a character that Python calls unprintable.
