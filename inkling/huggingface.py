@@ -415,7 +415,9 @@ def with_ends(tokenizer: Tokenizer, content: dict, folder: Path, hf: dict, setti
     stored = dict(tokenizer.stored)
     if ends and ends != [tokenizer.eot]:
         stored["eot"] = ends
-    bos = first_id(content, settings, ids.get(token_name(roles.get("bos_token"))))
+    bos = first_id(content)
+    if "post_processor" not in content and settings.get("add_bos_token") is True:
+        bos = ids.get(token_name(roles.get("bos_token")))       # of vocab.json
     if is_id(bos, tokenizer):
         stored["bos"] = bos
     return Tokenizer(stored) if stored != tokenizer.stored else tokenizer
@@ -432,11 +434,9 @@ def is_id(value, tokenizer: Tokenizer) -> bool:
     return type(value) is int and 0 <= value < tokenizer.vocab_size
 
 
-def first_id(content: dict, settings: dict, bos: int | None) -> int | None:
-    """The id that transformers puts before every text: if tokenizer_config.json says so, or else the
-    post_processor."""
-    if isinstance(settings.get("add_bos_token"), bool):
-        return bos if settings["add_bos_token"] else None
+def first_id(content: dict) -> int | None:
+    """The id that transformers puts before every text. add_bos_token of tokenizer_config.json does
+    not count beside a tokenizer.json."""
     for step in steps(content.get("post_processor")):
         if step["type"] in ("BertProcessing", "RobertaProcessing"):
             return step["cls"][1]

@@ -192,10 +192,7 @@ class Tokenizer:
         return ids.astype(token_dtype(self.vocab_size))
 
     def _encode_json(self, text: str, begins: bool) -> np.ndarray:
-        ids = []
-        for number, piece in enumerate(cut_pieces(text, BOUNDED)):
-            ids += self.backend.encode(piece, begins and number == 0)
-        return np.array(ids, token_dtype(self.vocab_size))
+        return np.array(self.backend.encode(text, begins, BOUNDED), token_dtype(self.vocab_size))
 
     def _encode_bpe(self, text: str) -> np.ndarray:
         parts = [self.encoding.encode_to_numpy(piece, disallowed_special=())

@@ -91,6 +91,22 @@ def piece_of(token: str, decoder, types: set) -> bytes:
     return text.removeprefix("a").encode("utf-8")
 
 
+WORD_BEFORE_SPACE = re.compile(r"\w(?= \w)")
+
+
+def find_space(text: str, start: int, most: int) -> int:
+    """Where to end a piece of `text` that begins at `start`: before the last space between two words,
+    since tokens may join a word with anything else."""
+    end = start + most
+    if end >= len(text):
+        return len(text)
+    for first in (max(start, end - 200), start):
+        word_ends = [match.end() for match in WORD_BEFORE_SPACE.finditer(text, first, end)]
+        if word_ends:
+            return word_ends[-1]
+    return end
+
+
 # -- the tokenizer ---------------------------------------------------------------------------------
 
 class JsonTokenizer:
@@ -113,6 +129,8 @@ class JsonTokenizer:
         self.pieces = [b""] * (1 + max(self.vocab.values()))
         for token, value in self.vocab.items():
             self.pieces[value] = piece_of(token, self.first.decoder, types)
+        for value, token in self.first.get_added_tokens_decoder().items():
+            self.pieces[value] = token.content.encode("utf-8")
         self.unknown = self.unknown_id(content["model"])
         self.prefix = False
         self.lossless = False
@@ -154,15 +172,24 @@ class JsonTokenizer:
         """Whether the tokenizer has no ids for a character, or not for all of its bytes."""
         ids = self.rest.encode(f"a{char}a", add_special_tokens=False).ids
         around = self.join(ids).strip()
-        is_dropped = around == "aa" and not char.isspace()
+        is_dropped = around == "aa" and (self.is_byte_level or not char.isspace())
         return self.unknown in ids or is_dropped or ("\ufffd" in around and char != "\ufffd")
 
     def join(self, ids) -> str:
         return b"".join(self.pieces[value] for value in ids).decode("utf-8", "replace")
 
-    def encode(self, text: str, begins: bool) -> list:
-        """The ids of a piece of a text; begins: it is the first. Raises ValueError that names the
-        characters which the tokenizer lacks."""
+    def encode(self, text: str, begins: bool, most: int) -> list:
+        """The ids of a text, of at most `most` characters at once; begins: it is the beginning of a
+        whole text. Raises ValueError that names the characters which the tokenizer lacks."""
+        ids = []
+        start = 0
+        while start == 0 or start < len(text):
+            end = find_space(text, start, most)
+            ids += self.encode_piece(text[start:end], begins and start == 0)
+            start = max(end, 1)
+        return ids
+
+    def encode_piece(self, text: str, begins: bool) -> list:
         backend = self.first if begins else self.rest
         ids = backend.encode(text, add_special_tokens=False).ids
         if self.unknown in ids:

@@ -14,12 +14,12 @@ import socket
 import subprocess
 import sys
 import threading
-import typing
 from base64 import b64encode
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -28,7 +28,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Theirs
 from transformers import (
     AutoModelForCausalLM,
@@ -54,12 +54,11 @@ from inkling.huggingface import (
     download_folder,
     load_tokenizer,
     merge_pairs,
-    split_step,
     tokenizer_from_json,
     tokenizer_to_json,
 )
 from inkling.tokenizer import END_OF_TEXT, Tokenizer
-from prepare import write_set
+from prepare import check_set, write_set
 from train import GPT, Config
 
 try:
@@ -87,6 +86,13 @@ THEIRS = {
     "llama tied": ("llama", dict(tie_word_embeddings=True)),
     "llama with biases": ("llama", dict(attention_bias=True, mlp_bias=True)),
     "llama of another base": ("llama", dict(rope_parameters={"rope_type": "default", "rope_theta": 5e5})),
+    "llama with heads wider than its width": ("llama", dict(head_dim=16)),
+    "llama with heads narrower than its width": ("llama", dict(head_dim=6, hidden_size=36)),
+    "llama of linear scaling": ("llama", dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4,
+                                                               "factor": 3.0})),
+    "llama 3.1": ("llama", dict(head_dim=16, rope_parameters={
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128})),
     "llama of odd shapes": ("llama", dict(hidden_size=30, num_attention_heads=5, num_key_value_heads=5,
                                           num_hidden_layers=3)),
 }
@@ -109,6 +115,9 @@ OURS = {
     "llama with biases": OUR_LLAMA | dict(bias=True),
     "llama with biases of queries, keys and values": OUR_LLAMA | dict(qkv_bias=True),
     "llama with biases but of queries, keys and values": OUR_LLAMA | dict(bias=True, qkv_bias=False),
+    "llama with scaled rotation": OUR_LLAMA | dict(rope_scaling="llama3", rope_context=64, rope_factor=4.0,
+                                                   head_dim=10),
+    "llama with linear rotation": OUR_LLAMA | dict(rope_scaling="linear", rope_factor=2.5, head_dim=4),
     "llama without gains": OUR_LLAMA | dict(norm_gain=False, norm_eps=1e-3, rope_theta=500.0),
 }
 
@@ -342,9 +351,12 @@ def test_without_safetensors_one_line_says_what_to_install(saved, monkeypatch):
     ("gpt2", dict(model_type="bert"), "model_type='bert'"),
     ("gpt2", dict(quantization_config={"bits": 4}), "quantization_config="),
     ("llama", dict(hidden_act="gelu"), "hidden_act='gelu'"),
-    ("llama", dict(head_dim=16), "head_dim=16"),
+    ("llama", dict(head_dim=15), "of 15 dimensions"),
+    ("llama", dict(head_dim="wide"), "head_dim='wide'"),
     ("llama", dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}, rope_parameters=...), "llama3"),
-    ("llama", dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_parameters="),
+    ("llama", dict(rope_scaling={"type": "linear"}, rope_parameters=...), "linear"),
+    ("llama", dict(rope_scaling={"type": "dynamic", "factor": 2.0}, rope_parameters=...), "dynamic"),
+    ("llama", dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "beta": 1.0}), "beta"),
     ("llama", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "yarn"),
     ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
     ("llama", dict(mlp_bias=True), "mlp_bias=True with attention_bias=False"),
@@ -356,6 +368,33 @@ def test_a_field_without_a_counterpart_is_refused_by_name(saved, kind, changes, 
     _, folder = saved(kind)
     edit_json(folder / "config.json", **changes)
     expect_refusal("import", folder, "--out=other", parts=["there", said])
+
+
+NOTES = dict(_model_name_or_path="x", unk_token_id=0, unsloth_fixed=True, unsloth_version="2025.1", max_length=20,
+             do_sample=True, temperature=0.6, top_p=0.9, output_hidden_states=False, return_dict=True, sep_token_id=3,
+             attention_dropout=0.1, hidden_dropout=0.1, problem_type="text", auto_map={"AutoModel": "other.Model"},
+             pruned_heads={}, begin_suppress_tokens=[220], _attn_implementation_autoset=True, num_beams=1,
+             decoder_start_token_id=1, tokenizer_class="X", neftune_noise_alpha=5, rope_interleaved=False)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_fields_that_change_no_number_are_ignored(saved, kind):
+    theirs, folder = saved(kind)
+    edit_json(folder / "config.json", **NOTES)
+    convert_ok("import", folder, "--out=ours")
+    near(train.load("ours")[0](ids(2, 24))[0], theirs(ids(2, 24)).logits)
+
+
+@pytest.mark.parametrize("scaling", [
+    dict(type="linear", factor=2.0),
+    dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+         original_max_position_embeddings=40)])
+def test_the_older_spelling_of_scaled_rotation_is_read(saved, scaling):
+    kind = scaling.get("rope_type", "linear")
+    theirs, folder = saved("llama", rope_parameters=scaling | {"rope_type": kind, "rope_theta": 777.0})
+    edit_json(folder / "config.json", rope_parameters=..., rope_theta=777.0, rope_scaling=scaling)
+    convert_ok("import", folder, "--out=ours")
+    near(train.load("ours")[0](ids(2, 24))[0], theirs(ids(2, 24)).logits)
 
 
 def test_the_older_spelling_of_the_rotary_base_is_read(saved):
@@ -403,7 +442,9 @@ def test_every_switch_of_the_model_is_accounted_for():
     """A new switch must be given a counterpart, or a value that it must have."""
     sizes = {name for known in convert.SIZES.values() for name in known}
     by_name = {"mlp", "norm_eps", "tie_weights", "rope_theta", "pad_vocab_to", *convert.OPTIONAL}
-    unread = {"learned": {"rope_fraction", "rope_theta", "ngram_rows"}, "rope": {"ngram_rows"}}
+    scaling = {"rope_scaling", *(ours for known in convert.ROPE_FIELDS.values() for ours in known.values())}
+    unread = {"learned": {"rope_fraction", "rope_theta", "ngram_rows"} | scaling,
+              "rope": {"ngram_rows", "head_dim"} | scaling}         # llama_fields reads these but for the n-grams'
     for fixed in convert.FIXED.values():
         assert sizes | by_name | set(fixed) | unread[fixed["positions"]] == train.MODEL_FIELDS
 
@@ -594,33 +635,318 @@ def test_vocab_json_and_merges_txt_are_enough(saved, their_bpe):
     assert ours.stored == tokenizer_from_json(json.loads(their_bpe.to_str()), {}).stored
 
 
+def kept_whole(saved, theirs: Theirs, **roles):
+    """The directory of a tiny Llama with this tokenizer; roles: of its special tokens, for tokenizer_config.json."""
+    model, folder = saved("llama", vocab_size=theirs.get_vocab_size())
+    theirs.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | roles
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return model, folder
+
+
+def trained(model, **parts) -> Theirs:
+    """A tokenizer of 400 tokens, trained on TEXT; parts: its pre_tokenizer and so on."""
+    theirs = Theirs(model)
+    for name, part in parts.items():
+        setattr(theirs, name, part)
+    trainer = {"BPE": trainers.BpeTrainer, "Unigram": trainers.UnigramTrainer, "WordLevel": trainers.WordLevelTrainer}
+    options = dict(unk_token="<unk>") if isinstance(model, models.Unigram) else {}
+    theirs.train_from_iterator([TEXT], trainer[type(model).__name__](
+        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False, **options))
+    return theirs
+
+
+def byte_level(*before, prefix: bool = False, alphabet: bool = True, normalizer=None) -> Theirs:
+    theirs = Theirs(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([*before, pre_tokenizers.ByteLevel(add_prefix_space=prefix)])
+    theirs.decoder = decoders.ByteLevel()
+    if normalizer:
+        theirs.normalizer = normalizer
+    theirs.train_from_iterator([TEXT], trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[END_OF_TEXT], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if alphabet else []))
+    return theirs
+
+
+def added() -> Theirs:
+    theirs = byte_level()
+    theirs.add_tokens(["<tool>", "    "])
+    theirs.add_special_tokens(["<|im_end|>"])
+    return theirs
+
+
+def without_merges_for_some() -> Theirs:
+    """As ByteLevelBPETokenizer saves it: <s>, <pad> and </s> are in the vocabulary, and no merges lead to them."""
+    content = json.loads(byte_level().to_str())
+    vocab = content["model"]["vocab"]
+    vocab |= {name: len(vocab) + place for place, name in enumerate(("<s>", "<pad>", "</s>"))}
+    content["added_tokens"] = []
+    return Theirs.from_str(json.dumps(content))
+
+
+def llama2(**changes) -> Theirs:
+    """SentencePiece's BPE as Llama 2's was converted: a space before the text, spaces as \u2581, rare letters in bytes."""
+    spaces = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                 decoders.Strip(" ", 1, 0)])
+    content = json.loads(trained(models.BPE(unk_token="<unk>"), pre_tokenizer=pre_tokenizers.Metaspace(),
+                                 decoder=decoder).to_str())
+    vocab = content["model"]["vocab"]
+    vocab |= {f"<0x{value:02X}>": len(vocab) + value for value in range(256)}
+    content["model"] |= {"byte_fallback": True, "fuse_unk": True}
+    content |= {"pre_tokenizer": None, "normalizer": json.loads(normalizers.Sequence(spaces).__getstate__())}
+    return Theirs.from_str(json.dumps(content | changes))
+
+
+METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+WHOLE = {
+    "digits by themselves": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True)),
+    "a vocabulary that lacks bytes": lambda: byte_level(alphabet=False),
+    "a space before the text": lambda: byte_level(prefix=True),
+    "NFC": lambda: byte_level(normalizer=normalizers.NFC()),
+    "added tokens": added,
+    "<s> <pad> </s>": without_merges_for_some,
+    "possessive repeats": lambda: byte_level(pre_tokenizers.Split(Regex(r"\w++$"), "isolated")),
+    "Llama 2's": llama2,
+    "Llama 2's by Metaspace": lambda: llama2(normalizer=None, pre_tokenizer=METASPACE),
+    "Unigram": lambda: trained(models.Unigram(), pre_tokenizer=pre_tokenizers.Metaspace(),
+                               decoder=decoders.Metaspace()),
+    "whole words": lambda: trained(models.WordLevel(unk_token="<unk>"),
+                                   pre_tokenizer=pre_tokenizers.WhitespaceSplit()),
+}
+ROUND_TRIP = {"digits by themselves", "added tokens", "<s> <pad> </s>", "possessive repeats", "Llama 2's"}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_any_tokenizer_json_gives_the_ids_of_transformers(saved, name):
+    """Whatever Inkling has no kind of its own for is kept whole: same ids, same text, same file back."""
+    _, folder = kept_whole(saved, WHOLE[name]())
+    assert "tokenizer.json, kept whole" in convert_ok("import", folder, "--out=ours").stdout
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ours = train.load("ours")[1]
+    assert ours.kind == "json"
+    assert json.loads(ours.stored["json"]) == json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    convert_ok("export", "ours/ckpt.pt", "--out=back")
+    assert (json.loads(Path("back/tokenizer.json").read_text(encoding="utf-8"))
+            == json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+    again = AutoTokenizer.from_pretrained("back")
+
+    def compare(text):
+        expected = their_ids(theirs, text)
+        back = theirs.decode(expected, clean_up_tokenization_spaces=False)
+        try:
+            ids = ours.encode(text).tolist()
+        except ValueError as error:
+            assert "the tokenizer has no" in str(error)
+            assert name not in ROUND_TRIP
+            assert back != text
+            return
+        assert ids == expected
+        assert ours.decode(ids) == back
+        assert their_ids(again, text) == expected
+        push = ours.stream()
+        streamed = [push(value) for value in [*ids, None]]
+        assert "".join(streamed) in (back, f" {back}")
+        if name in ROUND_TRIP:
+            assert back == text.replace("\u2581", " ")
+
+    hypothesis_settings = settings(max_examples=60, deadline=None)
+    hypothesis_settings(given(anything)(compare))()
+    for text in (TEXT[:3000], "The fox  is 1234\tcaf\u00e9 cafe\u0301 \u72d0\u72f8 \U0001f98a</s><s>", " x", "", "\n"):
+        compare(text)
+
+
+@pytest.mark.parametrize("name", ["Llama 2's", "Unigram", "a space before the text"])
+def test_a_long_text_is_cut_where_no_id_changes(name, monkeypatch):
+    """A piece in the middle gets no space before it."""
+    theirs = WHOLE[name]()
+    ours = Tokenizer({"kind": "json", "json": theirs.to_str()})
+    whole = ours.encode(TEXT[:5000]).tolist()
+    monkeypatch.setattr("inkling.tokenizer.BOUNDED", 300)
+    assert ours.encode(TEXT[:5000]).tolist() == whole
+
+
+def test_what_a_vocabulary_lacks_is_named_and_never_dropped():
+    ours = Tokenizer({"kind": "json", "json": byte_level(alphabet=False).to_str()})
+    with pytest.raises(ValueError, match=r"the tokenizer has no '\\x04' '\u72d0'"):
+        ours.encode("The \u72d0 fox\x04")
+    unigram = Tokenizer({"kind": "json", "json": WHOLE["Unigram"]().to_str()})
+    with pytest.raises(ValueError, match="the tokenizer has no '\u72d0'"):
+        unigram.encode("The \u72d0 fox")
+
+
+def test_a_missing_package_is_named_when_it_is_needed(saved, monkeypatch):
+    _, folder = kept_whole(saved, byte_level(prefix=True))
+    convert_ok("import", folder, "--out=ours")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    expect_refusal("import", folder, "--out=other", parts=["pip install tokenizers", "ByteLevel"])
+    one_line_error(inside(sample.main, "--ckpt=ours/ckpt.pt", "--device=cpu"), "pip install tokenizers")
+    _, plain = saved(folder="plain")
+    convert_ok("import", plain, "--out=other")              # whose tokenizer is of Inkling's own kinds
+
+
+def test_a_byte_level_bpe_in_tiktokens_form_needs_no_package(saved, monkeypatch):
+    _, folder = saved()
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    convert_ok("import", folder, "--out=ours")
+    assert torch.load("ours/ckpt.pt")["tokenizer"]["kind"] == "bpe"
+
+
 @pytest.mark.parametrize(("change", "said"), [
-    (lambda t: t["model"].update(byte_fallback=True), "byte_fallback"),
     (lambda t: t["model"].update(type="Unigram"), "Unigram"),
-    (lambda t: t["model"].update(type="WordLevel", merges=[]), "WordLevel"),
-    (lambda t: t["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
-    (lambda t: t["model"].update(merges=t["model"]["merges"][::-1]), "order"),
-    (lambda t: t["model"].update(merges=t["model"]["merges"][1:]), "order"),
-    (lambda t: t["model"]["vocab"].update({"\u2581the": 300}), "\u2581"),
-    (lambda t: t["model"]["vocab"].pop("!"), "0x21"),
-    (lambda t: t.update(normalizer={"type": "NFC"}), "NFC"),
-    (lambda t: t.update(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
-    (lambda t: t.update(pre_tokenizer=None), "nothing"),
-    (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "ByteLevel"),
-    (lambda t: t.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
-        split_step(r"\w++$"), {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}),
-     "tiktoken"),
-    (lambda t: t["added_tokens"].append({"content": "<tool>", "id": 300, "special": False}), "<tool>"),
+    (lambda t: t["model"].update(merges=[["no", "such"]]), "vocabulary"),
+    (lambda t: t.update(pre_tokenizer={"type": "Guess"}), "Guess"),
+    (lambda t: t.update(decoder={"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True},
+                        pre_tokenizer=None), "decoder"),
     (lambda t: t.update(model=[]), "damaged"),
+    (lambda t: t.update(model={}), "damaged"),
 ])
-def test_a_tokenizer_without_a_counterpart_is_refused_and_another_can_be_named(saved, change, said):
+def test_a_tokenizer_that_cannot_be_used_is_refused_by_name(saved, change, said):
     theirs, folder = saved()
     content = json.loads((folder / "tokenizer.json").read_text())
     change(content)
     (folder / "tokenizer.json").write_text(json.dumps(content))
     expect_refusal("import", folder, "--out=other", parts=["there", said, "--tokenizer=NAME"])
-    convert_ok("import", folder, "--out=ours", "--tokenizer=byte")
+
+
+def test_a_named_tokenizer_must_have_the_models_vocabulary(saved):
+    _, folder = saved()
+    expect_refusal("import", folder, "--out=other", "--tokenizer=byte", parts=["byte", "256", "300"])
+    (folder / "tokenizer.json").unlink()
+    expect_refusal("import", folder, "--out=other", "--tokenizer=byte", parts=["byte", "256", "300"])
+    _, small = saved(folder="small", vocab_size=256)
+    (small / "tokenizer.json").unlink()
+    convert_ok("import", small, "--out=ours", "--tokenizer=byte")
     assert torch.load("ours/ckpt.pt")["tokenizer"] == {"kind": "byte"}
+    _, other = saved(folder="other")
+    convert_ok("import", other, "--out=named", f"--tokenizer={other}")
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {"a": content["model"]["vocab"]["b"], "b": content["model"]["vocab"]["a"]}
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    expect_refusal("import", other, "--out=another", "--tokenizer=named/ckpt.pt", parts=["other tokens", "leave"])
+
+
+# -- the tokens that begin and end a text ----------------------------------------------------------------------------
+
+def ends_of(folder: Path, **files) -> Tokenizer:
+    """The tokenizer of a directory whose JSON files say so: config=..., generation_config=..."""
+    for name, content in files.items():
+        path = folder / f"{name}.json"
+        old = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps(old | content))
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", [byte_level, llama2])
+def test_the_models_own_end_of_text_tokens_are_known(saved, kind):
+    theirs = kind()
+    theirs.add_special_tokens(["</s>", "<|im_end|>", "<|eot_id|>"])
+    _, folder = kept_whole(saved, theirs)
+    edit_json(folder / "generation_config.json", eos_token_id=None)
+    end, turn, other = (theirs.token_to_id(token) for token in ("</s>", "<|im_end|>", "<|eot_id|>"))
+    ours = ends_of(folder, config=dict(eos_token_id=end))
+    assert (ours.eot, ours.stops) == (end, {end})
+    ours = ends_of(folder, generation_config=dict(eos_token_id=[end, other]))
+    assert (ours.eot, ours.stops) == (end, {end, other})
+    ours = ends_of(folder, tokenizer_config=dict(eos_token="<|im_end|>"))
+    assert (ours.eot, ours.stops) == (turn, {end, turn, other})
+    ours = ends_of(folder, tokenizer_config=dict(eos_token={"content": "</s>", "lstrip": False}))
+    assert (ours.eot, ours.stops) == (end, {end, other})
+    assert Tokenizer(json.loads(json.dumps(ours.stored))).stops == ours.stops
+    ours = ends_of(folder, config=dict(eos_token_id=10**6), generation_config=dict(eos_token_id=None),
+                   tokenizer_config=dict(eos_token=None))
+    assert ours.eot == (None if kind is llama2 else theirs.token_to_id(END_OF_TEXT))        # no such id: as before
+
+
+def test_end_of_text_comes_back_from_an_export(saved):
+    theirs = with_template(llama2())
+    theirs.add_special_tokens(["<|im_end|>"])
+    _, folder = kept_whole(saved, theirs, eos_token="<|im_end|>", bos_token="<s>")
+    edit_json(folder / "config.json", eos_token_id=[2, 1])
+    edit_json(folder / "generation_config.json", eos_token_id=None)
+    convert_ok("import", folder, "--out=ours")
+    convert_ok("export", "ours/ckpt.pt", "--out=back")
+    end = theirs.token_to_id("<|im_end|>")
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads(Path("back", name).read_text())
+        assert (content["eos_token_id"], content["bos_token_id"]) == ([end, 1, 2], 1)
+    assert AutoTokenizer.from_pretrained("back").eos_token_id == end
+    assert AutoModelForCausalLM.from_pretrained("back").generation_config.eos_token_id == [end, 1, 2]
+    convert_ok("import", "back", "--out=again")
+    first, second = (torch.load(f"{run}/ckpt.pt")["tokenizer"] for run in ("ours", "again"))
+    assert set(first.pop("eot")) == set(second.pop("eot"))
+    assert first == second
+
+
+BOS_TEMPLATE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+                                                         {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
+
+
+def with_template(theirs: Theirs) -> Theirs:
+    if theirs.token_to_id("<s>") is None:
+        theirs.add_special_tokens(["<s>"])
+    template = json.loads(json.dumps(BOS_TEMPLATE))
+    template["special_tokens"]["<s>"]["ids"] = [theirs.token_to_id("<s>")]
+    return Theirs.from_str(json.dumps(json.loads(theirs.to_str()) | {"post_processor": template}))
+
+
+@pytest.mark.parametrize("name", ["Llama 2's", "digits by themselves", "tiktoken's form"])
+@pytest.mark.parametrize("said", ["template", "add_bos_token=False", "neither"])
+def test_a_prompt_begins_as_it_does_in_transformers(saved, their_bpe, name, said):
+    theirs = Theirs.from_str(their_bpe.to_str()) if name == "tiktoken's form" else WHOLE[name]()
+    theirs = with_template(theirs) if said != "neither" else theirs
+    if theirs.token_to_id("<s>") is None:
+        theirs.add_special_tokens(["<s>"])
+    roles = {"add_bos_token": said == "neither"} if "template" not in said else {}
+    _, folder = kept_whole(saved, theirs, bos_token="<s>", **roles)
+    convert_ok("import", folder, "--out=ours")
+    ours = train.load("ours")[1]
+    expected = AutoTokenizer.from_pretrained(folder)("The fox").input_ids
+    assert ours.encode_prompt("The fox").tolist() == expected
+    assert (expected[0] == theirs.token_to_id("<s>")) == (said != "neither")
+    convert_ok("export", "ours/ckpt.pt", "--out=back")
+    assert AutoTokenizer.from_pretrained("back")("The fox").input_ids == expected
+    convert_ok("import", "back", "--out=again")
+    assert train.load("again")[1].encode_prompt("The fox").tolist() == expected
+
+
+def test_sampling_ends_at_the_models_own_token(saved):
+    """Each end-of-text token in turn is the likeliest next one."""
+    model, folder = kept_whole(saved, llama2(), eos_token="</s>")
+    edit_json(folder / "config.json", eos_token_id=[2, 1])
+    words = ["--ckpt=ours/ckpt.pt", "--start=The fox", "--temperature=0", "--max_new_tokens=9", "--json", "--device=cpu"]
+    for end, finish in ((2, "eot"), (1, "eot"), (5, "length")):
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"].zero_()
+        weights["model.norm.weight"].zero_()        # the last layer sees nothing: all logits are 0
+        save_file(weights, folder / "model.safetensors")
+        convert_ok("import", folder, "--out=ours")
+        content = torch.load("ours/ckpt.pt")
+        content["config"]["head_bias"] = True
+        content["model"]["head.bias"] = torch.nn.functional.one_hot(torch.tensor(end), 656 + 3).float()[
+            :content["model"]["head.weight"].size(0)]
+        torch.save(content, "ours/ckpt.pt")
+        record = json.loads(inside(sample.main, *words).stdout)
+        assert (record["finish"], len(record["tokens"])) == (finish, 0 if finish == "eot" else 9)
+
+
+def test_documents_are_separated_by_the_models_own_tokens(saved, tmp_path):
+    """In a data set for fine-tuning: the end of one, the beginning of the next."""
+    _, folder = kept_whole(saved, with_template(llama2()), eos_token="</s>", bos_token="<s>")
+    convert_ok("import", folder, "--out=ours")
+    rows = ["First.", "Second one.", "Third."]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    for tokenizer in ("ours/ckpt.pt", str(folder)):
+        write_set(tmp_path / "sets" / "rows", [tmp_path / "rows.jsonl"], tokenizer, 0.0)
+        data = np.fromfile(tmp_path / "sets" / "rows" / "train.bin", "uint16").tolist()
+        theirs = AutoTokenizer.from_pretrained(folder)
+        expected = []
+        for row in rows:
+            expected += [*theirs(row).input_ids, 2]
+        assert data == expected[:-1]
+        check_set(tmp_path / "sets" / "rows")
 
 
 def test_the_tokenizer_can_come_from_a_data_set_or_a_checkpoint(saved, tmp_path):
@@ -1036,10 +1362,6 @@ def test_sample_continues_a_prompt_with_pretrained_weights(pretrained):
     one_line_error(inside(sample.main, "--init_from=gpt2-medium", "--device=cpu"), "gpt2-medium", "HF_HUB_OFFLINE")
     one_line_error(inside(sample.main, "--init_from=gpt3"), "gpt2-xl")
     one_line_error(fine_tune(init_from="gpt2-huge"), "gpt2-huge", "gpt2-xl")
-
-
-def test_the_names_are_the_same_everywhere():
-    assert typing.get_args(typing.get_type_hints(sample.Options)["init_from"])[1:] == NAMES
 
 
 # The published config.json of each, as far as sizes go.

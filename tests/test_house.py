@@ -16,13 +16,14 @@ for path in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("inkling/*.py"))]:
 
 # A module imports only from those before it. The first ones need no torch.
 WITHOUT_TORCH = ["inkling.output", "inkling.cli", "inkling.format", "inkling.progress", "inkling.files",
-                 "inkling.dataset", "inkling.download", "inkling.readers", "inkling.tokenizer", "inkling.split",
-                 "inkling.encode", "prepare"]
+                 "inkling.dataset", "inkling.download", "inkling.readers", "inkling.tokenizer_json",
+                 "inkling.tokenizer", "inkling.split", "inkling.encode", "prepare"]
 ORDER = [*WITHOUT_TORCH, "inkling.device", "inkling.cpu", "inkling.clock", "inkling.checkpoint", "inkling.distributed",
          "inkling.stopping", "inkling.plots", "inkling.report", "inkling.dry_run", "inkling.huggingface", "convert",
          "train", "sample"]
-# A checkpoint's tokenizer is read with torch: the one way back, and inside a function.
-WAYS_BACK = {("inkling.tokenizer", "inkling.checkpoint")}
+# A checkpoint's tokenizer is read with torch, a Hugging Face folder's by what makes Tokenizers of it: the ways back,
+# inside functions.
+WAYS_BACK = {("inkling.tokenizer", "inkling.checkpoint"), ("inkling.tokenizer", "inkling.huggingface")}
 
 
 @cache
