@@ -4,6 +4,7 @@ the bytes that each id stands for."""
 import copy
 import json
 import re
+from contextlib import contextmanager
 
 from inkling.cli import UserError
 
@@ -62,6 +63,18 @@ def without_prefix(content: dict) -> dict:
     return content
 
 
+@contextmanager
+def package_errors(message: str):
+    """Turn what the package tokenizers raises into a ValueError: bare Exceptions, and panics, which are
+    not even Exceptions."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, ValueError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{message}: {str(error)[:150]}") from None
+
+
 def make_backend(content: dict):
     """The tokenizers.Tokenizer of a tokenizer.json's content, which takes special tokens in a text
     for ordinary text. Raises ValueError for content that it cannot use, and UserError without the
@@ -71,14 +84,22 @@ def make_backend(content: dict):
     except ImportError:
         raise UserError("this model's tokenizer.json needs the package tokenizers: pip install tokenizers")
     content = content | {"truncation": None, "padding": None}
-    try:
+    with package_errors("the package tokenizers cannot read it"):
         backend = tokenizers.Tokenizer.from_str(json.dumps(content))
-    except Exception as error:          # the package raises bare Exceptions
-        raise ValueError(f"the package tokenizers cannot read it: {str(error)[:150]}") from None
     backend.encode_special_tokens = True
     if content["model"].get("dropout"):
         backend.model.dropout = None    # of merges, in training
     return backend
+
+
+def encode_plainly(backend, text: str) -> list | None:
+    """The ids of a text without special tokens; None where the vocabulary lacks something and has no
+    token for that."""
+    try:
+        with package_errors("the package tokenizers cannot encode it"):
+            return backend.encode(text, add_special_tokens=False).ids
+    except ValueError:
+        return None
 
 
 def piece_of(token: str, decoder, types: set) -> bytes:
@@ -87,7 +108,8 @@ def piece_of(token: str, decoder, types: set) -> bytes:
         return to_bytes(token) if BYTES.keys() >= set(token) else token.encode("utf-8")
     if "ByteFallback" in types and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
         return bytes([int(token[3:5], 16)])
-    text = decoder.decode(["a", token]) if decoder else f"a {token}"
+    with package_errors("the package tokenizers cannot decode it"):
+        text = decoder.decode(["a", token]) if decoder else f"a {token}"
     return text.removeprefix("a").encode("utf-8")
 
 
@@ -149,9 +171,10 @@ class JsonTokenizer:
         kept = []
         for sample in SAMPLES:
             text = self.normalize("".join(char for char in sample if not self.lacks(char)))
-            ids = self.first.encode(text, add_special_tokens=False).ids
+            ids = encode_plainly(self.first, text) or []
             ours = self.join(ids)
-            theirs = self.first.decode(ids, skip_special_tokens=False)
+            with package_errors("the package tokenizers cannot decode it"):
+                theirs = self.first.decode(ids, skip_special_tokens=False)
             if ours == f" {theirs}":
                 self.prefix = True
             elif ours != theirs:
@@ -170,7 +193,9 @@ class JsonTokenizer:
 
     def lacks(self, char: str) -> bool:
         """Whether the tokenizer has no ids for a character, or not for all of its bytes."""
-        ids = self.rest.encode(f"a{char}a", add_special_tokens=False).ids
+        ids = encode_plainly(self.rest, f"a{char}a")
+        if ids is None:
+            return True
         around = self.join(ids).strip()
         is_dropped = around == "aa" and (self.is_byte_level or not char.isspace())
         return self.unknown in ids or is_dropped or ("\ufffd" in around and char != "\ufffd")
@@ -191,8 +216,8 @@ class JsonTokenizer:
 
     def encode_piece(self, text: str, begins: bool) -> list:
         backend = self.first if begins else self.rest
-        ids = backend.encode(text, add_special_tokens=False).ids
-        if self.unknown in ids:
+        ids = encode_plainly(backend, text)
+        if ids is None or self.unknown in ids:
             self.refuse(text)
         if self.lossless:
             size = sum(len(self.pieces[value]) for value in ids)

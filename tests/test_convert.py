@@ -685,7 +685,8 @@ def without_merges_for_some() -> Theirs:
 
 
 def llama2(**changes) -> Theirs:
-    """SentencePiece's BPE as Llama 2's was converted: a space before the text, spaces as \u2581, rare letters in bytes."""
+    """SentencePiece's BPE as Llama 2's was converted: a space before the text, spaces as \u2581, rare letters in
+    bytes."""
     spaces = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
     decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
                                  decoders.Strip(" ", 1, 0)])
@@ -734,13 +735,14 @@ def test_any_tokenizer_json_gives_the_ids_of_transformers(saved, name):
     def compare(text):
         expected = their_ids(theirs, text)
         back = theirs.decode(expected, clean_up_tokenization_spaces=False)
-        try:
-            ids = ours.encode(text).tolist()
-        except ValueError as error:
-            assert "the tokenizer has no" in str(error)
+        lacking = [char for char in text if ours.backend.lacks(char)]
+        if lacking:                     # there they are dropped, or become an unknown token
             assert name not in ROUND_TRIP
-            assert back != text
+            assert not set(lacking) & set(back.replace("<unk>", ""))
+            with pytest.raises(ValueError, match="the tokenizer has no"):
+                ours.encode(text)
             return
+        ids = ours.encode(text).tolist()
         assert ids == expected
         assert ours.decode(ids) == back
         assert their_ids(again, text) == expected
@@ -916,7 +918,8 @@ def test_sampling_ends_at_the_models_own_token(saved):
     """Each end-of-text token in turn is the likeliest next one."""
     model, folder = kept_whole(saved, llama2(), eos_token="</s>")
     edit_json(folder / "config.json", eos_token_id=[2, 1])
-    words = ["--ckpt=ours/ckpt.pt", "--start=The fox", "--temperature=0", "--max_new_tokens=9", "--json", "--device=cpu"]
+    words = ["--ckpt=ours/ckpt.pt", "--start=The fox", "--temperature=0", "--max_new_tokens=9", "--json",
+             "--device=cpu"]
     for end, finish in ((2, "eot"), (1, "eot"), (5, "length")):
         weights = load_file(folder / "model.safetensors")
         weights["lm_head.weight"].zero_()
