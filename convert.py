@@ -727,6 +727,11 @@ def import_nanogpt(path: str, content: dict, tokenizer: str = "") -> dict:
         rows = sizes["vocab_size"]
         config = FIXED["gpt2"] | NANOGPT | {name: sizes[name] for name in SIZES["gpt2"]}
         config["bias"] = bool(sizes.get("bias", True))
+        for name in ("vocab_size", *SIZES["gpt2"]):
+            if type(sizes[name]) is not int or not 0 < sizes[name] < 2**31:
+                raise ValueError(f"{name}={sizes[name]!r}")
+        if config["n_embd"] % config["n_head"]:
+            raise ValueError(f"{config['n_head']} heads in a width of {config['n_embd']}")
         if config["n_layer"] > len(content["model"]):
             raise ValueError(f"its {len(content['model'])} tensors are not those of {config['n_layer']} layers")
         layout = nanogpt_layout(config, rows)
