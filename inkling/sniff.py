@@ -93,16 +93,20 @@ def marked_encoding(head: bytes) -> str:
     return ""
 
 
+# Which of four bytes in a row are NULs in plain letters of each encoding.
+NULS = {"utf-16-le": (1, 3), "utf-16-be": (0, 2), "utf-32-le": (1, 2, 3), "utf-32-be": (0, 1, 2)}
+
+
 def encoding_with_nuls(head: bytes) -> str:
-    """The encoding of a text that has a NUL after or before nearly every letter; else ""."""
-    even = head[0:len(head) // 2 * 2:2]
-    odd = head[1::2]
-    if len(odd) < 4:
+    """The encoding of a text that has a NUL, or three, beside nearly every letter; else ""."""
+    lanes = [head[lane:len(head) // 4 * 4:4] for lane in range(4)]
+    size = len(lanes[0])
+    if size < 2:
         return ""
-    if odd.count(0) > 0.9 * len(odd) and even.count(0) < 0.1 * len(even):
-        return "utf-16-le"
-    if even.count(0) > 0.9 * len(even) and odd.count(0) < 0.1 * len(odd):
-        return "utf-16-be"
+    share = [lane.count(0) / size for lane in lanes]
+    for encoding, nuls in NULS.items():
+        if all(share[lane] > 0.9 if lane in nuls else share[lane] < 0.1 for lane in range(4)):
+            return encoding
     return ""
 
 
@@ -110,14 +114,25 @@ def likely_encodings(raw: bytes, position: int) -> str:
     """What a text that is not UTF-8 may be in, the likeliest first. position: of a byte in `raw` that
     is not UTF-8."""
     near = raw[max(0, position - 1000):position + 1000]
-    if encoding := encoding_with_nuls(near[len(near) % 2:]):
+    if encoding := encoding_with_nuls(near):
         return encoding
     runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", near)]
     if sum(runs) >= 3 * len(runs):      # long runs of letters beyond ASCII
-        return "gb18030, big5, shift_jis, cp1251 ..."
+        fitting = [name for name in ("gb18030", "big5", "shift_jis", "euc_kr") if decodes(raw, position, name)]
+        return ", ".join([*fitting, "cp1251 ..."])
     if re.search(rb"[\x80-\x9f]", near):    # quotes and dashes there; control characters in Latin-1
         return "cp1252, gb18030 ..."
     return "latin-1, cp1252, gb18030 ..."
+
+
+def decodes(raw: bytes, position: int, encoding: str) -> bool:
+    """Whether the bytes from the first letter beyond ASCII around `position` on are text in an encoding."""
+    start = len(raw[:position].rstrip(bytes(range(128, 256))))
+    try:
+        codecs.getincrementaldecoder(encoding)().decode(raw[start:start + 2000])
+    except UnicodeError:
+        return False
+    return True
 
 
 SUBTITLE = re.compile(r"\s*(?:WEBVTT|\d+\s*\n\s*\d+:\d\d:\d\d[,.]\d+ *-->)")
