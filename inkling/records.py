@@ -111,7 +111,7 @@ def find_column(names: list, column: str, name: str) -> int | None:
 def plain_rows(lines, delimiter: str):
     """Yield (number of the line, fields) of a table without quoting."""
     for number, line in enumerate(lines, 1):
-        line = line.rstrip("\r\n")
+        line = line.removesuffix("\n").removesuffix("\r")
         yield number, line.split(delimiter) if line else []
 
 
