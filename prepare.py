@@ -4,21 +4,24 @@
     python prepare.py book.txt --name=book      # a token per character
     python prepare.py book.txt --name=words --tokenizer=bpe:4096
     python prepare.py texts/ more.jsonl.gz https://host/a.txt --name=all
+    python prepare.py chats.jsonl --text_column=messages.text
     python prepare.py --check book              # every count, checksum and id
     python prepare.py --decode book > book.txt  # its text, train and then val
     python prepare.py --adopt FOLDER --tokenizer=gpt2   # nanoGPT's .bin files
 
 The built-in sets are fables and fables_zh (in Chinese), which are part of the repository,
 shakespeare_char, shakespeare, verdict and tinystories. Any other input is a file, a folder, a glob,
-an address or - for standard input: plain text, .csv, .tsv, .json, .jsonl or .parquet, each also as
-.gz or .zst.
+an address, a pipe or - for standard input: plain text, .csv, .tsv, .json, .jsonl or .parquet, each
+also as .gz, .xz, .bz2 or .zst, or in a .zip or .tar.
 
 Writes data/NAME/train.bin and val.bin, raw arrays of token ids without a header (uint8 up to 256
 different tokens, uint16 up to 65,536, else uint32), and meta.json with the tokenizer, counts and
 checksums. The text is split first and tokenized afterwards, so that no token spans both sides.
-Everything is read and written in pieces; files are replaced only when the new ones are complete.
+Everything is read and written in pieces. A set of the same name stays usable until the new one is
+complete: there is the old one or the new one, whatever happens.
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -32,20 +35,26 @@ import numpy as np
 
 from inkling.cli import FilePath, NonNegativeInt, UserError, at_least, check, parse, quoted, run, unescape
 from inkling.dataset import (
-    NAME,
     SPLITS,
     check_ids,
+    commit_replacement,
     data_folder,
+    finish_replacement,
+    has_set,
+    is_set_name,
     open_split,
     read_meta,
+    remove_unfinished,
     split_files,
     token_dtype,
 )
 from inkling.download import DownloadFailed, download, fetch_address, is_address
 from inkling.encode import SplitWriter, cores, encode_pieces
 from inkling.files import ROOT, atomic_write, hold_folder, sha256
+from inkling.format import counted, shell_word
+from inkling.inputs import describe_source, expand, is_stream, plain_name, spool
 from inkling.output import outlive_output
-from inkling.readers import Reader, cut_pieces, describe_source, expand, plain_name, spool_stdin
+from inkling.readers import Reader, cut_pieces
 from inkling.split import Survey, keeps_documents_whole, split_documents, survey_documents
 from inkling.tokenizer import (
     BOUNDED,
@@ -90,9 +99,10 @@ class TextEncodings:
     def __contains__(self, name: str) -> bool:
         try:
             "".encode(name)             # refuses the codecs that are not for text
+            codec = codecs.lookup(name)
         except (LookupError, ValueError):
             return False
-        return True
+        return codec.incrementaldecoder is not None and codec.name not in ("idna", "punycode")      # of host names
 
     def __str__(self) -> str:
         return "a text encoding, such as utf-8, latin-1 or gb18030"
@@ -120,14 +130,20 @@ class Options:
     # -- how to read it
     format: Literal["auto", "text", "csv", "tsv", "json", "jsonl", "parquet"] = "auto"  # auto: by
                                     # the file's suffix
-    text_column: str = ""           # column or field that holds the text, one document per row;
-                                    # empty: a .csv or .tsv as it is, and `text` of .json, .jsonl
-                                    # and .parquet
+    text_column: str = ""           # column or field that holds the text, one document per row: a
+                                    # name, a path of fields (messages.text), or the number of a
+                                    # column in a table without a header; empty: a .csv or .tsv as
+                                    # it is, and `text` of .json, .jsonl and .parquet
+    delimiter: str = ""             # one character between the fields of a table; \t works; empty:
+                                    # a tab in .tsv, in .csv a comma or what its first line shows
     separator: str = ""             # splits a plain text into documents and drops white space
                                     # around them; \n, \t work
     encoding: Annotated[str, TextEncodings()] = "utf-8"  # of the text files
     newlines: Literal["convert", "keep"] = "convert"    # line ends of Windows (\r\n) and of old Macs
                                     # (\r): convert them to \n, or keep them
+    errors: Literal["strict", "skip", "replace"] = "strict"  # what cannot be read: refuse it, leave
+                                    # it out, or put U+FFFD for what is no character (rows are left
+                                    # out)
     suffix: str = ""                # of the files to take from a folder, such as .py,.c; empty: all
                                     # known formats
     # -- tokenizers
@@ -140,6 +156,8 @@ class Options:
                                     # or are refused
     eot: bool = True                # put the end-of-text token between documents, where the
                                     # tokenizer has one
+    joiner: str = r"\n"             # text between documents where no end-of-text token stands; \n, \t
+                                    # work
     # -- how to write it
     shard_tokens: PositiveCount = 1_000_000_000  # a longer split is written as several files of
                                     # that many tokens, train_000.bin ...
@@ -158,17 +176,32 @@ class Options:
                 self.min_count == 1 or self.tokenizer in ("char", ""),
             f"pattern={self.pattern} must be given for bpe:VOCAB or a .tiktoken file only":
                 not self.pattern or takes_pattern,
+            f"delimiter={self.delimiter} must be a single character, no quote and no line break":
+                len(self.delimiter) < 2 and self.delimiter not in tuple('"\r\n'),
+        } | {
+            f"{name}={getattr(self, name)} must be UTF-8": is_unicode(getattr(self, name))
+            for name in ("text_column", "delimiter", "separator", "joiner", "pattern")
         }
 
     def remembered(self) -> dict:
         """What meta.json keeps beside the tokenizer and val_fraction: settings that shape the
         result and are not at their defaults."""
-        names = ["limit", "seed", "format", "text_column", "separator", "encoding", "newlines", "pattern",
-                 "bpe_sample", "min_count", "rare", "eot", "shard_tokens"]
+        names = ["limit", "seed", "format", "text_column", "delimiter", "separator", "encoding", "newlines", "errors",
+                 "pattern", "bpe_sample", "min_count", "rare", "eot", "joiner", "shard_tokens"]
         if self.tokenizer.endswith(("meta.json", ".pt")):   # what it holds may have the name of another
             names.append("tokenizer")
         return {field.name: getattr(self, field.name) for field in fields(self)
                 if field.name in names and getattr(self, field.name) != field.default}
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text typed on the command line is one; bytes that are not UTF-8 arrive as half
+    surrogate pairs."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # -- built-in sets ---------------------------------------------------------------------------------
@@ -255,7 +288,7 @@ def ensure_set(name: str, data_dir: str, ranks) -> Path:
     """The folder of a prepared set. If a built-in set is missing, the first of `ranks` prepares it
     and the others wait."""
     folder = data_folder(name, data_dir)
-    missing = ranks.broadcast(not os.path.isfile(folder / "meta.json"))
+    missing = ranks.broadcast(not has_set(folder))
     if not missing:
         return folder
     if name not in SETS:
@@ -279,6 +312,7 @@ class Corpus:
     reader: Reader
     val_reader: Reader                  # of a separate text for validation, if there is one
     survey: Survey                      # of the text, with the character counts of both
+    val_documents: int                  # in a separate text for validation
     val_fraction: float                 # 0 if there is a text for validation
     seed: int
 
@@ -289,6 +323,14 @@ class Corpus:
         yield from split_documents(self.reader, self.survey, self.val_fraction, self.seed)
         for number, _, piece, _ in self.val_reader:
             yield "val", number, piece
+
+    def are_whole(self) -> bool:
+        """Whether each document is whole in train or in val."""
+        return self.val_documents > 0 or keeps_documents_whole(self.survey.documents, self.val_fraction)
+
+    def has_joints(self) -> bool:
+        """Whether documents may follow one another in a split."""
+        return self.survey.documents > 1 or self.val_documents > 1
 
     def converted_line_ends(self) -> int:
         """How many line ends have become \\n."""
@@ -304,16 +346,20 @@ def survey_corpus(paths: list, val_paths: list, options: Options) -> Corpus:
     if not survey.characters:
         raise UserError(f"{', '.join(map(str, paths))}: no text in there")
     val_fraction = options.val_fraction
+    val_documents = 0
     if val_paths:
         val_fraction = 0
         val_survey = survey_documents(val_reader, options.seed, count_characters=is_char)
         if not val_survey.characters:
             raise UserError(f"{', '.join(map(str, val_paths))}: no validation text in there")
         survey.counts += val_survey.counts
+        val_documents = val_survey.documents
     empty = reader.empty + val_reader.empty
     if empty:
         print(f"note     {empty:,} empty documents are passed over")
-    corpus = Corpus(reader, val_reader, survey, val_fraction, options.seed)
+    for line in [*reader.remarks.lines(), *(val_reader.remarks.lines() if val_paths else [])]:
+        print(f"note     {line}")
+    corpus = Corpus(reader, val_reader, survey, val_documents, val_fraction, options.seed)
     if converted := corpus.converted_line_ends():
         # A limit may end the text before the end of what was read.
         count = "the" if options.limit else f"{converted:,}"
@@ -342,16 +388,16 @@ def existing_tokenizer(options: Options) -> Tokenizer | None:
 def make_tokenizer(corpus: Corpus, options: Options) -> Tokenizer:
     """The characters of the text, or a BPE trained on it."""
     if options.tokenizer in ("char", ""):
-        return char_tokenizer(corpus.survey, options)
+        return char_tokenizer(corpus.survey, options, unescape(options.joiner) if corpus.has_joints() else "")
     share = options.bpe_sample / corpus.survey.characters
     texts = sample_training_text(corpus.pieces("training the tokenizer on"), share)
     return train_bpe(options.tokenizer, texts, options.pattern or PATTERN)
 
 
-def char_tokenizer(survey: Survey, options: Options) -> Tokenizer:
-    """The tokenizer of the characters that occur often enough. Says what becomes of the rare
-    ones."""
-    tokenizer = Tokenizer.build("char", survey.characters_seen(options.min_count))
+def char_tokenizer(survey: Survey, options: Options, joiner: str) -> Tokenizer:
+    """The tokenizer of the characters that occur often enough, and of those in `joiner`. Says what
+    becomes of the rare ones."""
+    tokenizer = Tokenizer.build("char", survey.characters_seen(options.min_count) + joiner)
     chars = tokenizer.stored["chars"]
     rare = sorted(set(survey.characters_seen()) - set(chars))
     if rare:
@@ -390,10 +436,13 @@ def sample_training_text(split_pieces, share: float):
 def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction: float = 0.1,
               options: Options | None = None, val_sources: list = ()) -> dict:
     """Tokenize the files `paths` into `folder`; returns what meta.json says. Each file is one
-    document, or as many as its rows or separators make; the end-of-text token stands between
-    documents where the tokenizer has one. `options` replaces tokenizer_name and val_fraction.
-    val_sources: files for validation alone."""
+    document, or as many as its rows or separators make; between documents stands the end-of-text
+    token where the tokenizer has one, and else the joiner. `options` replaces tokenizer_name and
+    val_fraction. val_sources: files for validation alone.
+
+    Only one process at a time may do this in a folder (hold_folder)."""
     options = options or Options(tokenizer=tokenizer_name, val_fraction=val_fraction)
+    finish_replacement(folder)
     tokenizer = existing_tokenizer(options)
     origin = describe_origin(paths, val_sources, options)
     if not options.force and is_unchanged(folder, origin, options.tokenizer or "char", tokenizer):
@@ -410,24 +459,71 @@ def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction:
     corpus = survey_corpus(paths, val_sources, options)
     if tokenizer is None:
         tokenizer = make_tokenizer(corpus, options)
-    splits, used = write_token_files(folder, corpus, tokenizer, options)
-    meta = {
-        "format": 1,
-        "dtype": token_dtype(tokenizer.vocab_size).name,
-        "vocab_size": tokenizer.vocab_size,
-        "val_fraction": options.val_fraction,
-        "splits": splits,
-        "tokenizer": tokenizer.stored,
-    }
-    meta |= {key: value for key, value in origin.items() if key not in meta}
-    if corpus.converted_line_ends():
-        meta["newlines"] = "converted"
-    publish(folder, meta)
+    joiner = choose_joiner(corpus, tokenizer, options)
+    try:
+        writers, used = write_token_files(folder, corpus, tokenizer, joiner, options)
+        meta = {
+            "format": 1,
+            "dtype": token_dtype(tokenizer.vocab_size).name,
+            "vocab_size": tokenizer.vocab_size,
+            "val_fraction": options.val_fraction,
+            "splits": {split: writer.entry() for split, writer in writers.items()},
+            "tokenizer": tokenizer.stored,
+        }
+        meta |= {key: value for key, value in origin.items() if key not in meta}
+        meta |= describe_text(corpus, joiner)
+        commit_replacement(folder, meta)
+    finally:
+        remove_unfinished(folder)       # nothing, once the new set has been committed
     report(folder, meta, options.tokenizer or "char", len(corpus.survey.characters_seen()), used)
-    if keeps_documents_whole(corpus.survey.documents, corpus.val_fraction):
-        print(f"  {corpus.survey.documents:,} documents, {corpus.val_fraction:.1%} of them in val "
-              "by a seeded hash")
+    report_documents(corpus, writers, tokenizer, joiner)
     return meta
+
+
+def choose_joiner(corpus: Corpus, tokenizer: Tokenizer, options: Options) -> str | None:
+    """The text between documents; None: the end-of-text token."""
+    if options.eot and tokenizer.eot is not None:
+        return None
+    joiner = unescape(options.joiner)
+    if corpus.has_joints():
+        try:
+            tokenizer.encode(joiner)
+        except ValueError as error:
+            raise UserError(f"the joiner {quoted(joiner)} cannot stand between documents: {error}; give another "
+                            "--joiner, or none (--joiner=)")
+    return joiner
+
+
+def describe_text(corpus: Corpus, joiner: str | None) -> dict:
+    """What meta.json says beside `describe_origin`, where there is something to say."""
+    described = {}
+    if corpus.converted_line_ends():
+        described["newlines"] = "converted"
+    if corpus.has_joints() and joiner is not None:
+        described["joiner"] = joiner
+    if corpus.has_joints() and corpus.are_whole():
+        described["whole_documents"] = True             # none is cut between train and val
+    return described
+
+
+def report_documents(corpus: Corpus, writers: dict, tokenizer: Tokenizer, joiner: str | None):
+    """Say how many documents there are, where they are, and what stands between them."""
+    if not corpus.has_joints():
+        return
+    files = counted(len(corpus.reader.paths) + len(corpus.val_reader.paths), "file")
+    total = corpus.survey.documents + corpus.val_documents
+    between = text_between(tokenizer, joiner).decode("utf-8", "replace")
+    if joiner is not None:
+        between = quoted(joiner) if joiner else "nothing"
+    if corpus.are_whole():
+        where = f"{writers['train'].documents:,} in train, {writers['val'].documents:,} in val"
+        if not corpus.val_documents:
+            where += " by a seeded hash"
+    elif corpus.val_fraction:
+        where = "the end of each in val"
+    else:
+        where = "all in train"
+    print(f"  {total:,} documents of {files}: {where}; between them stands {between}")
 
 
 def describe_origin(paths: list, val_paths: list, options: Options) -> dict:
@@ -471,44 +567,25 @@ def same_options(meta: dict, origin: dict) -> bool:
     return stored == wanted
 
 
-def write_token_files(folder: Path, corpus: Corpus, tokenizer: Tokenizer, options: Options) -> tuple:
-    """Tokenize the corpus into new .bin files, and remove the old meta.json when they are complete.
-    Returns (what meta.json says of the splits, the fraction of the vocabulary that is used)."""
+def write_token_files(folder: Path, corpus: Corpus, tokenizer: Tokenizer, joiner: str | None,
+                      options: Options) -> tuple:
+    """Tokenize the corpus into new token files beside the old ones, NAME.bin.tmp. Returns (the
+    SplitWriters, the fraction of the vocabulary that is used)."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("*.bin.tmp"):               # left by a process that was killed
-        path.unlink()
+    remove_unfinished(folder)                           # left by a process that was killed
     used = np.zeros(tokenizer.vocab_size, bool)
     with ExitStack() as files:
         writers = {split: SplitWriter(folder, split, options.shard_tokens, files) for split in SPLITS}
-        eot = options.eot and tokenizer.eot is not None
         try:
             pieces = corpus.pieces("tokenizing")
-            for encoded in encode_pieces(pieces, tokenizer, eot, options.workers or cores()):
+            for encoded in encode_pieces(pieces, tokenizer, joiner, options.workers or cores()):
                 writers[encoded.split].write(encoded)
                 used[encoded.ids] = True
         except ValueError as error:  # the tokenizer lacks a character, or its pattern skips some
             raise UserError(f"{', '.join(map(str, corpus.reader.paths))}: {error}")
         for writer in writers.values():
-            writer.sync()
-        # All new files are complete on the disk from here on. Without meta.json there is no set, so a
-        # kill between the renames leaves none rather than a mixture.
-        (folder / "meta.json").unlink(missing_ok=True)
-    return {split: writer.entry() for split, writer in writers.items()}, float(used.mean())
-
-
-def publish(folder: Path, meta: dict):
-    """Make the .bin files in `folder` the set that `meta` describes."""
-    for split in SPLITS:
-        names = [name for name, _, _ in split_files(meta, split)]
-        if f"{split}_000.bin" in names:
-            os.replace(folder / f"{split}.bin", folder / f"{split}_000.bin")
-        for path in folder.glob(f"{split}*.bin"):
-            number = path.name.removeprefix(f"{split}_").removesuffix(".bin")
-            is_ours = path.name == f"{split}.bin" or number.isdecimal()
-            if is_ours and path.name not in names:      # a file of the old set
-                path.unlink()
-    with atomic_write(folder / "meta.json") as file:
-        file.write(json.dumps(meta, ensure_ascii=False, indent=1).encode("utf-8"))
+            writer.finish()
+    return writers, float(used.mean())
 
 
 def report(folder: Path, meta: dict, tokenizer_name: str, distinct: int, used: float):
@@ -588,9 +665,12 @@ def check_set(folder: Path):
     meta = read_meta(folder)
     tokenizer = stored_tokenizer(folder, meta)
     sizes = text_sizes(tokenizer)
+    joiner = meta.get("joiner", "")
+    joiner_sizes = {"characters": len(joiner), "bytes": len(joiner.encode("utf-8"))}
     for split in SPLITS:
         open_split(folder, meta, split)                 # checks the files' sizes
         scan = Scan(split, sizes, meta["vocab_size"])
+        joiners = meta["splits"][split].get("joiners", 0)
         for name, tokens, expected in split_files(meta, split):
             if scan.read(folder / name, meta["dtype"]) != expected:
                 raise UserError(f"{folder / name} differs from its checksum in meta.json: prepare "
@@ -599,16 +679,28 @@ def check_set(folder: Path):
                   f"it begins {quoted(tokenizer.decode(scan.beginning)[:60])}")
         for what, count in scan.counts.items():
             stated = meta["splits"][split].get(what)
-            if tokenizer.exact and count != stated:
+            of_documents = count - joiners * joiner_sizes[what]
+            if tokenizer.exact and of_documents != stated:
                 raise UserError(f"{folder / 'meta.json'} says {stated} {what} of {split}, its ids "
-                                f"stand for {count:,}: prepare {folder.name} again")
+                                f"stand for {of_documents:,}: prepare {folder.name} again")
+
+
+def text_between(tokenizer: Tokenizer, joiner: str | None) -> bytes:
+    """What stands between documents: the joiner, or the end-of-text token."""
+    if joiner is None:
+        return b"" if tokenizer.eot is None else tokenizer.pieces[tokenizer.eot]
+    return joiner.encode("utf-8")
 
 
 def decode_set(folder: Path):
-    """Write a set's text, train and then val, to standard output, as it was read."""
+    """Write a set's text, train and then val, to standard output, as it was read, with what stands
+    between documents."""
     meta = read_meta(folder)
     tokenizer = stored_tokenizer(folder, meta)
     for split in SPLITS:
+        both = all(meta["splits"][name]["tokens"] for name in SPLITS)
+        if split == "val" and both and meta.get("whole_documents"):
+            sys.stdout.buffer.write(text_between(tokenizer, meta.get("joiner")))
         open_split(folder, meta, split)                 # checks the files' sizes
         for name, _, _ in split_files(meta, split):
             for ids in read_chunks(folder / name, meta["dtype"]):
@@ -645,7 +737,8 @@ def adopt_set(folder: Path, options: Options):
         "tokenizer": tokenizer.stored,
         "sources": [],
     }
-    publish(folder, meta)
+    with atomic_write(folder / "meta.json") as file:
+        file.write(json.dumps(meta, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace"))
     report(folder, meta, options.tokenizer, 0, used)
     beginning = tokenizer.decode(np.fromfile(folder / "train.bin", np.uint16, 30))[:60]
     print(f"  it begins {quoted(beginning)}: if that is not text, the ids are another tokenizer's\n"
@@ -675,6 +768,7 @@ def main(argv: list):
     parsed = parse(Options, argv, __doc__, takes="words")
     options = Options(**parsed.values)
     options.separator = unescape(options.separator)
+    options.delimiter = unescape(options.delimiter)
     check(options)
     if not parsed.words:
         raise UserError(f"name a built-in set ({', '.join(SETS)}) or text files; see --help")
@@ -722,27 +816,28 @@ def check_inputs(words: list, options: Options):
         raise UserError("standard input is one text: INPUT or --val, not both")
     for word in words:
         is_glob = any(mark in word for mark in "*?[")
-        if not (word == "-" or is_address(word) or os.path.exists(word) or is_glob):
+        if not (word == "-" or is_address(word) or os.path.lexists(word) or is_glob):
             raise UserError(f"no file {word}; the built-in sets are {', '.join(SETS)}")
 
 
 def choose_name(words: list, options: Options) -> str:
     """The name of the set: as given, or that of its only file."""
     name = options.name or plain_name(words[0])
-    if not options.name and (len(words) > 1 or not NAME.fullmatch(name) or name in SETS):
-        raise UserError(f"give the set a name: python prepare.py {' '.join(words)} --name=NAME")
+    has_name = len(words) == 1 and is_set_name(name) and name not in SETS and not is_stream(words[0])
+    if not options.name and not has_name:
+        raise UserError(f"give the set a name: python prepare.py {' '.join(map(shell_word, words))} --name=NAME")
     if name in SETS and is_pinned(name):
         raise UserError(f"name={name} belongs to a built-in set; choose another")
     return name
 
 
 def resolve_inputs(words: list, folder: Path, options: Options, spooled: ExitStack) -> list:
-    """The files that the inputs name. Standard input and downloads become files in `folder`; when
-    `spooled` closes, the former is removed."""
+    """The files that the inputs name. Standard input, pipes and downloads become files in `folder`;
+    when `spooled` closes, all but the last are removed."""
     files = []
     for word in words:
-        if word == "-":
-            path = spool_stdin(folder)
+        if is_stream(word):
+            path = spool(word, folder)
             spooled.callback(path.unlink, missing_ok=True)
             files.append(path)
         elif is_address(word):

@@ -1,17 +1,19 @@
-"""A prepared data set: its meta.json and token files, checked and memory-mapped; a permutation that
-needs no memory."""
+"""A prepared data set: its meta.json and token files, checked, memory-mapped, and replaced as a whole;
+a permutation that needs no memory."""
 
+import contextlib
 import json
 import mmap
+import os
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 
 from inkling.cli import UserError
-from inkling.files import ROOT
+from inkling.files import ROOT, atomic_write, lock_folder, sync_folder
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 SPLITS = ("train", "val")
 LARGEST_ARRAY = 1 << 22                 # elements up to which a permutation is an array
 MOST_LOGITS = 1 << 27                   # that an evaluation holds at a time: half a GB in float32
@@ -26,10 +28,18 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("uint32")
 
 
+def is_set_name(name: str) -> bool:
+    """Whether a data set may have this name: letters of any script, digits and . _ -, with a letter or
+    a digit first. (Marks, such as the vowel signs of Hindi, belong to the letters before them.)"""
+    if not name[:1].isalnum():
+        return False
+    return all(char.isalnum() or char in "._-" or unicodedata.category(char)[0] == "M" for char in name)
+
+
 def data_folder(dataset: str, data_dir: str = "") -> Path:
     """data/NAME beside the programs, or `data_dir`/NAME; relative to the current folder where it
     lies below it."""
-    if not NAME.fullmatch(dataset):
+    if not is_set_name(dataset):
         raise UserError(f"{dataset!r} is not a valid data set name: use letters, digits and . _ -, "
                         "starting with a letter or digit")
     folder = Path(data_dir or ROOT / "data") / dataset
@@ -48,6 +58,12 @@ def again(folder: Path) -> str:
 def read_meta(folder: Path) -> dict:
     """The content of meta.json, checked. Raises UserError on anything that prepare.py did not
     write."""
+    if (folder / COMMITTED).exists():
+        lock = lock_folder(folder, wait=True)           # another process may be at it
+        try:
+            finish_replacement(folder)
+        finally:
+            lock.close()
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -61,6 +77,8 @@ def read_meta(folder: Path) -> dict:
             check_entry(meta["splits"][split])
         if not isinstance(meta["tokenizer"], dict):
             raise ValueError("no tokenizer")
+        if not isinstance(meta.get("joiner", ""), str):
+            raise ValueError("its joiner is not text")
     except FileNotFoundError:
         raise UserError(f"no data set in {folder}, as {path} is missing: python prepare.py "
                         f"YOUR_TEXT_FILE --name={folder.name} makes one")
@@ -73,8 +91,9 @@ def read_meta(folder: Path) -> dict:
 
 def check_entry(entry: dict):
     """Raise ValueError, KeyError or TypeError unless `entry` describes a split of a set."""
-    for key in ("tokens", "characters", "bytes"):
-        if type(entry[key]) is not int or entry[key] < 0:
+    for key in ("tokens", "characters", "bytes", "joiners"):
+        count = entry.get(key, 0) if key == "joiners" else entry[key]
+        if type(count) is not int or count < 0:
             raise ValueError(f"{key} is not a count")
     if not isinstance(entry["sha256"], str):
         raise ValueError("no checksum")
@@ -98,6 +117,72 @@ def split_files(meta: dict, split: str) -> list:
         return [(f"{split}.bin", entry["tokens"], entry["sha256"])]
     return [(f"{split}_{number:03}.bin", shard["tokens"], shard["sha256"])
             for number, shard in enumerate(entry["shards"])]
+
+
+# -- replacing a set as a whole --------------------------------------------------------------------
+
+# New token files are written beside the old ones, as NAME.bin.tmp, and synced. Then one rename makes the
+# new meta.json, under this name, the set's: from there on the new set is the one that counts. What is left
+# are renames, which whoever opens the set finishes if the first process could not.
+COMMITTED = "meta.json.new"
+OWN_FILE = re.compile(r"(meta\.json|(train|val)(_\d+)?\.bin)(\.tmp|\.new)?")
+
+
+def has_set(folder: Path) -> bool:
+    return os.path.isfile(folder / "meta.json") or os.path.isfile(folder / COMMITTED)
+
+
+def is_part_of_set(path: Path) -> bool:
+    """Whether a file is a prepared set's own, and no text. A meta.json without token files is any
+    file of that name."""
+    if not OWN_FILE.fullmatch(path.name) or not has_set(path.parent):
+        return False
+    return any((path.parent / name).exists() for name in ("train.bin", "train_000.bin", "train.bin.tmp"))
+
+
+def remove_unfinished(folder: Path):
+    """Remove the new token files of a replacement that was never committed."""
+    if (folder / COMMITTED).exists():
+        return
+    for path in [*folder.glob("*.bin.tmp"), *folder.glob("meta.json.tmp")]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def commit_replacement(folder: Path, meta: dict):
+    """Make the set that `meta` describes, whose token files are there as NAME.bin.tmp and synced, the
+    one in `folder`."""
+    # Half a surrogate in a file's name (a byte that is not UTF-8) is written as JSON's \ud800.
+    content = json.dumps(meta, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace")
+    sync_folder(folder)
+    with atomic_write(folder / COMMITTED, temporary=folder / "meta.json.tmp") as file:
+        file.write(content)
+    finish_replacement(folder)
+
+
+def finish_replacement(folder: Path):
+    """Finish a replacement that was committed, if there is one. Only by a process that holds the
+    folder."""
+    committed = folder / COMMITTED
+    if not committed.exists():
+        return
+    try:
+        meta = json.loads(committed.read_text(encoding="utf-8"))
+        names = {name for split in SPLITS for name, _, _ in split_files(meta, split)}
+        for name in sorted(names):
+            with contextlib.suppress(FileNotFoundError):        # renamed already
+                os.replace(folder / f"{name}.tmp", folder / name)
+        for path in [path for split in SPLITS for path in folder.glob(f"{split}*.bin")]:
+            if OWN_FILE.fullmatch(path.name) and path.name not in names:
+                path.unlink()                           # of the old set
+        sync_folder(folder)
+        os.replace(committed, folder / "meta.json")
+        sync_folder(folder)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{committed} is damaged ({type(error).__name__}: {error}): remove it, and {again(folder)}")
+    except OSError as error:
+        raise UserError(f"{folder}: the new set is complete, but its files could not be renamed "
+                        f"({error.strerror or error}): whatever opens the set next does that")
 
 
 # -- token files -----------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from inkling.cli import UserError
-from inkling.files import atomic_write
 from inkling.readers import cut_pieces
 from inkling.tokenizer import Tokenizer, utf8_size
 
@@ -30,43 +29,47 @@ def cores() -> int:
 
 @dataclass
 class Encoded:
-    """The ids of some consecutive text of a split, and how much text they stand for."""
+    """The ids of some consecutive text of a split, and how much text of the documents they stand
+    for."""
 
     split: str
     ids: np.ndarray                     # (tokens,)
     characters: int
     bytes: int
+    documents: int                      # that begin here
+    joiners: int                        # texts between documents, which are none of theirs
 
 
-def encode_pieces(split_pieces, tokenizer: Tokenizer, eot: bool, workers: int):
+def encode_pieces(split_pieces, tokenizer: Tokenizer, joiner: str | None, workers: int):
     """Yield Encoded texts in order, computed by `workers` threads: tiktoken and numpy release the
     interpreter's lock. Only a few jobs are held at a time.
 
     split_pieces: (split, document, piece), in order.
-    eot: put the end-of-text token between documents."""
+    joiner: the text between documents, which may be empty; None: the end-of-text token."""
     if tokenizer.kind == "bpe":
         tokenizer.encode("a")           # what it creates on first use is created once
     waiting = deque()
     with ThreadPoolExecutor(workers) as pool:
-        for job in make_jobs(split_pieces, eot):
-            waiting.append(pool.submit(encode_job, tokenizer, job))
+        for job in make_jobs(split_pieces):
+            waiting.append(pool.submit(encode_job, tokenizer, job, joiner))
             if len(waiting) > 2 * workers:
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
 
 
-def make_jobs(split_pieces, eot: bool):
-    """Yield lists of (split, whether the end-of-text token comes first, whether a document begins,
-    piece), of about JOB characters each."""
+def make_jobs(split_pieces):
+    """Yield lists of (split, place of the piece, piece), of about JOB characters each. A piece is
+    "first" in its split, "next" if it begins a later document, or goes on with the "same"."""
     job = []
     size = 0
     last = {}                                           # document of each split
     for split, number, piece in split_pieces:
         for part in cut_pieces(piece, JOB):
-            begins = last.get(split) != number
-            eot_first = eot and begins and split in last
-            job.append((split, eot_first, begins and (eot_first or split not in last), part))
+            place = "first"
+            if split in last:
+                place = "same" if last[split] == number else "next"
+            job.append((split, place, part))
             last[split] = number
             size += len(part)
             if size >= JOB:
@@ -77,17 +80,38 @@ def make_jobs(split_pieces, eot: bool):
         yield job
 
 
-def encode_job(tokenizer: Tokenizer, job: list) -> list:
+def encode_job(tokenizer: Tokenizer, job: list, joiner: str | None) -> list:
     """A thread's share: one Encoded text of each split that occurs in it."""
     results = []
-    for split in dict.fromkeys(split for split, *_ in job):
-        texts = [(eot_first, piece) for name, eot_first, _, piece in job if name == split]
-        begins = [begins for name, _, begins, _ in job if name == split]
-        ids = tokenizer.encode_joined(texts, begins)
-        characters = sum(len(piece) for _, piece in texts)
-        size = sum(utf8_size(piece) for _, piece in texts)
-        results.append(Encoded(split, ids, characters, size))
+    for split in dict.fromkeys(split for split, _, _ in job):
+        texts = [(place, piece) for name, place, piece in job if name == split]
+        places = [place for place, _ in texts]
+        results.append(Encoded(
+            split,
+            encode_texts(tokenizer, texts, joiner),
+            characters=sum(len(piece) for _, piece in texts),
+            bytes=sum(utf8_size(piece) for _, piece in texts),
+            documents=places.count("first") + places.count("next"),
+            joiners=places.count("next") if joiner else 0,
+        ))
     return results
+
+
+def encode_texts(tokenizer: Tokenizer, texts: list, joiner: str | None) -> np.ndarray:
+    """Ids (tokens,) of [(place, text)] with `joiner`, or the end-of-text token, before each later
+    document. No token spans two documents."""
+    if joiner is None:
+        return tokenizer.encode_joined([(place == "next", text) for place, text in texts],
+                                       [place != "same" for place, _ in texts])
+    if tokenizer.kind in ("char", "byte"):              # an id per character or byte: one call is faster
+        return tokenizer.encode("".join(joiner + text if place == "next" else text for place, text in texts))
+    between = tokenizer.encode(joiner, begins=False)
+    parts = []
+    for place, text in texts:
+        if place == "next" and joiner:
+            parts.append(between)
+        parts.append(tokenizer.encode_joined([(False, text)], [place == "first"]))
+    return np.concatenate(parts)
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -99,9 +123,9 @@ class Shard:
 
 
 class SplitWriter:
-    """Writes the ids of one split as they come to SPLIT.bin and, when that is full, to
-    SPLIT_001.bin and so on; keeps the counts and checksums for meta.json. `files` is an ExitStack
-    that publishes all of them when it closes."""
+    """Writes the ids of one split as they come to SPLIT.bin.tmp and, when that is full, to
+    SPLIT_001.bin.tmp and so on; keeps the counts and checksums for meta.json. `files` is an
+    ExitStack that closes all of them."""
 
     def __init__(self, folder: Path, split: str, shard_tokens: int, files: ExitStack):
         self.folder = folder
@@ -113,15 +137,19 @@ class SplitWriter:
         self.open_files = []
         self.characters = 0
         self.bytes = 0
+        self.documents = 0
+        self.joiners = 0
         self.open_shard(f"{split}.bin")
 
     def open_shard(self, name: str):
-        self.open_files.append(self.files.enter_context(atomic_write(self.folder / name)))
+        self.open_files.append(self.files.enter_context(open(self.folder / f"{name}.tmp", "wb")))  # noqa: SIM115
         self.shards.append(Shard())
 
     def write(self, encoded: Encoded):
         self.characters += encoded.characters
         self.bytes += encoded.bytes
+        self.documents += encoded.documents
+        self.joiners += encoded.joiners
         ids = encoded.ids
         while ids.size:
             room = self.shard_tokens - self.shards[-1].tokens
@@ -143,16 +171,21 @@ class SplitWriter:
             count.digest.update(ids)
             count.tokens += ids.size
 
-    def sync(self):
-        """Flush all files to the disk."""
+    def finish(self):
+        """Flush all files to the disk, and close them; the first of several shards gets its number."""
         for file in self.open_files:
             file.flush()
             os.fsync(file.fileno())
+            file.close()
+        if len(self.shards) > 1:
+            os.replace(self.folder / f"{self.split}.bin.tmp", self.folder / f"{self.split}_000.bin.tmp")
 
     def entry(self) -> dict:
         """What meta.json says of the split."""
         entry = {"tokens": self.whole.tokens, "characters": self.characters, "bytes": self.bytes,
                  "sha256": self.whole.digest.hexdigest()}
+        if self.joiners:
+            entry["joiners"] = self.joiners
         if len(self.shards) > 1:
             entry["shards"] = [{"tokens": shard.tokens, "sha256": shard.digest.hexdigest()}
                                for shard in self.shards]

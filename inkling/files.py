@@ -33,12 +33,12 @@ def sync_folder(folder: Path):
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path):
+def atomic_write(path: Path, temporary: Path | None = None):
     """A binary file that takes the place of `path` only when the block succeeds: it is written
-    beside it, flushed to the disk and renamed. After any error the old file is unchanged and
-    nothing else is left. One writer at a time."""
+    beside it (as `temporary`, or under the name with .tmp), flushed to the disk and renamed. After
+    any error the old file is unchanged and nothing else is left. One writer at a time."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary or path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

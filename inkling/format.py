@@ -1,5 +1,8 @@
 """Numbers, durations, lines and tables as text."""
 
+import os
+import re
+import shlex
 import shutil
 import sys
 
@@ -39,6 +42,24 @@ def size(number: float) -> str:
     if number >= 1e9:
         return f"{number / 1e9:,.2f} GB"
     return f"{number / 1e6:,.1f} MB"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 row, 2 rows."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def shell_word(word) -> str:
+    """A word as it can be pasted into a shell: quoted where it must be; bytes that are not UTF-8 and
+    control characters in the form that bash reads."""
+    word = str(word)
+    if word.isprintable():
+        return shlex.quote(word)
+
+    def spelled(match) -> str:
+        return "".join(f"\\x{byte:02x}" for byte in os.fsencode(match[0]))
+    inside = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + re.sub(r"[^ -~\u00a0-\ud7ff\ue000-\U0010ffff]", spelled, inside) + "'"
 
 
 def terminal_width() -> int:

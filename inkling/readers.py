@@ -1,150 +1,20 @@
-"""Text out of files, folders, tables, JSON, archives and standard input, a piece at a time."""
+"""Text out of files, a piece at a time: decoded, and divided into documents."""
 
 import codecs
-import csv
-import glob
-import gzip
-import hashlib
 import io
-import json
-import os
 import re
 import sys
-import tempfile
-import zlib
 from itertools import chain
-from pathlib import Path
 
+from inkling.archives import Part, open_parts, suffix_of
 from inkling.cli import UserError
-from inkling.download import BLOCK
+from inkling.inputs import KINDS, KNOWN, wanted_suffixes
 from inkling.progress import Progress
+from inkling.records import read_json_lines, read_json_values, read_parquet, read_table
+from inkling.remarks import Remarks
+from inkling.sniff import HEAD, PARQUET, encoding_with_nuls, likely_encodings, marked_encoding, markup_of, not_text
 
 PIECE = 1 << 20                         # most characters handed on at a time
-RECORD = 1 << 25  # most characters of one row or JSON value, which is held whole
-KINDS = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl",
-         ".parquet": "parquet"}
-PLAIN = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org")
-KNOWN = (*PLAIN, *KINDS)                # what a folder is searched for
-PACKED = (".gz", ".zst")
-
-
-# -- which files -----------------------------------------------------------------------------------
-
-def kind_of(path: Path, options) -> str:
-    """text, csv, tsv, json, jsonl or parquet: what `format` says, or else the suffix (before .gz
-    and .zst)."""
-    if options.format != "auto":
-        return options.format
-    kind = KINDS.get(suffix_of(path), "text")
-    if kind in ("csv", "tsv") and not options.text_column:
-        return "text"                   # a table, read as it is
-    return kind
-
-
-def plain_name(word: str) -> str:
-    """book for texts/book.txt.gz: a name for a set."""
-    path = Path(word)
-    while path.suffix.lower() in (*PACKED, *KNOWN):
-        path = path.with_suffix("")
-    return path.name
-
-
-def suffix_of(path: Path) -> str:
-    """The last suffix in lower case, .gz and .zst aside; "" if there is none."""
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in PACKED]
-    return suffixes[-1] if suffixes else ""
-
-
-def expand(words: list, options) -> list:
-    """The files that the words name, in a stable order: a folder stands for the files below it with
-    a known suffix, sorted by name, a glob for what it matches. Each file occurs once."""
-    paths = []
-    for word in words:
-        paths += files_of(word, wanted_suffixes(options.suffix))
-    once = {}
-    for path in paths:
-        if once.setdefault(path.resolve(), path) is not path:
-            print(f"note     {path} is named twice and read once")
-    return list(once.values())
-
-
-def wanted_suffixes(suffix: str) -> tuple:
-    """(".py", ".c") for py,.c; () for an empty text."""
-    parts = [part.strip().lstrip(".").lower() for part in suffix.split(",")]
-    return tuple("." + part for part in parts if part)
-
-
-def files_of(word: str, suffixes: tuple) -> list:
-    """The files that a word names, which may be a folder, a file or a glob."""
-    if os.path.isdir(word):
-        return files_below(Path(word), suffixes)
-    if os.path.exists(word):
-        return [Path(word)]
-    matches = sorted(glob.glob(word, recursive=True)) if glob.has_magic(word) else []
-    files = [Path(match) for match in matches if os.path.isfile(match)]
-    if not files:
-        raise UserError(f"no file {word}")
-    return files
-
-
-def files_below(folder: Path, suffixes: tuple) -> list:
-    """The files below a folder that have one of the suffixes, or any known one; what is passed over
-    is said."""
-    visible = [path for path in sorted(folder.rglob("*")) if path.is_file() and not is_hidden(path, folder)]
-    taken = [path for path in visible if suffix_of(path) in (suffixes or KNOWN)]
-    taken_suffixes = {suffix_of(path) for path in taken}
-    others = sorted({suffix_of(path) or "no suffix" for path in visible} - taken_suffixes)
-    if not taken and others:
-        raise UserError(f"{folder} is a folder without text files ({', '.join(others)} only; --suffix=.py,.html "
-                        "selects others)")
-    if not taken:
-        raise UserError(f"{folder} is a folder without text files")
-    if others:
-        print(f"note     {folder}: {len(visible) - len(taken):,} files passed over "
-              f"({', '.join(others[:8])}); --suffix= selects others")
-    return taken
-
-
-def is_hidden(path: Path, folder: Path) -> bool:
-    """Whether the file, or a folder between `folder` and it, has a name that begins with a dot."""
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-
-def spool_stdin(folder: Path) -> Path:
-    """Standard input as a file in `folder`, since a text is read more than once. The caller removes
-    it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "stdin.tmp"
-    progress = Progress("reading standard input")
-    try:
-        with open(path, "wb") as file:
-            while block := sys.stdin.buffer.read(BLOCK):
-                file.write(block)
-                progress.advance(len(block))
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    finally:
-        progress.end()
-    return path
-
-
-def describe_source(path: Path, limit: int) -> dict:
-    """The file's name, size and SHA-256 (of its first `limit` bytes, if there is a limit)."""
-    digest = hashlib.sha256()
-    remaining = limit or sys.maxsize
-    try:
-        size = path.stat().st_size
-        progress = Progress("checksum of", min(size, remaining))
-        with open(path, "rb") as file:
-            while block := file.read(min(BLOCK, remaining)):
-                digest.update(block)
-                remaining -= len(block)
-                progress.advance(len(block))
-        progress.end()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}")
-    return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
 
 
 # -- cutting a text where its tokens end -----------------------------------------------------------
@@ -181,81 +51,40 @@ def cut_pieces(text: str, most: int):
         yield text[start:]
 
 
-# -- bytes of a file, unpacked ---------------------------------------------------------------------
-
-class Metered(io.FileIO):
-    """A file that tells `progress` what is read from it."""
-
-    def __init__(self, path: Path, progress: Progress):
-        super().__init__(path)
-        self.progress = progress
-
-    def readinto(self, buffer) -> int:
-        count = super().readinto(buffer)
-        self.progress.advance(count or 0)
-        return count
-
-
-def read_blocks(path: Path, progress: Progress):
-    """Yield the content of a file in blocks of bytes, decompressed."""
-    packed = path.suffix.lower()
-    try:
-        with io.BufferedReader(Metered(path, progress), BLOCK) as raw:
-            if packed == ".zst":
-                yield from unpack_zstd(raw, path)
-                return
-            file = gzip.GzipFile(fileobj=raw) if packed == ".gz" else raw
-            while block := file.read(BLOCK):
-                yield block
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged or not a {packed} file ({error})")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}")
-
-
-def unpack_zstd(raw, path: Path):
-    """Yield the content of a .zst file, which consists of one frame or several."""
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError(f"{path} needs zstandard to be unpacked: pip install zstandard")
-    frame = None                                        # the one that is being read
-    try:
-        while block := raw.read(4096):  # small: it may hold thirty thousand times its size
-            while block:
-                if frame is None:
-                    frame = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
-                content = frame.decompress(block)
-                if content:
-                    yield content
-                block = b""
-                if frame.eof:
-                    block = frame.unused_data
-                    frame = None
-    except zstandard.ZstdError as error:
-        raise UserError(f"{path} is damaged or not a .zst file ({error})")
-    if frame is not None:
-        raise UserError(f"{path} is damaged: it ends too early")
-
-
 # -- text ------------------------------------------------------------------------------------------
 
-def decode_blocks(blocks, path: Path, encoding: str):
-    """Yield blocks of bytes as text that is not empty, exactly (line ends too) except for a byte
-    order mark."""
-    decoder = codecs.getincrementaldecoder(encoding)()
+def decode_part(part: Part, encoding: str, remarks: Remarks):
+    """Yield the content of a part as text that is not empty, exactly (line ends too) except for a
+    byte order mark."""
+    if codecs.lookup(encoding).name == "utf-8":
+        if marked := marked_encoding(part.head):
+            remarks.notice(part.name, f"{marked.upper()}, by the byte order mark", "read as that")
+            encoding = marked
+        elif wide := encoding_with_nuls(part.head):
+            raise UserError(f"{part.name} has a NUL beside nearly every letter: name its encoding (--encoding={wide})")
+    yield from decode_blocks(part, encoding, remarks)
+
+
+def decode_blocks(part: Part, encoding: str, remarks: Remarks):
+    decoder = codecs.getincrementaldecoder(encoding)(remarks.decoding)
+    name = codecs.lookup(encoding).name.upper()
     decoded = 0                                         # bytes before this block
     at_start = True
-    for block in chain(blocks, [b""]):                  # a decoder must be told of the end
-        held_back = len(decoder.getstate()[0])          # bytes of a character begun before it
+    for block in chain(part.blocks, [b""]):             # a decoder must be told of the end
         try:
+            held_back = len(decoder.getstate()[0])      # bytes of a character begun before it
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            offset = decoded - held_back + error.start
-            raise UserError(f"{path} is not {codecs.lookup(encoding).name.upper()} text: byte "
-                            f"{error.object[error.start]:#04x} at offset {offset:,}"
-                            + (" of its unpacked content" if path.suffix.lower() in PACKED else "")
-                            + "; name its encoding (--encoding=utf-16, gb18030, latin-1 ...)")
+            offset = f"{decoded - held_back + error.start:,}"
+            if part.is_packed:
+                offset += " of its unpacked content"
+            byte = f"{error.object[error.start]:#04x}"
+            raise UserError(f"{part.name} is not {name} text: byte {byte} at offset {offset}; name its "
+                            f" encoding (--encoding={likely_encodings(error.object, error.start)}), or give "
+                            "--errors=replace if only a few bytes are wrong")
+        except ValueError as error:                     # utf-16 without a mark, for one, is no UnicodeDecodeError
+            raise UserError(f"{part.name} is not {name} text ({error}): name its encoding (--encoding=utf-16-le, "
+                            "gb18030, latin-1 ...)")
         decoded += len(block)
         if not text:
             continue
@@ -300,28 +129,6 @@ class LineEnds:
                 yield text
 
 
-FIRST_LINE_END = re.compile(r"\r?\n|\r(?=[^\n])")
-
-
-def split_lines(blocks, path: Path):
-    """Yield blocks of text as lines, with their ends: \\n, \\r\\n or, if the first line has that, \\r."""
-    line_end = ""
-    rest = ""
-    for block in blocks:
-        rest += block
-        if not line_end and (first := FIRST_LINE_END.search(rest)):
-            line_end = first[0][-1]
-        if line_end:
-            *lines, rest = rest.split(line_end)
-            for line in lines:
-                yield line + line_end
-        if len(rest) > RECORD:
-            raise UserError(f"{path} has a line of more than {RECORD:,} characters; --format=text "
-                            "reads it as plain text")
-    if rest:
-        yield rest
-
-
 # -- documents: each reader yields (whether a document begins here, text) --------------------------
 
 def read_plain(blocks):
@@ -360,143 +167,49 @@ def read_separated(blocks, separator: str):
         yield begins, piece(text).rstrip()
 
 
-def read_table(blocks, path: Path, column: str, delimiter: str):
-    """A table, a document per row: its field in `column`."""
-    csv.field_size_limit(RECORD)  # an unclosed quote would swallow the rest of the file
-    rows = csv.reader(split_lines(blocks, path), delimiter=delimiter)
-    try:
-        names = next(rows, [])
-        if column not in names:
-            raise UserError(f"{path} has no column {column!r}; its first line names "
-                            f"{', '.join(names)[:300]}")
-        index = names.index(column)
-        for row in rows:
-            if not row:
-                continue
-            if len(row) <= index:
-                raise UserError(f"{path}, line {rows.line_num:,}: {len(row)} fields, {column} is "
-                                f"number {index + 1}")
-            yield True, row[index]
-    except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num:,}: {error}")
+def kind_of(part: Part, options) -> str:
+    """text, csv, tsv, json, jsonl or parquet: what `format` says, or else the suffix (before .gz and
+    the like)."""
+    if options.format != "auto":
+        return options.format
+    if part.head.startswith(PARQUET):
+        return "parquet"
+    kind = KINDS.get(suffix_of(part.name), "text")
+    if kind in ("csv", "tsv") and not options.text_column:
+        return "text"                   # a table, read as it is
+    return kind
 
 
-def read_json_lines(blocks, path: Path, column: str):
-    """A document per line: a JSON text, or the field `column` of an object."""
-    for number, line in enumerate(split_lines(blocks, path), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number:,} is not JSON: {error}")
-        yield True, text_of(value, f"{path}, line {number:,}", column)
-
-
-OPENING = re.compile(r"\s*\[?\s*")
-BETWEEN = re.compile(r"[\s,]*")
-
-
-def read_json_values(blocks, path: Path, column: str):
-    """A document per JSON value. The values follow one another or stand in one list, which is never
-    held whole."""
-    decoder = json.JSONDecoder()
-    text = ""
-    position = 0
-    number = 0                                          # values read so far
-    enough = 0                                          # characters to have before the next try
-    for block in chain(blocks, [""]):
-        text = text[position:] + block
-        position = 0
-        at_end = not block
-        while len(text) >= enough or at_end:
-            before = BETWEEN if number else OPENING
-            position = before.match(text, position).end()
-            if position == len(text) or text[position] == "]":
-                if text[position + 1:].strip():
-                    raise UserError(f"{path}: more follows the end of the list; use --format=jsonl "
-                                    "for one value per line")
-                break
-            try:
-                value, position = decoder.raw_decode(text, position)
-            except (ValueError, RecursionError) as error:
-                if at_end or len(text) > RECORD or isinstance(error, RecursionError):
-                    raise UserError(f"{path}: value {number + 1:,} is not JSON, or longer than "
-                                    f"{RECORD:,} characters ({error})")
-                # It is incomplete. Trying again at every block would take long.
-                enough = 2 * (len(text) - position)
-                break
-            number += 1
-            enough = 0
-            yield True, text_of(value, f"{path}, value {number:,}", column)
-
-
-def text_of(value, where: str, column: str) -> str:
-    """The text of a JSON value or a field of a table. `where` begins the message if it has none."""
-    column = column or "text"
-    if isinstance(value, dict):
-        if column not in value:
-            raise UserError(f"{where} has no {column!r}; it has {', '.join(map(str, value))[:300]} "
-                            "(--text_column=)")
-        value = value[column]
-    if value is None:                                   # a document without text
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {column} is {type(value).__name__}, not text")
-    return value
-
-
-def read_parquet(path: Path, progress: Progress, column: str):
-    """A document per row: its field in `column`. A few hundred rows are read at a time."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path} needs pyarrow to be read: pip install pyarrow")
-    column = column or "text"
-    try:
-        with open_parquet(path, progress) as raw:
-            file = pyarrow.parquet.ParquetFile(raw, pre_buffer=False)
-            names = file.schema_arrow.names
-            if column not in names:
-                raise UserError(f"{path} has no column {column!r}; it has {', '.join(names)[:300]} "
-                                "(--text_column=)")
-            number = 0
-            for batch in file.iter_batches(256, columns=[column], use_threads=False):
-                for value in batch.column(0).to_pylist():
-                    number += 1
-                    yield True, text_of(value, f"{path}, row {number:,}", column)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}")
-
-
-def open_parquet(path: Path, progress: Progress):
-    """The file, open; a compressed one is unpacked to a temporary file first, since its end is read
-    before its beginning."""
-    if path.suffix.lower() not in PACKED:
-        return io.BufferedReader(Metered(path, progress), BLOCK)
-    file = tempfile.TemporaryFile()     # noqa: SIM115, the caller closes it
-    for block in read_blocks(path, progress):
-        file.write(block)
-    return file
-
-
-def open_documents(path: Path, options, progress: Progress, line_ends: LineEnds):
-    """The reader of a file's documents, by its kind."""
-    kind = kind_of(path, options)
-    column = options.text_column
+def open_documents(part: Part, options, line_ends: LineEnds, remarks: Remarks, progress: Progress):
+    """The reader of a part's documents, by its kind."""
+    kind = kind_of(part, options)
+    form = not_text(part.head)
+    if form and not (form.is_readable and options.format == "text"):
+        part.refuse(form)
     if options.separator and kind != "text":
-        raise UserError(f"--separator splits plain text, {path} is read as {kind}: omit it, or "
+        raise UserError(f"--separator splits plain text, {part.name} is read as {kind}: omit it, or "
                         "give --format=text")
-    if column and kind == "text":
-        raise UserError(f"--text_column={column} needs a table or JSON, {path} is read as plain "
+    if options.text_column and kind == "text":
+        raise UserError(f"--text_column={options.text_column} needs a table or JSON, {part.name} is read as plain "
                         "text: omit it, or give --format=")
+    if options.delimiter and kind not in ("csv", "tsv"):
+        raise UserError(f"--delimiter belongs to a table with --text_column, {part.name} is read as {kind}: omit it, "
+                        "or give --format=csv")
     if kind == "text":
-        blocks = decode_blocks(read_blocks(path, progress), path, options.encoding)
+        blocks = notice_markup(decode_part(part, options.encoding, remarks), part.name, remarks)
         return read_text(line_ends.blocks(blocks), options, line_ends)
     # The line ends of a table or of JSON end rows. Those within a value are text, and JSON spells them "\r\n".
-    rows = open_rows(kind, path, options, progress)
+    rows = open_rows(kind, part, options, remarks, progress)
     return ((begins, line_ends.whole(text)) for begins, text in rows)
+
+
+def notice_markup(blocks, name: str, remarks: Remarks):
+    """Yield the blocks of a text, and remark that it holds more than prose, if it does."""
+    for number, block in enumerate(blocks):
+        if number == 0 and (markup := markup_of(block[:HEAD])):
+            what, aside = markup
+            remarks.notice(name, what, f"{aside} are part of the text")
+        yield block
 
 
 def read_text(blocks, options, line_ends: LineEnds):
@@ -507,33 +220,24 @@ def read_text(blocks, options, line_ends: LineEnds):
     return read_separated(blocks, separator)
 
 
-def open_rows(kind: str, path: Path, options, progress: Progress):
+def open_rows(kind: str, part: Part, options, remarks: Remarks, progress: Progress):
     """The reader of a table or of JSON: a document per row or value."""
-    column = options.text_column
     if kind == "parquet":
-        return read_parquet(path, progress, column)
-    blocks = decode_blocks(read_blocks(path, progress), path, options.encoding)
+        return read_parquet(part, progress, options.text_column, remarks)
+    blocks = decode_part(part, options.encoding, remarks)
     if kind == "json":
-        return read_json_values(blocks, path, column)
+        return read_json_values(blocks, part.name, options.text_column, remarks)
     if kind == "jsonl":
-        return read_json_lines(blocks, path, column)
-    return read_table(blocks, path, column or "text", "\t" if kind == "tsv" else ",")
-
-
-def read_documents(path: Path, options, progress: Progress, line_ends: LineEnds):
-    """Yield (whether a document begins here, a piece of it with at most PIECE characters) of one
-    file."""
-    for begins, text in open_documents(path, options, progress, line_ends):
-        for piece in cut_pieces(text, PIECE):
-            yield begins, piece
-            begins = False
+        return read_json_lines(blocks, part.name, options.text_column, remarks)
+    return read_table(blocks, part.name, options, remarks, quoting=kind == "csv")
 
 
 class Reader:
     """The documents of several files, in order, up to `limit` bytes of text in all. Iterating
     yields (the document's number, whether it begins here, a piece of it, that piece in UTF-8).
     Empty documents are passed over and counted in `empty`; line ends that became \\n are counted in
-    `line_ends`. It can be iterated any number of times; `doing` is what its progress line says."""
+    `line_ends`, what else there is to say is in `remarks`. It can be iterated any number of times;
+    `doing` is what its progress line says."""
 
     def __init__(self, paths: list, options, doing: str = "reading"):
         self.paths = paths
@@ -541,6 +245,19 @@ class Reader:
         self.doing = doing
         self.empty = 0
         self.line_ends = LineEnds(options.newlines == "keep")
+        self.remarks = Remarks(options.errors)
+
+    def pieces(self, progress: Progress):
+        """Yield (whether a document begins here, a piece of it with at most PIECE characters, the
+        name of its file)."""
+        wanted = wanted_suffixes(self.options.suffix) or KNOWN
+        for path in self.paths:
+            for part in open_parts(path, progress, wanted, self.remarks):
+                documents = open_documents(part, self.options, self.line_ends, self.remarks, progress)
+                for begins, text in documents:
+                    for piece in cut_pieces(text, PIECE):
+                        yield begins, piece, part.name
+                        begins = False
 
     def __iter__(self):
         room = self.options.limit or sys.maxsize        # bytes
@@ -548,38 +265,31 @@ class Reader:
         begun = True                                    # the present document has had a piece
         self.empty = 0
         self.line_ends.changed = 0
+        self.remarks.clear()
         progress = Progress(self.doing, min(room, sum(path.stat().st_size for path in self.paths)))
-        for path in self.paths:
-            for begins, piece in read_documents(path, self.options, progress, self.line_ends):
-                if begins:
-                    if not begun:
-                        self.empty += 1
-                    begun = False
-                if not piece:
-                    continue
-                first = not begun
-                if first:
-                    number += 1
-                    begun = True
-                raw = encode_utf8(piece, f"{path}: document {number + 1:,}")
-                is_last = len(raw) >= room
-                if len(raw) > room:
-                    piece = raw[:room].decode("utf-8", "ignore")    # a character that does not fit is omitted
-                    raw = piece.encode("utf-8")
-                room -= len(raw)
-                if piece:
-                    yield number, first, piece, raw
-                if is_last:
-                    progress.end()
-                    return
+        for begins, piece, name in self.pieces(progress):
+            if begins:
+                if not begun:
+                    self.empty += 1
+                begun = False
+            piece = self.remarks.whole(piece, f"{name}: document {number + 1 if begun else number + 2:,}")
+            if not piece:
+                continue
+            first = not begun
+            if first:
+                number += 1
+                begun = True
+            raw = piece.encode("utf-8")
+            is_last = len(raw) >= room
+            if len(raw) > room:
+                piece = raw[:room].decode("utf-8", "ignore")    # a character that does not fit is omitted
+                raw = piece.encode("utf-8")
+            room -= len(raw)
+            if piece:
+                yield number, first, piece, raw
+            if is_last:
+                progress.end()
+                return
         if not begun:
             self.empty += 1
         progress.end()
-
-
-def encode_utf8(piece: str, where: str) -> bytes:
-    try:
-        return piece.encode("utf-8")
-    except UnicodeEncodeError as error:                 # "\ud800" in JSON
-        raise UserError(f"{where} holds {piece[error.start]!r}, half of a surrogate pair, which is "
-                        "not a character")

@@ -206,7 +206,7 @@ def test_a_file_that_holds_no_ranks_is_one_line(content, here):
 def test_the_end_of_text_token_may_be_left_out(here):
     (here / "b.txt").write_text("two", newline="")
     prepared("a.txt", "b.txt", "--name=s", "--tokenizer=bpe:300", "--val_fraction=0", "--eot=False")
-    assert texts("s")[0] == FABLES[:30_000] + "two"
+    assert texts("s")[0] == FABLES[:30_000] + "\ntwo"
 
 
 # -- rare characters -------------------------------------------------------------------------------------------------

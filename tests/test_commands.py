@@ -332,7 +332,7 @@ def test_mistakes_in_training(start, tmp_path, words, parts):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", [".", "..", "../toy", "a/b", "/etc", ".x", "_x", "a b", "a\n", "ä", "a\\"])
+@pytest.mark.parametrize("name", [".", "..", "../toy", "a/b", "/etc", ".x", "_x", "a b", "a\n", "ä/", "a\\"])
 def test_names_of_data_sets_are_plain(start, tmp_path, name):
     (tmp_path / "text").write_text(TEXT)
     for outcome in (start(f"--dataset={name}"), start("--dataset="),

@@ -16,8 +16,9 @@ for path in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("inkling/*.py"))]:
 
 # A module imports only from those before it. The first ones need no torch.
 WITHOUT_TORCH = ["inkling.output", "inkling.cli", "inkling.format", "inkling.progress", "inkling.files",
-                 "inkling.dataset", "inkling.download", "inkling.readers", "inkling.tokenizer_json",
-                 "inkling.tokenizer", "inkling.split", "inkling.encode", "prepare"]
+                 "inkling.dataset", "inkling.sniff", "inkling.remarks", "inkling.download", "inkling.archives",
+                 "inkling.inputs", "inkling.records", "inkling.readers", "inkling.tokenizer_json", "inkling.tokenizer",
+                 "inkling.split", "inkling.encode", "prepare"]
 ORDER = [*WITHOUT_TORCH, "inkling.device", "inkling.cpu", "inkling.clock", "inkling.checkpoint", "inkling.distributed",
          "inkling.stopping", "inkling.plots", "inkling.report", "inkling.dry_run", "inkling.huggingface", "convert",
          "train", "sample"]

@@ -12,10 +12,11 @@ from conftest import inside, prepared, refused, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import inkling.readers
+import inkling.archives
 import sample
 from inkling.dataset import read_meta
-from inkling.readers import LineEnds, split_lines
+from inkling.readers import LineEnds
+from inkling.records import split_lines
 from inkling.tokenizer import Tokenizer
 from train import GPT, Config
 
@@ -65,7 +66,7 @@ def test_lines_end_as_the_first_one_does(pieces):
 @pytest.mark.parametrize("block", [3, 7, 1 << 22])
 @pytest.mark.parametrize("system", ENDS)
 def test_a_text_of_any_system_is_read_with_line_breaks(system, block, here, monkeypatch):
-    monkeypatch.setattr(inkling.readers, "BLOCK", block)
+    monkeypatch.setattr(inkling.archives, "BLOCK", block)
     (here / "a.txt").write_text(TEXT, encoding="utf-8", newline=ENDS[system])
     said = prepared("a.txt", "--val_fraction=0", "--tokenizer=byte")
     assert texts("a")[0] == TEXT
@@ -132,7 +133,7 @@ def rows_file(form: str, end: str) -> bytes:
 @pytest.mark.parametrize("form", ["csv", "jsonl", "json"])
 def test_values_of_rows_are_texts_too(form, end, block, here, monkeypatch):
     """The line ends that end rows are not counted: they are no text."""
-    monkeypatch.setattr(inkling.readers, "BLOCK", block)
+    monkeypatch.setattr(inkling.archives, "BLOCK", block)
     (here / f"a.{form}").write_bytes(rows_file(form, end))
     words = [f"a.{form}", "--text_column=text", "--tokenizer=byte", "--val_fraction=0"]
     said = prepared(*words)

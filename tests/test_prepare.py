@@ -1,4 +1,5 @@
-"""prepare.py turns text into token files that say the same, whole or not at all; damaged ones are refused."""
+"""prepare.py turns text into token files that say the same; until they are complete, the old ones stay usable; damaged
+ones are refused."""
 
 import base64
 import copy
@@ -10,6 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,16 +20,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiktoken
-from conftest import ROOT, SHARED, TOY, flags, one_line_error, trained
+from conftest import ROOT, SHARED, TOY, flags, inside, one_line_error, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import inkling.dataset
 import inkling.encode
 import inkling.files
 import prepare
 import train
 from inkling.cli import UserError, exit_code
-from inkling.dataset import check_ids, open_data, open_split, read_meta, token_dtype
+from inkling.dataset import (
+    COMMITTED,
+    check_ids,
+    finish_replacement,
+    open_data,
+    open_split,
+    read_meta,
+    token_dtype,
+)
+from inkling.files import lock_folder
 from inkling.split import split_documents, survey_documents
 from inkling.tokenizer import END_OF_TEXT, Tokenizer
 from prepare import check_set, ensure_set, write_set
@@ -367,8 +380,49 @@ def test_empty_documents_are_passed_over(write):
     assert val.size == 0
 
 
-def test_tokenizers_without_end_of_text_just_join_documents(write):
-    assert split_texts(write("abc", "ba", val_fraction=0)) == ["abcba", ""]
+@pytest.mark.parametrize("kind", ["char", "byte"])
+def test_a_line_break_stands_between_documents_without_end_of_text(kind, write):
+    folder = write("abc", "é", "ba", val_fraction=0, tokenizer=kind)
+    assert split_texts(folder) == ["abc\né\nba", ""]
+    entry = read_meta(folder)["splits"]["train"]        # bits per byte are those of the documents
+    assert (entry["characters"], entry["bytes"], entry["joiners"]) == (6, 7, 2)
+    check_set(folder)
+    if kind == "char":
+        assert read_meta(folder)["tokenizer"]["chars"] == "\nabcé"
+
+
+def test_a_single_text_needs_no_joiner(write):
+    meta = read_meta(write("abc" * 9))
+    assert meta["tokenizer"]["chars"] == "abc"
+    assert not {"joiner", "whole_documents"} & meta.keys()
+
+
+@pytest.mark.parametrize(("joiner", "between"), [("", ""), (" ", " "), (r"\n--\n", "\n--\n"), ("漢", "漢")])
+@pytest.mark.parametrize("kind", ["char", "byte", "toy"])
+def test_another_joiner(kind, joiner, between, write):
+    options = dict(min_count=2) if kind == "char" else {}
+    folder = write("the", "he", "hé", val_fraction=0, tokenizer=kind, joiner=joiner, eot=False, **options)
+    assert split_texts(folder)[0] == f"the{between}he{between}hé"
+    check_set(folder)
+
+
+def test_a_joiner_stands_in_each_split_and_in_no_document(write):
+    documents = [f"<{number}>" for number in range(100, 200)]
+    folder = write(*documents, val_fraction=0.2)
+    train, val = split_texts(folder)
+    assert sorted(train.split("\n") + val.split("\n")) == documents
+    assert len(val.split("\n")) == 20
+    check_set(folder)
+
+
+def test_a_tokenizer_that_lacks_the_joiner_is_one_line(write, tmp_path, refused):
+    write("abc" * 9)
+    other = [tmp_path / "0.txt", tmp_path / "b.txt"]
+    other[1].write_text("cba")
+    options = prepare.Options(tokenizer=str(tmp_path / "set" / "meta.json"))
+    one_line_error(refused(lambda: write_set(tmp_path / "t", other, options=options)), r"'\n'", "--joiner")
+    options.joiner = ""
+    write_set(tmp_path / "t", other, options=options)
 
 
 def test_text_that_looks_like_a_special_token_stays_text(write):
@@ -413,29 +467,52 @@ if (ROOT / "data" / "fables_zh" / "input.csv").is_file():
         assert "".join(split_texts(tmp_path / "fables_zh")) == text
 
 
-# -- whole or not at all -------------------------------------------------------------------------------------
+# -- the old set or the new one --------------------------------------------------------------------------------
 
 OLD, NEW = "an old text\n" * 9, "the new text, which is longer\n" * 9
 
 
-def state(folder: Path, old: dict, new: dict) -> str:
-    """Which set a folder holds. A mixture of two fails here, and so would it in training."""
-    if not (folder / "meta.json").exists():
-        return "none"
-    found = {name: (folder / name).read_bytes() for name in FILES}
-    assert found in (old, new)
-    return "old" if found == old else "new"
+@pytest.fixture
+def state(tmp_path_factory):
+    """Which set a folder holds for whoever opens it next. A mixture of two fails here, and so would it in
+    training."""
+    numbers = count(1)
+    base = tmp_path_factory.mktemp("copies")
+
+    def state(folder: Path, old: dict, new: dict) -> str:
+        copy = base / str(next(numbers))
+        shutil.copytree(folder, copy)
+        read_meta(copy)
+        found = contents(copy)
+        if not is_under_way(folder):
+            found = {name: content for name, content in found.items() if not name.endswith(".tmp")}
+        shutil.rmtree(copy)
+        assert found in (old, new)
+        return "old" if found == old else "new"
+
+    def is_under_way(folder: Path) -> bool:
+        return (folder / COMMITTED).exists()
+
+    return state
 
 
 @pytest.fixture
 def old_and_new(write):
-    """(folder with the old set, its files, the new set's files, a function that writes the new set there)"""
+    """(folder with the old set, in shards, its files, the new set's files, a function that writes the new set
+    there)"""
     new = contents(write(NEW, folder="new"))
-    folder = write(OLD)
+    folder = write(OLD, shard_tokens=40)
     source = folder.parent / "next.txt"
     source.write_text(NEW, newline="")
     shutil.copy(source, folder.parent / "0.txt")        # meta.json names its source
     return folder, contents(folder), new, lambda: write_set(folder, [folder.parent / "0.txt"], "char", 0.1)
+
+
+def put_back(folder: Path, files: dict):
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 def fail_at(monkeypatch, operation: str, number: int, error: BaseException):
@@ -460,40 +537,43 @@ def fail_at(monkeypatch, operation: str, number: int, error: BaseException):
         file = File(io.FileIO(path, "w")) if operation != "open" else call_or_raise(open, path, mode)
         return file
 
-    monkeypatch.setattr(inkling.files, "open", open_file, raising=False)
+    for module in (inkling.files, inkling.encode):
+        monkeypatch.setattr(module, "open", open_file, raising=False)
     if hasattr(os, operation) and operation not in ("open", "write"):
         original = getattr(os, operation)
         monkeypatch.setattr(os, operation, lambda *args, **options: call_or_raise(original, *args, **options))
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()],
-                         ids=["full disk", "Ctrl-C"])
-@pytest.mark.parametrize(("operation", "calls"), [("open", 3), ("write", 3), ("flush", 3), ("fsync", 3),
-                                                  ("replace", 3), ("unlink", 1)])
-def test_a_failure_leaves_a_whole_set_or_none_and_no_debris(operation, calls, error, old_and_new):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(),
+                                   UnicodeEncodeError("utf-8", "\udce9", 0, 1, "surrogates not allowed")],
+                         ids=["full disk", "Ctrl-C", "encoding"])
+@pytest.mark.parametrize(("operation", "calls"), [("open", 3), ("write", 3), ("flush", 3), ("fsync", 6),
+                                                  ("replace", 4), ("unlink", 3)])
+def test_whatever_fails_leaves_the_old_set_or_the_new_one(operation, calls, error, old_and_new, state):
     folder, old, new, write_new = old_and_new
     states = []
     for number in count(1):
-        for name, content in old.items():
-            (folder / name).write_bytes(content)
+        put_back(folder, old)
         with pytest.MonkeyPatch.context() as patch:
             fail_at(patch, operation, number, error)
             try:
                 write_new()
                 break                                   # every one of the calls has failed once
-            except type(error):
+            except (type(error), UserError):
                 states.append(state(folder, old, new))
-                assert not list(folder.glob("*.tmp"))
+                assert (folder / COMMITTED).exists() or not list(folder.glob("*.tmp"))
+        write_new()                                     # the next command finishes, or does it again
+        assert contents(folder) == new
     assert len(states) >= calls
-    assert states[0] in ("old", "none")
-    assert state(folder, old, new) == "new"
+    assert states == sorted(states, key=["old", "new"].index)
+    assert contents(folder) == new
 
 
-def test_a_kill_at_any_line_leaves_a_whole_set_or_none(old_and_new):
+def test_a_kill_at_any_line_leaves_the_old_set_or_the_new_one(old_and_new, state):
     """What is on the disk at each line that touches files is what a kill there would leave."""
-    writing = {"write_set", "write_token_files", "open_shard", "write", "write_ids", "sync", "entry", "publish",
-               "atomic_write", "sync_folder"}
-    files = (prepare.__file__, inkling.encode.__file__, inkling.files.__file__)
+    writing = {"write_set", "write_token_files", "open_shard", "write", "write_ids", "finish", "entry",
+               "commit_replacement", "finish_replacement", "remove_unfinished", "atomic_write", "sync_folder"}
+    files = (prepare.__file__, inkling.encode.__file__, inkling.files.__file__, inkling.dataset.__file__)
     folder, old, new, write_new = old_and_new
     states = []
 
@@ -501,7 +581,9 @@ def test_a_kill_at_any_line_leaves_a_whole_set_or_none(old_and_new):
         if frame.f_code.co_filename not in files or frame.f_code.co_name not in writing:
             return None
         if event == "line":
+            sys.settrace(None)
             states.append(state(folder, old, new))
+            sys.settrace(trace)
         return trace
 
     before = sys.gettrace()
@@ -512,25 +594,88 @@ def test_a_kill_at_any_line_leaves_a_whole_set_or_none(old_and_new):
         sys.settrace(before)
     states.append(state(folder, old, new))
     assert len(states) > 100
-    assert states == sorted(states, key=["old", "none", "new"].index)
-    assert len(set(states)) == 3
+    assert states == sorted(states, key=["old", "new"].index)
+    assert set(states) == {"old", "new"}
+
+
+def end_at(when: str, number: int):
+    """This process is gone at the `number`-th call of a function of os."""
+    calls, original = count(1), getattr(os, when)
+
+    def call_or_end(*args, **named):
+        if next(calls) == number:
+            os._exit(9)
+        return original(*args, **named)
+    setattr(os, when, call_or_end)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows does not fork")
 @pytest.mark.parametrize("when", ["fsync", "unlink", "replace"])
-def test_the_next_command_heals_what_a_killed_one_left(when, old_and_new):
-    """A child is gone at that call, without a flush and without cleaning up."""
+def test_a_process_killed_at_any_call_leaves_the_old_set_or_the_new_one(when, old_and_new, state):
+    """A child is gone at the n-th call, for every n, without a flush and without cleaning up."""
     folder, old, new, write_new = old_and_new
-    child = os.fork()
-    if child == 0:
-        setattr(os, when, lambda *_, **__: os._exit(9))
+    states = []
+    for number in count(1):
+        put_back(folder, old)
+        child = os.fork()
+        if child == 0:
+            end_at(when, number)
+            write_new()
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        states.append(state(folder, old, new))
+        if code == 0:
+            break
+        assert code == 9
         write_new()
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert list(folder.glob("*.tmp"))
-    assert state(folder, old, new) in ("old", "none")
-    write_new()
+        assert contents(folder) == new
+    assert number > 3
+    assert states[-1] == "new"
+    assert states == sorted(states, key=["old", "new"].index)
+
+
+def test_whoever_opens_a_set_waits_for_the_one_that_is_finishing_it(old_and_new, monkeypatch):
+    """The new set is committed, and its files are half renamed, by a process that still runs."""
+    folder, _, new, write_new = old_and_new
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, "replace", 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            write_new()
+    assert (folder / COMMITTED).exists()
+    held = lock_folder(folder)
+
+    def finish():
+        time.sleep(0.3)
+        finish_replacement(folder)
+        held.close()
+
+    thread = threading.Thread(target=finish)
+    thread.start()
+    assert read_meta(folder) == json.loads(new["meta.json"])
+    thread.join()
     assert contents(folder) == new
+
+
+def test_a_first_set_that_was_committed_and_not_finished_is_there(write, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, "replace", 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            write("a first text " * 9, folder="first")
+    assert not (tmp_path / "first" / "meta.json").exists()
+    assert ensure_set("first", str(tmp_path), Rank()) == tmp_path / "first"
+    data, _ = open_data(tmp_path / "first", 8)
+    assert len(data["train"]) == 105
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_name_that_is_not_utf8_is_kept_and_known_again(tmp_path, capsys):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
+    path.write_text("a note\n" * 9)
+    for _ in range(2):
+        write_set(tmp_path / "s", [path], "char", 0.1)
+    assert "nothing has changed" in capsys.readouterr().out
+    check_set(tmp_path / "s")
+    one_line_error(inside(prepare.main, path), "$'", "caf\\xe9.txt' --name=NAME")
 
 
 def test_writing_and_flushing_precede_the_rename(old_and_new, monkeypatch):
@@ -758,9 +903,9 @@ def prepared(*argv):
     (b"caf\xe9", ["not UTF-8", "0xe9", "offset 3"]),
     (b"\xef\xbb\xbfcaf\xe9", ["not UTF-8", "0xe9", "offset 6"]),           # in the file, its mark included
     (b"x" * 1234567 + b"\xff", ["not UTF-8", "0xff", "offset 1,234,567"]),
-    (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", ["not UTF-8", "0x89", "offset 0"]),
-    (b"\x1f\x8b\x08\0\0\0\0\0\0\x03", ["not UTF-8", "0x8b", "offset 1"]),
-    ("a note".encode("utf-16"), ["not UTF-8", "0xff", "offset 0"]),
+    (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", ["odd.txt is a PNG picture"]),
+    (b"\x1f\x8b\x08\0\0\0\0\0\0\x03", ["damaged", "too early"]),
+    ("a note".encode("utf-16-le"), ["NUL", "--encoding=utf-16-le"]),
     (b"lone \xed\xa0\x80", ["not UTF-8", "0xed", "offset 5"]),
     (b"cut \xf0\x9f\x98", ["not UTF-8", "0xf0", "offset 4"]),
 ], ids=["empty", "BOM only", "latin-1", "latin-1 after BOM", "late", "PNG", "gzip", "UTF-16", "surrogate",
@@ -802,7 +947,7 @@ def test_check_lets_no_text_act_on_the_terminal(in_folder, capsys):
     (["my note.txt"], ["--name="]),
     (["fables.txt"], ["--name="]),
     *[(["note.txt", f"--name={name}"], [name.strip()])
-      for name in ("../up", "a/b", ".hidden", "-x", "a b", "é", "..", "/tmp/x", "a:b", "n" * 300)],
+      for name in ("../up", "a/b", ".hidden", "-x", "a b", "é/", "..", "/tmp/x", "a:b", "n" * 300)],
     *[(["note.txt", f"--name={name}"], [name]) for name in ("fables", "shakespeare", "shakespeare_char", "verdict")],
     (["fables", "--name=shakespeare"], ["shakespeare"]),
     *[(["note.txt", f"--val_fraction={value}"], ["val_fraction=" + value])
@@ -821,7 +966,7 @@ def test_a_bad_request_is_one_line_and_writes_nothing(argv, parts, in_folder, re
 def test_an_unreadable_file_is_one_line(in_folder, refused, monkeypatch):
     def no(path, *_):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
-    monkeypatch.setattr("inkling.readers.open", no, raising=False)      # root, who may run the tests, reads everything
+    monkeypatch.setattr("inkling.inputs.open", no, raising=False)      # root, who may run the tests, reads everything
     one_line_error(refused(prepared, "note.txt"), "note.txt", "Permission denied")
 
 

@@ -114,11 +114,12 @@ def test_too_many_shards_are_refused_and_leave_nothing(here):
 
 
 @needs_fork
-def test_a_kill_between_shards_leaves_no_set_and_the_next_run_heals_it(here):
+def test_a_kill_between_shards_leaves_the_old_set_or_the_new_one(here):
     """The process is gone at the n-th rename, for every n."""
     replace = os.replace
-    prepared("a.txt")
-    for number in range(9):
+    for number in range(20):
+        prepared("a.txt", "--force")
+        old = read_meta(here / "sets/a")
         renames = count(0)
 
         def replace_or_end(*args, renames=renames, number=number):
@@ -132,11 +133,11 @@ def test_a_kill_between_shards_leaves_no_set_and_the_next_run_heals_it(here):
             prepared("a.txt", "--force", "--shard_tokens=6000")
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert (here / "sets/a/meta.json").exists() is (code == 0)
+        prepared("--check", "a")
+        assert (read_meta(here / "sets/a") != old) is (number > 1)      # the second rename commits
         if code == 0:
             break
-    assert number == 6                                  # three shards, val, the first shard's name, meta.json
-    prepared("--check", "a")
+    assert number == 7          # the first shard's name, the commit, three shards, val, meta.json
 
 
 # -- what is there -----------------------------------------------------------------------------------------------------

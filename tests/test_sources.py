@@ -1,9 +1,12 @@
 """prepare.py reads text in every form that it names, in pieces, and says in one line what it cannot read."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
+import os
 import random
 import sys
 import time
@@ -18,7 +21,8 @@ from conftest import one_line_error, prepared, refused, serving, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import inkling.readers
+import inkling.archives
+import inkling.records
 import prepare
 from inkling.progress import Progress
 from inkling.readers import cut_pieces
@@ -35,7 +39,8 @@ def here(tmp_path, monkeypatch):
 
 
 def packed(content: bytes, suffix: str) -> bytes:
-    return {"": lambda b: b, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix](content)
+    return {"": lambda b: b, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress,
+            ".zst": zstandard.ZstdCompressor().compress}[suffix](content)
 
 
 def table(delimiter: str) -> bytes:
@@ -53,7 +58,9 @@ def parquet() -> bytes:
     return file.getvalue()
 
 
-FORMS = {"a.txt": "".join(TEXTS).encode(), "a.md": "".join(TEXTS).encode(), "a.csv": table(","), "a.tsv": table("\t"),
+PLAIN = "\n".join(TEXTS)
+FORMS = {"a.txt": PLAIN.encode(), "a.md": PLAIN.encode(),
+         "a.csv": table(","), "b.csv": table(";"), "c.csv": table("\t"),
          "a.jsonl": "\n".join(map(json.dumps, ROWS)).encode(), "a.json": json.dumps(ROWS, indent=1).encode(),
          "bare.jsonl": "\n".join(map(json.dumps, TEXTS)).encode(),
          "in_a_row.json": "".join(map(json.dumps, TEXTS)).encode(),
@@ -62,13 +69,13 @@ FORMS = {"a.txt": "".join(TEXTS).encode(), "a.md": "".join(TEXTS).encode(), "a.c
 
 # -- forms -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".xz", ".bz2"])
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_packed_or_not_gives_the_same_text(name, suffix, here):
     (here / (name + suffix)).write_bytes(packed(FORMS[name], suffix))
     prepared(name + suffix, "--name=s", "--tokenizer=byte", "--val_fraction=0",
-             *(["--text_column=text"] if ".csv" in name or ".tsv" in name else []))
-    assert texts("s")[0] == "".join(TEXTS)
+             *(["--text_column=text"] if ".csv" in name else []))
+    assert texts("s")[0] == PLAIN
 
 
 def test_a_table_without_a_column_is_taken_as_it_is(here):
@@ -83,22 +90,23 @@ def test_a_table_without_a_column_is_taken_as_it_is(here):
 def test_another_column_and_its_absence(name, here):
     (here / name).write_bytes(FORMS[name])
     prepared(name, "--name=s", "--text_column=title", "--tokenizer=byte", "--val_fraction=0")
-    assert texts("s")[0] == "".join(row["title"] for row in ROWS)
+    assert texts("s")[0] == "\n".join(row["title"] for row in ROWS)
     one_line_error(refused(name, "--name=t", "--text_column=author"), name, "'author'", "title, text")
 
 
 def test_pieces_of_a_stream_may_break_anywhere(here, monkeypatch):
     """Blocks of seven bytes break characters, lines, JSON values, separators and marks."""
-    monkeypatch.setattr(inkling.readers, "BLOCK", 7)
+    monkeypatch.setattr(inkling.archives, "BLOCK", 7)
+    monkeypatch.setattr(inkling.archives, "HEAD", 20)
     for name, content in FORMS.items():
         if "parquet" not in name:
             (here / name).write_bytes(b"\xef\xbb\xbf" * (name == "a.txt") + content)
             prepared(name, "--name=s", "--tokenizer=byte", "--val_fraction=0", "--force",
-                     *(["--text_column=text"] if name in ("a.csv", "a.tsv") else []))
-            assert texts("s")[0] == "".join(TEXTS)
+                     *(["--text_column=text"] if ".csv" in name else []))
+            assert texts("s")[0] == PLAIN
     (here / "s.txt").write_text(" <|sep|>\n".join(TEXTS), newline="")
     prepared("s.txt", "--name=t", "--tokenizer=byte", "--val_fraction=0", "--separator=<|sep|>")
-    assert texts("t")[0] == "".join(map(str.strip, TEXTS))
+    assert texts("t")[0] == "\n".join(map(str.strip, TEXTS))
 
 
 def test_a_separator_makes_documents_without_the_space_around_them(here):
@@ -113,7 +121,7 @@ def test_a_separator_makes_documents_without_the_space_around_them(here):
 def test_escapes_in_a_separator(here):
     (here / "a.txt").write_text("one\n\ntwo\n\nthree")
     assert "3 documents" in prepared("a.txt", r"--separator=\n\n", "--val_fraction=0.4")
-    assert sorted("".join(texts("a"))) == sorted("onetwothree")
+    assert sorted("\n".join(texts("a")).split("\n")) == ["one", "three", "two"]
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "gb18030", "cp1252", "utf-8"])
@@ -142,12 +150,12 @@ def test_a_folder_is_read_in_a_stable_order_by_suffix(here):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     said = prepared("texts", "--tokenizer=byte", "--val_fraction=0")
-    assert texts("texts")[0] == "a ten two last"
+    assert texts("texts")[0] == "a \nten \ntwo \nlast"
     assert ".png" in said
     prepared("texts", "--name=p", "--suffix=png", "--val_fraction=0")
     assert texts("p")[0] == "picture"
     prepared("texts/b/*", "texts/a.txt", "--name=g", "--val_fraction=0")
-    assert texts("g")[0] == "ten two a "
+    assert texts("g")[0] == "ten \ntwo \na "
 
 
 def test_an_input_twice_is_said_and_read_once(here):
@@ -156,7 +164,7 @@ def test_an_input_twice_is_said_and_read_once(here):
     said = prepared("a.txt", "./a.txt", "b.txt", "--name=s", "--val_fraction=0")
     assert "a.txt is named twice" in said
     assert "same content" in said
-    assert texts("s")[0] == "a notea note"
+    assert texts("s")[0] == "a note\na note"
 
 
 def test_empty_documents_and_an_empty_val_are_said(here):
@@ -172,7 +180,7 @@ def test_standard_input(here, monkeypatch):
     stdin = SimpleNamespace(buffer=io.BytesIO(FORMS["a.jsonl"]))
     monkeypatch.setattr(sys, "stdin", stdin)
     prepared("-", "--name=s", "--format=jsonl", "--tokenizer=byte", "--val_fraction=0")
-    assert texts("s")[0] == "".join(TEXTS)
+    assert texts("s")[0] == PLAIN
     assert {path.name for path in (here / "sets" / "s").iterdir()} == {
         "train.bin", "val.bin", "meta.json", ".lock"}
     one_line_error(refused("-"), "--name=")
@@ -193,7 +201,7 @@ def test_a_limit_takes_the_first_bytes_and_no_part_of_a_character(limit, here):
     text = "ab漢字" * 100                                 # eight bytes each time
     (here / "a.txt").write_text(text[:200], encoding="utf-8")
     (here / "b.txt").write_text(text[200:], encoding="utf-8")
-    prepared("a.txt", "b.txt", "--name=s", f"--limit={limit}", "--val_fraction=0")
+    prepared("a.txt", "b.txt", "--name=s", f"--limit={limit}", "--val_fraction=0", "--joiner=")
     assert texts("s")[0] == text.encode()[:limit].decode(errors="ignore")
 
 
@@ -231,6 +239,13 @@ def test_the_second_run_says_that_nothing_changed(here):
     ("a.jsonl", b'"half \\ud800"\n', ["a.jsonl: document 1", "surrogate"]),
     ("a.json", b'["one", {"body": "x"}]', ["a.json, value 2", "'text'", "body"]),
     ("a.json", b'["one", "two', ["a.json: value 2", "not JSON"]),
+    ("a.json", b'["one", "two"', ["a.json is cut", "after value 2"]),
+    ("a.json", b'["one", "two",', ["a.json: value 3", "not JSON"]),
+    ("a.json", b'["one", "two",]', ["a.json: value 3", "not JSON"]),
+    ("a.json", b'["one" "two"]', ["a.json: value 1 of its list", "comma"]),
+    ("a.json", b'["one",, "two"]', ["a.json: value 2", "not JSON"]),
+    ("a.json", b'[', ["a.json is cut", "after value 0"]),
+    ("a.json", b'"one"]', ["a.json: value 2", "not JSON"]),
     ("a.json", b'["one", "two"]\n["three"]', ["a.json", "end of the list"]),
     ("a.json", b'["one", "two"]' + b" " * 3_000_000 + b"x", ["a.json", "end of the list"]),
 ], ids=lambda value: str(value)[:30])
@@ -241,9 +256,9 @@ def test_a_damaged_input_is_one_line(name, content, parts, here):
 
 
 def test_a_table_that_swallows_itself_is_one_line(here, monkeypatch):
-    monkeypatch.setattr(inkling.readers, "RECORD", 1000)
+    monkeypatch.setattr(inkling.records, "RECORD", 1000)
     (here / "a.csv").write_text('text\n"unclosed\n' + "and so on\n" * 500)
-    one_line_error(refused("a.csv", "--text_column=text"), "a.csv, line", "limit")
+    one_line_error(refused("a.csv", "--text_column=text"), "a.csv, line 2", "limit", "quote")
     (here / "b.csv").write_text("title,text\none,1\ntwo\n")
     one_line_error(refused("b.csv", "--text_column=text"), "b.csv, line 3", "1 fields")
     (here / "c.jsonl").write_text('"' + "x" * 3_000_000)
@@ -252,7 +267,7 @@ def test_a_table_that_swallows_itself_is_one_line(here, monkeypatch):
 
 @pytest.mark.parametrize(("package", "name"), [("pyarrow", "a.parquet"), ("zstandard", "a.txt.zst")])
 def test_a_missing_package_is_one_line(package, name, here, monkeypatch):
-    (here / name).write_bytes(b"x")
+    (here / name).write_bytes(packed(b"x", ".zst" if "zst" in name else ""))
     monkeypatch.setitem(sys.modules, package, None)
     one_line_error(refused(name, "--name=s"), name, f"pip install {package}")
 
@@ -307,7 +322,7 @@ def test_an_address_is_fetched_once_and_kept_beside_the_set(site, here):
     words = [f"{site.url}/x/a.jsonl.gz?raw=1", "--name=s", "--tokenizer=byte", "--val_fraction=0"]
     site.pages["/x/a.jsonl.gz?raw=1"] = site.pages["/x/a.jsonl.gz"]
     prepared(*words)
-    assert texts("s")[0] == "".join(TEXTS)
+    assert texts("s")[0] == PLAIN
     assert "nothing has changed" in prepared(*words)
     assert len(site.asked) == 1
     prepared(*words, "--force")
