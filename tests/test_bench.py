@@ -99,10 +99,10 @@ CHECKOUT = """
     turns = Path(sys.argv[0]).resolve().parent.parent / "turns.txt"
     with open(turns, "a") as file:
         print(Path(sys.argv[0]).parent.name, flags["compile"], flags["batch_size"], file=file)
-    rows = ["step,ms,tokens_per_second,val_loss,seconds", "0,,,4.0,0"]
+    rows = ["step,tokens,val_loss,ms,tokens_per_second,seconds", "0,0,4.0,,,0"]
     for step in range(1, int(flags["max_iters"]) + 1):
         ms = 1000 if step <= 3 else MS
-        rows.append(f"{step},{ms},{1e6 / ms},,{step}")
+        rows.append(f"{step},{step},,{ms},{1e6 / ms},{step}")
     (out_dir / "log.csv").write_text("\\n".join(rows) + "\\n")
     print("machine  cpu; bfloat16; compile COMPILED")
 """
