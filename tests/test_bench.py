@@ -99,10 +99,10 @@ CHECKOUT = """
     turns = Path(sys.argv[0]).resolve().parent.parent / "turns.txt"
     with open(turns, "a") as file:
         print(Path(sys.argv[0]).parent.name, flags["compile"], flags["batch_size"], file=file)
-    rows = ["step,ms,tokens_per_second,val_loss,seconds", "0,,,4.0,0"]
+    rows = ["step,tokens,ms,tokens_per_second,val_loss,seconds", "0,0,,,4.0,0"]
     for step in range(1, int(flags["max_iters"]) + 1):
         ms = 1000 if step <= 3 else MS
-        rows.append(f"{step},{ms},{1e6 / ms},,{step}")
+        rows.append(f"{step},{64 * step},{ms},{1e6 / ms},,{step}")
     (out_dir / "log.csv").write_text("\\n".join(rows) + "\\n")
     print("machine  cpu; bfloat16; compile COMPILED")
 """
@@ -379,7 +379,7 @@ def test_seeds_knows_gpt2s_sizes_and_its_decoding(load):
 def test_prepare_memory_prepares_a_text(load):
     printed = run_script(load("prepare_memory"), "--gigabytes=1e-6", "--tokenizers=char", "--workers=1")
     peak = re.search(r"char +peak +(\d+) MB, +\d+ s, exit 0", printed)
-    assert 10 < int(peak[1]) < 500
+    assert 10 < int(peak[1]) < 2000         # a forked child has all that this process has loaded
 
 
 def test_the_command_in_the_results_names_no_folder_of_this_machine(common, monkeypatch):
