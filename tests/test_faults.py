@@ -127,3 +127,10 @@ def test_a_full_disk_costs_nothing_but_the_saves(start, data_dir, tmp_path, tent
         assert logged(run) == 12                        # it trained to its end
     assert start("run", **settings, lr_decay_iters=0, init_from="resume").wait().returncode == 0
     same_runs(run, tmp_path / "whole")
+
+
+@pytest.mark.long
+def test_five_minutes_of_random_faults():
+    import soak
+
+    assert soak.main(["--minutes=5"]) == 0
