@@ -8,8 +8,11 @@ import struct
 import subprocess
 import sys
 import threading
+import warnings
 from types import SimpleNamespace
+from typing import ClassVar
 
+import numpy as np
 import pytest
 from conftest import ROOT, TOY, inside, one_line_error, trained
 
@@ -110,6 +113,58 @@ def test_a_missing_logger_is_named_before_an_old_run_is_moved(data_dir, tmp_path
     flag = {"wandb": "wandb_log", "tensorboard": "tensorboard"}[package]
     one_line_error(trained(data_dir, tmp_path / "run", **{flag: True}), f"pip install {package}")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_broken_logger_is_named_before_an_old_run_is_moved(data_dir, tmp_path, monkeypatch, package):
+    """Packages that do not fit each other raise anything when they are imported."""
+    (tmp_path / "stubs" / package).mkdir(parents=True)
+    (tmp_path / "stubs" / package / "__init__.py").write_text("raise AttributeError('numpy has no bool8')")
+    monkeypatch.syspath_prepend(tmp_path / "stubs")
+    for name in [name for name in sys.modules if name.split(".")[0] == package or name == "torch.utils.tensorboard"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.csv").write_text("an old run")
+    flag = {"wandb": "wandb_log", "tensorboard": "tensorboard"}[package]
+    one_line_error(trained(data_dir, tmp_path / "run", **{flag: True}), f"{flag}=True", "numpy has no bool8")
+    assert not (tmp_path / "run.1").exists()
+
+
+class Unreliable:
+    """A logger that fails in the method `fails`."""
+
+    name = "Unreliable"
+    fails = ""
+    calls: ClassVar = []
+
+    def __init__(self, *_):
+        self.call("start")
+
+    def log(self, step, row):
+        self.call("log")
+
+    def close(self):
+        self.call("close")
+
+    def call(self, method: str):
+        self.calls.append(method)
+        if method == self.fails:
+            raise ConnectionError("the server is gone")
+
+
+@pytest.mark.parametrize(("fails", "calls"), [("start", ["start"]), ("log", ["start", "log"]), ("close", None)])
+@pytest.mark.parametrize("logger", ["TensorBoard", "WeightsAndBiases"])
+def test_a_logger_that_fails_logs_no_more_and_ends_nothing(start, monkeypatch, logger, fails, calls):
+    monkeypatch.setattr("inkling.report.check_loggers", lambda cfg: None)
+    monkeypatch.setattr("train.check_loggers", lambda cfg: None)
+    monkeypatch.setattr(f"inkling.report.{logger}", Unreliable)
+    monkeypatch.setattr(Unreliable, "fails", fails)
+    monkeypatch.setattr(Unreliable, "calls", [])
+    done = start("run", **{"tensorboard" if logger == "TensorBoard" else "wandb_log": True})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("the server is gone") == 1
+    assert "warning  Unreliable" in done.stdout
+    assert calls is None or Unreliable.calls == calls
 
 
 # -- the banner ---------------------------------------------------------------------------------------
@@ -575,6 +630,68 @@ def test_the_picture_marks_the_best_and_never_shows_a_fraction_of_a_step(figures
     assert (above.get_xlabel(), below.get_xlabel()) == ("tokens seen", "epochs")
     assert above.get_xlim()[1] == pytest.approx(right * 100)
     assert below.get_xlim()[1] == pytest.approx(right * 100 / 5000)
+
+
+def test_the_tokens_follow_a_change_of_the_batch_size(figures, tmp_path):
+    """10 steps of 100 tokens, then 10 of 300."""
+    rows = [{"step": step, "tokens": 100 * step + 200 * max(0, step - 10), "loss": 2.0} for step in range(1, 21)]
+    plot_run(rows, tmp_path / "loss.png", "a run", 300, 1000)
+    axes = figures[0].axes[0]
+    figures[0].draw_without_rendering()
+    tokens, epochs = axes.child_axes
+    right = axes.get_xlim()[1]
+    assert tokens.get_xlim()[1] == pytest.approx(4000 + 300 * (right - 20))
+    assert epochs.get_xlim() == pytest.approx([limit / 1000 for limit in tokens.get_xlim()])
+    steps, seen = plots.tokens_by_step(rows, 300)
+    assert np.interp([-1, 0, 5, 10, 15, 20, 21], steps, seen) == pytest.approx([-100, 0, 500, 1000, 2500, 4000, 4300])
+
+
+def test_tokens_that_fall_in_an_old_log_are_drawn(tmp_path):
+    """Earlier versions multiplied the step by the batch size of the moment."""
+    pytest.importorskip("matplotlib")
+    rows = [{"step": 10, "tokens": 4000, "loss": 2.0}, {"step": 11, "tokens": 1100, "loss": 2.0}]
+    plot_run(rows, tmp_path / "loss.png", "a run", 100, 1000)
+    assert (tmp_path / "loss.png").exists()
+
+
+TITLES = ["cost_$x^2$ and $5", r"$\frac$", "caf\udce9", "红楼梦 🐱", "a\nb\tc", "_begins", "100 % {x} \\", "\0", "$" * 99]
+
+
+@pytest.mark.parametrize("title", TITLES, ids=ascii)
+def test_any_name_of_a_folder_can_be_drawn(tmp_path, title):
+    pytest.importorskip("matplotlib")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_run(log_of([4.0, 3.0]), tmp_path / "loss.png", title, 100, 5000)
+        plot_comparison({title: log_of([4.0, 3.0])}, "steps", tmp_path / "compare.png")
+    for name in ("loss.png", "compare.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_are_drawn_as_they_are(figures, tmp_path):
+    plot_comparison({name: log_of([4.0]) for name in ("$a$", "_b")}, "steps", tmp_path / "compare.png")
+    texts = figures[0].axes[0].get_legend().get_texts()
+    assert [text.get_text() for text in texts] == ["$a$", "./_b", "train"]
+    assert not any(text.get_parse_math() for text in texts)
+    plot_run(log_of([4.0]), tmp_path / "loss.png", "$a$", 100, 5000)
+    assert figures[1].axes[0].title.get_text() == "$a$"
+    assert not figures[1].axes[0].title.get_parse_math()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no\nfont"), MemoryError(), RecursionError("deep"), KeyError("tokens")],
+                         ids=repr)
+def test_whatever_matplotlib_raises_is_said_once_and_ends_nothing(start, monkeypatch, tmp_path, error):
+    def fail(*_):
+        raise error
+    monkeypatch.setattr("inkling.report.plot_run", fail)
+    done = start("run")
+    assert (done.returncode, done.stderr) == (0, "")
+    warnings_said = [line for line in done.stdout.splitlines() if line.startswith("warning")]
+    assert len(warnings_said) == 1
+    assert warnings_said[0].startswith("warning  cannot draw run/loss.png: ")
+    write_log(tmp_path / "other", [4.0])
+    monkeypatch.setattr(plots, "plot_comparison", fail)
+    one_line_error(inside(plots.main, "other"), "cannot draw compare.png")
 
 
 @pytest.mark.parametrize(("by", "place"), [("steps", 20), ("tokens", 2000), ("time", 2000 / 500 / 60)])
