@@ -291,6 +291,19 @@ def test_escapes_are_read_where_a_person_types_and_nowhere_else(say, here):
     assert json.loads(done.stdout)["prompt"] == r"a\nb"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_file_with_a_byte_order_mark_is_a_text(encoding, say, here):
+    """PowerShell writes UTF-16 by default."""
+    (here / "prompt").write_bytes("é\r\nb\r\n".encode(encoding))
+    assert json.loads(say("unix", "a", "--start=FILE:prompt", "--json", length=1).stdout)["prompt"] == "é\nb\n"
+    lines = say("unix", "a", "--prompts=prompt", "--json", length=1).stdout.splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["é", "b"]
+    assert json.loads(say("unix", "a", "--score=prompt", "--json").stdout)["bytes"] == 3
+    (here / "prompt").write_bytes("é".encode(encoding) + b"\xff")
+    done = inside(sample.main, "--ckpt=x", "--device=cpu", "--start=FILE:prompt")
+    assert f"not {encoding[:6].strip('-').upper()} text" in done.stderr
+
+
 def test_the_lines_of_a_file_of_prompts(say, here):
     for end in ENDS.values():
         (here / "lines").write_bytes(f"a{end}b{end}".encode())
