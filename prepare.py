@@ -137,7 +137,7 @@ class Options:
     delimiter: str = ""             # one character between the fields of a table; \t works; empty:
                                     # a tab in .tsv, in .csv a comma or what its first line shows
     separator: str = ""             # splits a plain text into documents and drops white space
-                                    # around them; \n, \t work
+                                    # around them; \n, \t, \r and \\ work
     encoding: Annotated[str, TextEncodings()] = "utf-8"  # of the text files
     newlines: Literal["convert", "keep"] = "convert"    # line ends of Windows (\r\n) and of old Macs
                                     # (\r): convert them to \n, or keep them

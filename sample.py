@@ -49,6 +49,7 @@ from inkling.cli import (
 from inkling.device import choose_device, choose_dtype, compile_step, compiler_missing
 from inkling.huggingface import NAMES
 from inkling.readers import to_newlines
+from inkling.sniff import marked_encoding
 from inkling.tokenizer import prompt_ids
 from train import draw, load
 
@@ -556,18 +557,22 @@ def refuse_unused(options: Options, typed: set):
 
 
 def read_text(name: str, flag: str) -> str:
-    """The text of a UTF-8 file, or of standard input if `name` is -."""
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, as PowerShell writes
+    it; of standard input if `name` is -."""
     source = "standard input" if name == "-" else name
+    encoding = "utf-8"
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return content.decode("utf-8-sig")
+        encoding = marked_encoding(content) or encoding
+        return content.decode(encoding).removeprefix("\ufeff")
     except IsADirectoryError:
         raise UserError(f"{flag}: {source} is a folder; name a text file")
     except OSError as error:
         raise UserError(f"{flag}: cannot read {source}: {error.strerror or error}")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise UserError(f"{flag}: {source} is not UTF-8 text: byte {byte:#04x} at offset {error.start:,}")
+        raise UserError(f"{flag}: {source} is not {encoding.upper()} text: byte {byte:#04x} at offset "
+                        f"{error.start:,}")
 
 
 def read_start(start: str) -> str:

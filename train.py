@@ -140,7 +140,8 @@ class Config(ModelConfig):
     always_save_checkpoint: bool = False  # write ckpt.pt at every evaluation, not only at the best so far
     sample_interval: NonNegativeInt = 0  # steps between samples of text; 0: at every evaluation
     sample_tokens: NonNegativeInt = 150  # length of these samples; 0: none
-    sample_start: str = ""              # their prompt; empty: the end-of-text token or a line break
+    sample_start: str = ""              # their prompt (\n, \t, \r and \\ are read as in sample.py's
+                                        # start); empty: the end-of-text token or a line break
     sample_temperature: NonNegativeFloat = 0.8  # randomness of these samples; 0: greedy
     tensorboard: bool = False           # also write TensorBoard files to out_dir
     wandb_log: bool = False             # also log to Weights & Biases

@@ -367,8 +367,9 @@ def prompt_ids(tokenizer: Tokenizer, text: str, flag: str) -> np.ndarray:
 
 
 def code_points(text: str) -> np.ndarray:
-    """The number of each character, (characters,) in uint32."""
-    return np.frombuffer(text.encode("utf-32-le"), "<u4")
+    """The number of each character, (characters,) in uint32. Half a surrogate pair, which is none,
+    has one too."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
 def utf8_size(text: str) -> int:

@@ -18,7 +18,7 @@ from inkling.dataset import read_meta
 from inkling.readers import LineEnds
 from inkling.records import split_lines
 from inkling.tokenizer import Tokenizer
-from train import GPT, Config
+from train import GPT, Config, sample_prompt
 
 TEXT = "The hen said,\n\"Good night!\"\n\nThe moon\tsaid it back.\n"
 ENDS = {"unix": "\n", "windows": "\r\n", "mac": "\r"}
@@ -291,12 +291,34 @@ def test_escapes_are_read_where_a_person_types_and_nowhere_else(say, here):
     assert json.loads(done.stdout)["prompt"] == r"a\nb"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_file_with_a_byte_order_mark_is_a_text(encoding, say, here):
+    """PowerShell writes UTF-16 by default."""
+    (here / "prompt").write_bytes("é\r\nb\r\n".encode(encoding))
+    assert json.loads(say("unix", "a", "--start=FILE:prompt", "--json", length=1).stdout)["prompt"] == "é\nb\n"
+    lines = say("unix", "a", "--prompts=prompt", "--json", length=1).stdout.splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["é", "b"]
+    assert json.loads(say("unix", "a", "--score=prompt", "--json").stdout)["bytes"] == 3
+    (here / "prompt").write_bytes("é".encode(encoding) + b"\xff")
+    done = inside(sample.main, "--ckpt=x", "--device=cpu", "--start=FILE:prompt")
+    assert f"not {encoding[:6].strip('-').upper()} text" in done.stderr
+
+
 def test_the_lines_of_a_file_of_prompts(say, here):
     for end in ENDS.values():
         (here / "lines").write_bytes(f"a{end}b{end}".encode())
         done = say("char", "a", "--prompts=lines", "--json", length=1)
         assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == ["a", "b"]
         assert done.stderr == ""
+
+
+def test_the_prompt_of_a_runs_samples_is_read_in_the_same_way():
+    cfg = Config(sample_start=r"a\nb\tc\\n")
+    tokenizer = Tokenizer({"kind": "char", "chars": "\t\n\r\\abcn"})
+    prompt, ids = sample_prompt(cfg, tokenizer)
+    assert prompt == "a\r\nb\tc\\n"
+    assert tokenizer.decode(ids.tolist()) == prompt
+    assert sample_prompt(cfg, Tokenizer({"kind": "byte"}))[0] == "a\nb\tc\\n"
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------
@@ -351,6 +373,20 @@ def test_a_character_that_is_missing_in_either_form_is_named_alone(monkeypatch, 
     assert rare.fit_form("Ko\u0308ln 漢") == "Köln 漢"   # the bytes of the accent mean nothing to it
     assert rare.fit_form("漢") == "漢"
     assert Tokenizer({"kind": "byte"}).fit_form("Ko\u0308ln") == "Ko\u0308ln"
+
+
+def test_a_prompt_that_is_no_text_is_refused_in_one_line(monkeypatch, here):
+    """As a shell hands over a name that is not UTF-8."""
+    for stored in STORED.values():
+        tokenizer = Tokenizer(stored)
+        monkeypatch.setattr(sample, "load", lambda path, device, tokenizer=tokenizer: (
+            Parrot([0], tokenizer.vocab_size), tokenizer))
+        for words in (["--start=a\udce9"], ["--start=a\udce9", "--interactive"]):
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\n"), "utf-8"))
+            done = inside(sample.main, "--ckpt=x", "--device=cpu", *words)
+            assert "not valid Unicode" in done.stderr
+        done = inside(sample.main, "--ckpt=x", "--device=cpu", "--start=a", "--stop=\udce9", "--max_new_tokens=1")
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_text_in_the_other_form_is_told_the_way_out(here):
