@@ -1,7 +1,7 @@
 """Models of other programs: a Hugging Face directory of GPT-2 or Llama, or nanoGPT's ckpt.pt, to a
 checkpoint of Inkling; and a checkpoint to a Hugging Face directory.
 
-    python convert.py import gpt2               # OpenAI's; also gpt2-medium, gpt2-large, gpt2-xl
+    python convert.py import gpt2       # or gpt2-medium, gpt2-large, gpt2-xl
     python convert.py import path/to/folder --out=out/llama
     python convert.py import nanoGPT/out/ckpt.pt --out=out/nano
     python convert.py export out/book/ckpt.pt --out=book

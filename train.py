@@ -91,7 +91,7 @@ class ModelConfig:
     rope_fraction: Fraction = 0.5       # fraction of each head's dimensions that is rotated
     rope_scaling: Literal["none", "linear", "llama3"] = "none"  # slower rotation, for a context longer than the
                                         # one first trained on: all of it, or as Llama 3 does (scale_frequency)
-    rope_factor: Annotated[float, at_least(1)] = 8.0  # with rope_scaling: how many times slower
+    rope_factor: Annotated[float, at_least(1).at_most(10**6)] = 8.0  # with rope_scaling: how many times slower
     rope_low_freq: PositiveFloat = 1.0  # llama3: what turns less often than this in rope_context is slowed down
     rope_high_freq: PositiveFloat = 4.0  # llama3: what turns more often than this is not; between, in part
     rope_context: PositiveInt = 8192    # llama3: the context that the model was first trained on
