@@ -342,29 +342,32 @@ def survey_corpus(paths: list, val_paths: list, options: Options) -> Corpus:
     is_char = options.tokenizer in ("char", "")
     reader = Reader(paths, options)
     val_reader = Reader(val_paths, options)
-    survey = survey_documents(reader, options.seed, count_characters=is_char)
-    if not survey.characters:
-        raise UserError(f"{', '.join(map(str, paths))}: no text in there")
+    survey = survey_text(reader, options, is_char)
     val_fraction = options.val_fraction
     val_documents = 0
     if val_paths:
         val_fraction = 0
-        val_survey = survey_documents(val_reader, options.seed, count_characters=is_char)
-        if not val_survey.characters:
-            raise UserError(f"{', '.join(map(str, val_paths))}: no validation text in there")
+        val_survey = survey_text(val_reader, options, is_char, "validation text")
         survey.counts += val_survey.counts
         val_documents = val_survey.documents
-    empty = reader.empty + val_reader.empty
-    if empty:
-        print(f"note     {empty:,} empty documents are passed over")
-    for line in [*reader.remarks.lines(), *(val_reader.remarks.lines() if val_paths else [])]:
-        print(f"note     {line}")
     corpus = Corpus(reader, val_reader, survey, val_documents, val_fraction, options.seed)
     if converted := corpus.converted_line_ends():
         # A limit may end the text before the end of what was read.
         count = "the" if options.limit else f"{converted:,}"
         print(f"note     {count} line ends \\r\\n or \\r became \\n (--newlines=keep leaves them)")
     return corpus
+
+
+def survey_text(reader: Reader, options: Options, count_characters: bool, what: str = "text") -> Survey:
+    """Read the documents of a reader once, and say what was noticed in them."""
+    survey = survey_documents(reader, options.seed, count_characters)
+    for line in reader.remarks.lines():
+        print(f"note     {line}")
+    if not survey.characters:
+        raise UserError(f"{', '.join(map(str, reader.paths))}: no {what} in there")
+    if reader.empty:
+        print(f"note     {counted(reader.empty, 'empty document')} passed over")
+    return survey
 
 
 def note_same_content(paths: list, sources: list):
@@ -823,7 +826,9 @@ def check_inputs(words: list, options: Options):
 def choose_name(words: list, options: Options) -> str:
     """The name of the set: as given, or that of its only file."""
     name = options.name or plain_name(words[0])
-    has_name = len(words) == 1 and is_set_name(name) and name not in SETS and not is_stream(words[0])
+    has_name = len(words) == 1 and is_set_name(name) and name not in SETS
+    if not options.name and any(map(is_stream, words)):
+        raise UserError("give the set a name: --name=NAME")
     if not options.name and not has_name:
         raise UserError(f"give the set a name: python prepare.py {' '.join(map(shell_word, words))} --name=NAME")
     if name in SETS and is_pinned(name):

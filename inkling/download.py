@@ -19,12 +19,21 @@ from inkling.progress import Progress
 
 BLOCK = 1 << 20                         # bytes read at a time
 TRIES = 3                               # of a download
+HUB = "https://huggingface.co/"
 TIMEOUT = 30                            # seconds without an answer
 CHANGED, NOTHING_LEFT = 412, 416  # HTTP: the file has changed since; it has no bytes from there on
 
 
 def is_address(word: str) -> bool:
     return word.startswith(("http://", "https://"))
+
+
+def hub_address(url: str) -> str:
+    """The address at the server that HF_ENDPOINT names, for what Hugging Face's hub has."""
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+    if endpoint and url.startswith(HUB):
+        return f"{endpoint}/{url.removeprefix(HUB)}"
+    return url
 
 
 @dataclass
@@ -58,7 +67,8 @@ class FirstHeaders(urllib.request.HTTPRedirectHandler):
 
 
 def download(url: str, path: Path, sha256: str = ""):
-    """Fetch `url` to `path`, or raise DownloadFailed.
+    """Fetch `url` to `path`, or raise DownloadFailed. HF_ENDPOINT names another server for addresses
+    of Hugging Face's hub.
 
     There are three tries, each with a time-out. Each resumes at the end of PATH.part, where the
     last try, or the last process, was cut off. The file takes its place only when it has as many
@@ -66,6 +76,7 @@ def download(url: str, path: Path, sha256: str = ""):
     tells. Without a SHA-256, a file that changed between two tries is noticed only if its server
     knows when it changed and the clocks agree; otherwise its new end is joined to its old
     beginning."""
+    url = hub_address(url)
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)  # also so that a person can put the file there
     print(f"downloading {url}", flush=True)

@@ -3,6 +3,7 @@ on the text itself."""
 
 import base64
 import codecs
+import hashlib
 import os
 import sys
 import unicodedata
@@ -145,9 +146,9 @@ class Tokenizer:
         try:
             encoding = tiktoken.get_encoding(name)
         except Exception as error:      # whatever its download raises
-            raise UserError(f"tiktoken could not load {name} ({type(error).__name__}), which it "
-                            "downloads once: try again with a network, set TIKTOKEN_CACHE_DIR to "
-                            "a folder that holds it, or use --tokenizer=char or byte")
+            raise UserError(f"tiktoken could not load {name} ({type(error).__name__}), which it downloads once: try "
+                            f"again with a network, set TIKTOKEN_CACHE_DIR to a folder that holds {cached_files(name)}"
+                            ", or use --tokenizer=char or byte")
         return cls({"kind": "bpe", "name": name, "pattern": encoding._pat_str,
                     "ranks": rank_lines(encoding._mergeable_ranks),
                     "special": dict(encoding._special_tokens)})
@@ -386,6 +387,22 @@ def import_tiktoken(message: str):
     except ImportError:
         raise UserError(message)
     return tiktoken
+
+
+ENCODINGS = "https://openaipublic.blob.core.windows.net/"
+ENCODING_FILES = {"gpt2": ("gpt-2/encodings/main/vocab.bpe", "gpt-2/encodings/main/encoder.json"),
+                  "p50k_edit": ("encodings/p50k_base.tiktoken",), "o200k_harmony": ("encodings/o200k_base.tiktoken",)}
+
+
+def cached_files(name: str) -> str:
+    """The files of an encoding as tiktoken looks for them in its cache: under the SHA-1 of their
+    addresses."""
+    files = ENCODING_FILES.get(name, (f"encodings/{name}.tiktoken",))
+    keys = [hashlib.sha1((ENCODINGS + file).encode()).hexdigest() for file in files]
+    said = " and ".join(f"{Path(file).name} as {key}" for file, key in zip(files, keys, strict=True))
+    if files[0].endswith(".tiktoken"):
+        said += f", give the file itself (--tokenizer=PATH/{Path(files[0]).name})"
+    return said
 
 
 def rank_lines(ranks: dict) -> str:

@@ -14,10 +14,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiktoken
 from conftest import one_line_error
 
 import prepare
 from inkling.cli import exit_code
+from inkling.tokenizer import cached_files
 
 TEXT = b"The hen said good night to the moon.\r\nThe moon said it back.\n" * 20
 READ = TEXT.replace(b"\r\n", b"\n")     # with the line ends that it has in a set
@@ -101,6 +103,7 @@ KEEPING = [cut_short, silent_midway]                # leave 100 bytes more to go
 class Answer(BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.ranges.append(self.headers["Range"])
+        self.server.paths.append(self.path)
         self.server.answer()(self)
 
     def log_message(self, *_):
@@ -115,6 +118,7 @@ def site(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
     server.url = f"http://127.0.0.1:{server.server_port}/tale.txt"
     server.answers, server.tries, server.ranges, server.closing = [good], [], [], threading.Event()
+    server.paths = []
     server.changed = 0
     server.answer = lambda: server.answers[min(len(server.tries), len(server.answers)) - 1]
     source = dict(url=server.url, sha256=hashlib.sha256(TEXT).hexdigest())
@@ -263,6 +267,18 @@ def test_a_checksum_that_the_server_tells_is_checked(site, prepared, refused, tm
     assert "no SHA-256" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("way", ["unpinned", "address"])
+def test_hf_endpoint_serves_every_address_of_the_hub(way, site, prepared, tmp_path, monkeypatch):
+    hub = "https://huggingface.co/datasets/tales/resolve/main/tale.txt"
+    monkeypatch.setitem(prepare.SETS, "news", prepare.SETS["news"] | {"url": hub})
+    monkeypatch.setenv("HF_ENDPOINT", site.url.removesuffix("tale.txt"))
+    prepared(*(["news"] if way == "unpinned" else [hub, "--name=own"]))
+    assert site.paths == ["/datasets/tales/resolve/main/tale.txt"]
+    assert TEXT in files(tmp_path).values()
+    prepared(site.url, "--name=other")                  # another server's address stays as it is
+    assert site.paths[1:] == ["/tale.txt"]
+
+
 def test_no_server_at_all(site, refused, tmp_path, monkeypatch):
     closed = "http://127.0.0.1:1/tale.txt"              # a port that nothing listens on
     monkeypatch.setitem(prepare.SETS, "tale", prepare.SETS["tale"] | {"url": closed})
@@ -326,5 +342,25 @@ def test_an_encoding_that_cannot_be_downloaded_is_one_line(raised, note, refused
     def refuse(name):
         raise raised
     monkeypatch.setattr("tiktoken.get_encoding", refuse)
-    one_line_error(refused(note, "--tokenizer=gpt2"), "gpt2", "TIKTOKEN_CACHE_DIR", "char or byte")
+    one_line_error(refused(note, "--tokenizer=gpt2"), "gpt2", "TIKTOKEN_CACHE_DIR", "char or byte",
+                   "vocab.bpe as 6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+                   "encoder.json as 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
+    one_line_error(refused(note, "--tokenizer=cl100k_base"), "--tokenizer=PATH/cl100k_base.tiktoken",
+                   "cl100k_base.tiktoken as 9b5ad71b2ce5302211f9c61530b329a4922fc6a4")
     assert set(files(tmp_path)) == {"note.txt"}
+
+
+def test_the_names_in_tiktokens_cache_are_those_it_looks_for(tmp_path, monkeypatch):
+    """Every encoding that tiktoken knows, from a cache of empty files: what it asks for is what the message says."""
+    asked = []
+
+    def note(path, *_):
+        asked.append(hashlib.sha1(path.encode()).hexdigest())
+        raise OSError("enough")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken.load, "read_file", note)
+    for name in tiktoken.list_encoding_names():
+        asked.clear()
+        with pytest.raises(OSError, match="enough"):
+            tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
+        assert asked[0] in cached_files(name)

@@ -2,30 +2,41 @@
 
 import bz2
 import csv
+import encodings.aliases
+import errno
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
 import random
+import subprocess
 import sys
+import tarfile
+import threading
 import time
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from conftest import one_line_error, prepared, refused, serving, texts
+from conftest import ROOT, one_line_error, prepared, refused, serving, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import inkling.archives
 import inkling.records
 import prepare
+from inkling.archives import Part
+from inkling.cli import UserError
 from inkling.progress import Progress
-from inkling.readers import cut_pieces
+from inkling.readers import cut_pieces, decode_part
+from inkling.remarks import Remarks
 from inkling.tokenizer import END_OF_TEXT
 
 ROWS = [{"title": f"fable {n}", "text": f"The {n}. hen, said \"é漢\"\nand went.\n"} for n in range(30)]
@@ -141,6 +152,321 @@ def test_what_does_not_decode_is_named_with_its_offset(here):
     one_line_error(refused("a.txt", "--encoding=base64"), "encoding=base64", "utf-8")
 
 
+ENCODINGS = sorted({*encodings.aliases.aliases.values(), "cp720", "utf_8_sig"})
+ODD_BYTES = [b"", b"a", b"\xff", b"\xff\xfe", b"\xfe\xff\0", b"\0\0\0", b"abc\x80\x81", b"+AA", b"+2AAA-", b"~{", b"~",
+             b"\x1b$B", b"\x1b", b"\\ud800\\N{x}\\x", b"\xed\xa0\x80", bytes(range(256)), b"\r\n\x85",
+             "漢字".encode("utf-16"), "漢字".encode("gb18030") + b"\x81", random.Random(0).randbytes(99)]
+
+
+@pytest.mark.parametrize("errors", ["strict", "skip", "replace"])
+def test_every_codec_of_python_reads_odd_bytes_or_refuses_them_in_a_line(errors):
+    """Plain UnicodeErrors, such as UTF-16 without a mark raises, too."""
+    accepted = [name for name in ENCODINGS if name in prepare.TextEncodings()]
+    assert len(accepted) > 90
+    wrong = []
+    for name, raw, size in itertools.product(accepted, ODD_BYTES, (1, 100)):
+        blocks = (raw[start:start + size] for start in range(0, len(raw), size))
+        try:
+            for text in decode_part(Part("a.txt", blocks, raw), name, Remarks(errors)):
+                assert text
+        except UserError:
+            pass
+        except Exception as error:
+            wrong.append(f"{name} {raw} {error!r}")
+    assert wrong == []
+
+
+def test_utf16_without_a_mark_is_one_line(here):
+    (here / "a.txt").write_bytes(b"abc")
+    one_line_error(refused("a.txt", "--encoding=utf-16"), "a.txt is not UTF-16", "--encoding=")
+    for name in ("idna", "punycode", "rot13", "undefined", "é", ""):
+        one_line_error(refused("a.txt", f"--encoding={name}"), f"encoding={name} must be a text encoding")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-be", "utf-32-le"])
+def test_a_byte_order_mark_names_its_encoding(encoding, here):
+    text = "Bär, 漢字 and \U0001f600.\n" * 99
+    mark = b"" if encoding in ("utf-16", "utf-32") else "\ufeff".encode(encoding)
+    (here / "a.txt").write_bytes(mark + text.encode(encoding))
+    said = prepared("a.txt", "--val_fraction=0")
+    assert f"a.txt: {encoding[:6].upper()}, by the byte order mark" in said
+    assert texts("a")[0] == text
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_nul_beside_every_letter_names_its_encoding(encoding, here):
+    """It is valid UTF-8, and would become a set with a NUL between the letters."""
+    (here / "a.txt").write_bytes(("Once there was a hen.\n" * 9).encode(encoding))
+    one_line_error(refused("a.txt"), "a.txt", "NUL", f"--encoding={encoding}")
+    prepared("a.txt", f"--encoding={encoding}", "--val_fraction=0")
+    assert texts("a")[0] == "Once there was a hen.\n" * 9
+
+
+@pytest.mark.parametrize(("text", "encoding"), [
+    ("He said “so” – well.\n", "cp1252"), ("Bär und Fuß.\n", "latin-1"), ("小狐狸对月亮说晚安。\n", "gb18030"),
+    ("Лиса сказала луне: спокойной ночи.\n", "cp1251"), ("狐は月におやすみと言いました。\n", "shift_jis")])
+def test_the_encoding_that_is_suggested_works(text, encoding, here):
+    (here / "a.txt").write_bytes((text * 9).encode(encoding))
+    said = refused("a.txt")
+    one_line_error(said, "not UTF-8", encoding)
+    assert said.stderr.partition("--encoding=")[2].startswith(encoding) or encoding in ("shift_jis", "cp1251")
+    prepared("a.txt", f"--encoding={encoding}", "--val_fraction=0")
+    assert texts("a")[0] == text * 9
+
+
+# -- what a file is ----------------------------------------------------------------------------------------------------
+
+def zipped(**members: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in members.items():
+            archive.writestr(name.replace("__", "/").replace("_dot_", "."), text)
+    return file.getvalue()
+
+
+def tarred(mode: str, members: dict) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=mode) as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def arrow(new) -> bytes:
+    file = io.BytesIO()
+    rows = pyarrow.table({"text": TEXTS})
+    with new(file, rows.schema) as writer:
+        writer.write_table(rows)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["odd", "odd.txt", "odd.jsonl", "odd.csv"])
+@pytest.mark.parametrize(("content", "parts"), [
+    (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", ["a PDF", "pdftotext odd"]),
+    (rb"{\rtf1\ansi A note.}", ["an RTF document", "--format=text"]),
+    (zipped(mimetype="epub+zip", **{"META-INF__container_dot_xml": "<container/>"}), ["an EPUB", "pandoc odd"]),
+    (zipped(**{"word__document_dot_xml": "<w/>"}), ["a DOCX", "txt odd"]),
+    (zipped(**{"xl__workbook_dot_xml": "<w/>"}), ["an XLSX", "csv odd"]),
+    (zipped(mimetype="application/vnd.oasis.opendocument.text", **{"content_dot_xml": "<o/>"}), ["ODT", "txt odd"]),
+    (zipped(**{"a_dot_png": "picture"}), ["an archive without text files", ".png", "--suffix="]),
+    (tarred("w:gz", {"a.png": b"picture"}), ["an archive without text files", ".png", "--suffix="]),
+    (b"7z\xbc\xaf\x27\x1c\0\4", ["a 7z archive", "7z x odd"]),
+    (b"Rar!\x1a\x07\1\0", ["a RAR archive", "unrar x odd"]),
+    (arrow(pyarrow.ipc.new_file), ["an Arrow file", ".parquet"]),
+    (arrow(pyarrow.ipc.new_stream), ["a stream of Arrow", ".parquet"]),
+    (b"SQLite format 3\0\x10\0", ["an SQLite database", ".csv"]),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1\0\0", ["an old Office document", "libreoffice"]),
+    (b"\xff\xd8\xff\xe0\0\x10JFIF", ["a JPEG picture"]),
+], ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_what_is_no_text_is_named_with_the_way_out(content, parts, name, here):
+    (here / name).write_bytes(content)
+    said = refused(name, "--name=s")
+    one_line_error(said, name, *parts)
+    assert "encoding" not in said.stderr
+    assert not list((here / "sets").rglob("*.bin"))
+
+
+@pytest.mark.parametrize("content", ["%PDF is a format", "PK", "GIF89", "7z", "BZh9 is how it begins", "MZ", "{\\rt"])
+def test_a_text_that_begins_like_something_else_is_a_text(content, here):
+    (here / "a.txt").write_text(content)
+    prepared("a.txt", "--val_fraction=0")
+    assert texts("a")[0] == content
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
+@pytest.mark.parametrize("name", ["a.txt", "a.parquet", "a.jsonl"])
+def test_what_is_packed_is_unpacked_whatever_it_is_called(name, suffix, here):
+    half = len(FORMS[name]) // 2
+    content = packed(FORMS[name], suffix)
+    if name == "a.txt":                                 # several frames, and padding
+        content = packed(FORMS[name][:half], suffix) + packed(FORMS[name][half:], suffix) + b"\0" * 512
+    (here / name).write_bytes(content)
+    prepared(name, "--name=s", "--tokenizer=byte", "--val_fraction=0")
+    assert texts("s")[0] == PLAIN
+
+
+MEMBERS = {"docs/b.txt": b"second", "docs/a.jsonl": b'"first"\n{"text": "again"}', "c.txt.gz": gzip.compress(b"third"),
+           "x.png": b"picture", "docs/.hidden.txt": b"hidden", "a.parquet": FORMS["a.parquet"]}
+
+
+@pytest.mark.parametrize("form", ["zip", "tar", "tar.gz", "tar.xz", "tar.bz2", "tgz"])
+def test_the_members_of_an_archive_are_read_by_their_suffix(form, here):
+    if form == "zip":
+        with zipfile.ZipFile(here / "a.zip", "w") as archive:
+            for name, content in MEMBERS.items():
+                archive.writestr(name, content)
+    else:
+        mode = {"tar": "w", "tar.gz": "w:gz", "tgz": "w:gz", "tar.xz": "w:xz", "tar.bz2": "w:bz2"}[form]
+        (here / f"a.{form}").write_bytes(tarred(mode, MEMBERS))
+    said = prepared(f"a.{form}", "--val_fraction=0", "--tokenizer=byte")
+    assert texts("a")[0] == "\n".join(["second", "first", "again", "third", *TEXTS])
+    assert f"a.{form}: 2 members passed over" in said
+    prepared(f"a.{form}", "--val_fraction=0", "--suffix=png")
+    assert texts("a")[0] == "picture"
+
+
+def test_archives_that_cannot_be_read_are_one_line(here):
+    whole = zipped(**{"a_dot_txt": "a note, " * 99})
+    (here / "a.zip").write_bytes(whole[:60])
+    one_line_error(refused("a.zip"), "a.zip is a damaged zip archive")
+    (here / "a.tar").write_bytes(tarred("w", {"a.txt": b"a note" * 999})[:2000])
+    one_line_error(refused("a.tar"), "a.tar is a damaged tar archive")
+    secret = bytearray(whole)
+    secret[6] |= 1                                      # encrypted, say both headers
+    secret[whole.index(b"PK\1\2") + 8] |= 1
+    (here / "b.zip").write_bytes(secret)
+    one_line_error(refused("b.zip"), "b.zip", "password", "unpack it first")
+
+
+@pytest.mark.parametrize(("text", "note"), [
+    ("<!DOCTYPE html>\n<html><p>A note.</p></html>", "HTML; tags are part of the text"),
+    ("<?xml version='1.0'?><TEI>A note.</TEI>", "XML; tags are part of the text"),
+    ("1\n00:00:01,000 --> 00:00:02,500\nA note.\n", "subtitles; numbers and times are part of the text"),
+    ("WEBVTT\n\n00:01.000 --> 00:02.000\nA note.\n", "subtitles; numbers and times are part of the text"),
+])
+def test_a_text_that_is_more_than_prose_is_taken_and_said(text, note, here):
+    (here / "a.txt").write_text(text)
+    assert f"a.txt: {note}" in prepared("a.txt", "--val_fraction=0")
+    assert texts("a")[0] == text
+    for number in range(9):
+        (here / f"b{number}.txt").write_text(text)
+    assert f"b0.txt, b1.txt, b2.txt and 6 more: {note}" in prepared("b*.txt", "--name=b")
+    (here / "c.txt").write_text("1 < 2\n00:00\n<3")
+    assert "note" not in prepared("c.txt", "--val_fraction=0.3")
+
+
+def test_rtf_is_taken_where_that_is_insisted_on(here):
+    (here / "a.rtf").write_text(r"{\rtf1\ansi A note.}")
+    assert "RTF; control words are part of the text" in prepared("a.rtf", "--name=a", "--format=text")
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+def rows(name: str, content: str, *words: str) -> list:
+    """The documents of a table."""
+    Path(name).write_text(content, encoding="utf-8", newline="")
+    prepared(name, "--name=rows", "--text_column=text", "--tokenizer=byte", "--val_fraction=0", "--joiner=|", "--force",
+             *words)
+    return texts("rows")[0].split("|")
+
+
+def test_a_tsv_has_no_quoting(here):
+    table = 'id\ttext\n1\t"Hi," said Tom.\n2\t"Wait!\n3\tThree.\n4\t"all of it"\n'
+    assert rows("a.tsv", table) == ['"Hi," said Tom.', '"Wait!', "Three.", '"all of it"']
+    said = prepared("a.tsv", "--name=s", "--text_column=text")
+    assert "a.tsv: 1 field in quotes" in said
+    assert r'--format=csv --delimiter="\t"' in said
+    assert rows("a.tsv", 'id\ttext\n4\t"all\nof ""it"""\n', "--format=csv", r"--delimiter=\t") == ['all\nof "it"']
+
+
+@pytest.mark.parametrize(("name", "content", "parts"), [
+    ("a.csv", 'id,text\n1,one\n2,"Wait!\n3,three\n', ["a.csv, line 3", "quote", "--format=tsv --delimiter=','"]),
+    ("a.csv", 'id,text\n1,"Hi," said Tom.\n', ["a.csv, line 2", "--format=tsv"]),
+    ("a.csv", "id,text\n1,Well, I never\n", ["a.csv, line 2: 3 fields, the first line has 2", "--errors=skip"]),
+    ("a.csv", 'id,text\n"1\n1",one\n2\n', ["a.csv, line 4: 1 fields"]),
+    ("a.tsv", "id\ttext\n1\tone\n2\ttwo\tmore\n", ["a.tsv, line 3: 3 fields, the first line has 2"]),
+    ("a.csv", "text,id,text\none,1,two\n", ["a.csv", "2 columns 'text'"]),
+    ("a.csv", "id,body\n1,one\n", ["a.csv has no column 'text'", "id, body", "--text_column="]),
+    ("a.csv", "", ["a.csv", "empty"]),
+])
+def test_a_table_that_does_not_fit_names_file_and_line(name, content, parts, here):
+    (here / name).write_text(content)
+    one_line_error(refused(name, "--text_column=text"), *parts)
+
+
+def test_quotes_that_csv_refuses_can_be_taken_as_text(here):
+    assert rows("a.csv", 'id,text\n1,"Hi" said Tom.\n', "--format=tsv", "--delimiter=,") == ['"Hi" said Tom.']
+
+
+def test_delimiters(here):
+    for mark in ",;\t|":
+        assert rows("a.csv", f"id{mark}text\n1{mark}one: two\n") == ["one: two"]
+    assert rows("a.csv", "id;text\n1;one, two\n") == ["one, two"]
+    assert rows("a.csv", "id:text\n1:one, two\n", "--delimiter=:") == ["one, two"]
+    assert rows("a.tsv", "id;text\n1;one\ttwo\n", "--delimiter=;") == ["one\ttwo"]
+    for mark in ("ab", '"', r"\n"):
+        one_line_error(refused("a.csv", f"--delimiter={mark}", "--text_column=text"), "delimiter=", "single character")
+    (here / "a.txt").write_text("a note")
+    one_line_error(refused("a.txt", "--delimiter=;"), "--delimiter", "a.txt")
+
+
+def test_a_table_without_a_header_has_numbers_for_columns(here):
+    (here / "a.csv").write_text("1;one\n2;two\n")
+    assert "its first line is a row" in prepared("a.csv", "--text_column=2", "--val_fraction=0")
+    assert texts("a")[0] == "one\ntwo"
+    one_line_error(refused("a.csv", "--text_column=3"), "a.csv has no column '3'", "1;one")
+    one_line_error(refused("a.csv", "--text_column=0"), "a.csv has no column '0'")
+    (here / "b.csv").write_text("2,id\none,1\n")        # a name first of all
+    prepared("b.csv", "--text_column=2", "--val_fraction=0")
+    assert texts("b")[0] == "one"
+    (here / "c.csv").write_text("1;one, two\n")
+    one_line_error(refused("c.csv", "--text_column=2"), "c.csv", "',' and ';'", "--delimiter=")
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+CHATS = [{"messages": [{"role": "user", "text": "Hi"}, {"role": "hen", "text": "Ho"}], "a.b": "dotted"},
+         {"messages": [{"role": "user", "text": ["see ", {"type": "link", "text": "this"}, "!"]}], "a.b": "too"}]
+
+
+@pytest.mark.parametrize(("column", "expected"), [
+    ("messages.text", ["Hi\nHo", NotImplemented]), ("messages.role", ["user\nhen", "user"]), ("a.b", ["dotted", "too"]),
+    ("messages.text.text", ["Hi\nHo", "see this!"])])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_path_of_fields_leads_to_the_text(name, column, expected, here):
+    content = "\n".join(map(json.dumps, CHATS)) if name == "a.jsonl" else json.dumps(CHATS)
+    (here / name).write_text(content)
+    if NotImplemented in expected:                      # the message says the way
+        one_line_error(refused(name, f"--text_column={column}"), "2 holds several fields in 'messages.text'",
+                       "messages.text.type, messages.text.text")
+        return
+    prepared(name, f"--text_column={column}", "--joiner=|", "--val_fraction=0")
+    assert texts("a")[0] == "|".join(expected)
+
+
+def test_a_path_of_fields_leads_into_a_parquet_struct(here):
+    rows = [{"en": "one", "fr": ["un", "une"]}, {"en": "two", "fr": ["deux"]}]
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows, "a.b": ["x", "y"]}), here / "a.parquet")
+    one_line_error(refused("a.parquet"), "a.parquet, row 1 holds several fields", "text.en, text.fr")
+    for column, expected in {"text.en": "one\ntwo", "text.fr": "un\nune\ndeux", "a.b": "x\ny"}.items():
+        prepared("a.parquet", f"--text_column={column}", "--val_fraction=0")
+        assert texts("a")[0] == expected
+    one_line_error(refused("a.parquet", "--text_column=text.de"), "row 1 has no 'text.de'", "text.en, text.fr")
+    one_line_error(refused("a.parquet", "--text_column=en"), "no column 'en'", "text, a.b")
+
+
+# -- what cannot be read may be left out -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("name", "content", "skipped", "replaced", "note"), [
+    ("a.jsonl", b'"one"\n{"text": 7}\n"two"\n{"tex', "one|two", "one|two", "2 rows left out"),
+    ("a.csv", b"id,text\n1,one\n2,a,b\n3,two\n", "one|two", "one|two", "1 row left out"),
+    ("a.jsonl", b'"half \\ud800 pair"\n"two"', "half  pair|two", "half \ufffd pair|two", "1 place"),
+    ("a.txt", b"caf\xe9 and \xff\xfe", "caf and ", "caf\ufffd and \ufffd\ufffd", "3 places"),
+    ("a.txt.gz", gzip.compress(b"caf\xe9 and"), "caf and", "caf\ufffd and", "1 place"),
+    ("a.jsonl", b'"one \xff"\n"two"\n', "one |two", "one \ufffd|two", "1 place"),
+])
+def test_errors_are_left_out_or_replaced_and_counted(name, content, skipped, replaced, note, here):
+    (here / name).write_bytes(content)
+    words = [name, *(["--text_column=text"] if "csv" in name else []), "--name=s", "--val_fraction=0", "--joiner=|"]
+    assert refused(*words).returncode == 2              # unless it is asked for
+    for errors, expected in {"skip": skipped, "replace": replaced}.items():
+        assert note in prepared(*words, f"--errors={errors}")
+        assert texts("s")[0] == expected
+        assert "nothing has changed" in prepared(*words, f"--errors={errors}")
+
+
+def test_a_bad_string_in_parquet_is_one_line_and_may_be_left_out(here):
+    column = pyarrow.StringArray.from_buffers(3, *pyarrow.array([b"one", b"caf\xe9", b"two"]).buffers()[1:])
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), here / "a.parquet")
+    one_line_error(refused("a.parquet"), "a.parquet, row 2 is not UTF-8", "--errors=skip")
+    assert "1 row left out" in prepared("a.parquet", "--errors=skip", "--val_fraction=0")
+    assert texts("a")[0] == "one\ntwo"
+    assert "1 place" in prepared("a.parquet", "--errors=replace", "--val_fraction=0")
+    assert texts("a")[0] == "one\ncaf\ufffd\ntwo"
+
+
 # -- many inputs -----------------------------------------------------------------------------------------------------
 
 def test_a_folder_is_read_in_a_stable_order_by_suffix(here):
@@ -156,6 +482,152 @@ def test_a_folder_is_read_in_a_stable_order_by_suffix(here):
     assert texts("p")[0] == "picture"
     prepared("texts/b/*", "texts/a.txt", "--name=g", "--val_fraction=0")
     assert texts("g")[0] == "ten \ntwo \na "
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_linked_folders_are_followed_once_and_what_is_left_out_is_named(here, monkeypatch):
+    (here / "texts/deep").mkdir(parents=True)
+    (here / "elsewhere/more").mkdir(parents=True)
+    (here / "texts/a.txt").write_text("one")
+    (here / "elsewhere/more/b.txt").write_text("two")
+    (here / "texts/link").symlink_to(here / "elsewhere")
+    (here / "texts/deep/up").symlink_to(here / "texts")              # a loop
+    (here / "elsewhere/more/back").symlink_to(here / "texts/deep")    # another
+    (here / "texts/gone.txt").symlink_to(here / "nowhere.txt")
+    (here / "texts/.git").mkdir()
+    (here / "texts/closed").mkdir()
+    os.mkfifo(here / "texts/pipe.txt")
+    listdir = os.listdir
+
+    def closed(path):
+        if os.path.basename(path) == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listdir(path)
+    monkeypatch.setattr(os, "listdir", closed)          # root, who may run the tests, opens everything
+    said = prepared("texts", "--val_fraction=0")
+    assert texts("texts")[0] == "one\ntwo"
+    for part in ("2 files taken", "1 broken link (texts/gone.txt)", "1 folder that cannot be read (texts/closed)",
+                 "1 hidden", "1 pipe"):
+        assert part in said
+    assert "2 documents of 2 files" in said
+    one_line_error(refused("texts/gone.txt"), "texts/gone.txt is a broken link", "nowhere.txt")
+    one_line_error(refused("texts/closed", "--name=c"), "texts/closed", "cannot be read")
+    assert "gone.txt is a broken link and passed over" in prepared("texts/[ag]*.txt", "--name=g", "--val_fraction=0")
+
+
+def test_a_glob_takes_folders_as_the_shell_would_give_them(here):
+    for name in ("texts/a.txt", "texts/b/c.txt", "texts/b/d.txt"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text(name)
+    prepared("texts/*", "--name=s", "--val_fraction=0")
+    assert texts("s")[0].split() == ["texts/a.txt", "texts/b/c.txt", "texts/b/d.txt"]
+    prepared("texts/**/*.txt", "--name=t", "--val_fraction=0")
+    assert texts("t")[0].split() == ["texts/a.txt", "texts/b/c.txt", "texts/b/d.txt"]
+
+
+def test_the_files_of_a_set_are_no_documents(here):
+    """A text may be kept beside its set, as nanoGPT does."""
+    (here / "sets/x").mkdir(parents=True)
+    (here / "sets/x/input.txt").write_text("a note\n" * 9)
+    prepared("sets/x", "--name=x")
+    assert "nothing has changed" in prepared("sets/x", "--name=x")
+    for words in (["sets/x/*"], [str(path) for path in sorted((here / "sets/x").glob("*.*"))],
+                  ["sets", "--suffix=txt,json,bin"]):
+        assert "3 files of a prepared set passed over" in prepared(*words, "--name=x", "--force")
+        assert "".join(texts("x")) == "a note\n" * 9
+    one_line_error(refused("sets/x/meta.json", "--name=y"), "meta.json", "prepared set")
+    (here / "data").mkdir()
+    (here / "data/meta.json").write_text('{"text": "mine"}')         # of that name, and no set's
+    prepared("data", "--name=d", "--val_fraction=0")
+    assert texts("d")[0] == "mine"
+
+
+needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+
+
+def feed(path: Path, content: bytes) -> threading.Thread:
+    """A pipe that somebody writes into, once."""
+    os.mkfifo(path)
+    thread = threading.Thread(target=path.write_bytes, args=(content,))
+    thread.start()
+    return thread
+
+
+@needs_pipes
+@pytest.mark.parametrize("name", ["pipe.jsonl", "pipe.jsonl.gz", "pipe.parquet"])
+def test_a_pipe_is_read_once_and_taken_by_its_suffix(name, here):
+    content = gzip.compress(FORMS["a.jsonl"]) if name.endswith(".gz") else FORMS["a" + Path(name).suffix]
+    for said in ("30 documents", "nothing has changed"):
+        writer = feed(here / name, content)
+        assert said in prepared(name, "--name=s", "--tokenizer=byte", "--val_fraction=0")
+        writer.join()
+        (here / name).unlink()
+    assert texts("s")[0] == PLAIN
+    assert {path.name for path in (here / "sets" / "s").iterdir()} == {"train.bin", "val.bin", "meta.json", ".lock"}
+    one_line_error(refused(name), "no file")
+
+
+@needs_pipes
+def test_pipes_for_both_texts_as_bash_makes_them(here):
+    (here / "a.txt").write_text("to learn from")
+    (here / "b.txt").write_text("to measure with")
+    program = f"{sys.executable} {ROOT}/prepare.py --data_dir=sets"
+    script = f"cat a.txt | {program} /dev/stdin --val=<(cat b.txt) --name=s"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert texts("s") == ["to learn from", "to measure with"]
+    done = subprocess.run(["bash", "-c", f"{program} <(cat a.txt)"], capture_output=True, text=True, timeout=60)
+    one_line_error(done, "--name=NAME")
+
+
+def test_what_stands_between_documents_is_said_and_decoded(here):
+    (here / "a.jsonl").write_text('"one"\n"two"\n"three"\n')
+    said = prepared("a.jsonl", "--val_fraction=0.4")
+    assert r"3 documents of 1 file: 2 in train, 1 in val by a seeded hash; between them stands '\n'" in said
+    assert sorted(prepared("--decode", "a").split("\n")) == ["one", "three", "two"]
+    prepared("--check", "a")
+    assert "the end of each in val" in prepared("a.jsonl", "--val_fraction=0.2", "--force")
+    assert "stands nothing" in prepared("a.jsonl", "--joiner=", "--val_fraction=0")
+    assert prepared("--decode", "a") == "onetwothree"
+    assert "stands <|endoftext|>" in prepared("a.jsonl", "--tokenizer=bpe:260", "--val_fraction=0.4")
+    assert sorted(prepared("--decode", "a").split("<|endoftext|>")) == ["one", "three", "two"]
+    (here / "b.jsonl").write_text('"the same"\n' * 200)
+    said = prepared("b.jsonl")
+    assert "200 documents of 1 file: 200 in train, 0 in val" in said
+    assert "val is empty" in said
+
+
+def test_a_set_from_before_the_joiner_is_unchanged_and_decodes_as_before(here):
+    (here / "a.jsonl").write_text('"one"\n"two"\n"three"\n')
+    prepared("a.jsonl", "--val_fraction=0.4", "--joiner=")
+    folder = here / "sets/a"
+    meta = json.loads((folder / "meta.json").read_text())
+    for key in ("joiner", "whole_documents", "options"):
+        del meta[key]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert "nothing has changed" in prepared("a.jsonl", "--val_fraction=0.4")
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(prepared("--decode", "a")) == sorted("onetwothree")
+    prepared("--check", "a")
+
+
+@pytest.mark.parametrize("name", ["红楼梦", "été", "किताब", "Книга_1", "本.v2"])
+def test_a_set_may_have_a_name_in_any_script(name, here):
+    (here / f"{name}.txt").write_text("a note " * 9, encoding="utf-8")
+    prepared(f"{name}.txt", "--val_fraction=0")
+    prepared("--check", name)
+    assert texts(name)[0] == "a note " * 9
+
+
+def test_a_suggested_command_can_be_pasted(here):
+    for name in ("my note.txt", "it's.txt", "a&b.txt", "two\nlines.txt"):
+        (here / name).write_text("a note")
+        said = refused(name)
+        one_line_error(said, "give the set a name: python prepare.py ")
+        command = said.stderr.strip().partition("python prepare.py ")[2]
+        words = subprocess.run(["bash", "-c", f"printf '%s|' {command}"], capture_output=True, text=True).stdout
+        assert words == f"{name}|--name=NAME|"
 
 
 def test_an_input_twice_is_said_and_read_once(here):
