@@ -18,7 +18,6 @@ import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from shlex import quote
 from typing import Annotated, Literal
 
 import numpy as np
@@ -47,6 +46,7 @@ from inkling.cli import (
     unescape,
 )
 from inkling.device import choose_device, choose_dtype, compile_step, compiler_missing
+from inkling.hints import command_for_sampling
 from inkling.huggingface import NAMES
 from inkling.readers import to_newlines
 from inkling.sniff import marked_encoding
@@ -665,17 +665,8 @@ def compile_if_asked(model, options: Options, device: str):
     return compile_step(model.next_logits, device)
 
 
-def next_command(word: str) -> str:
-    """What to type for a word that is no config file: a model or a text; or an empty text."""
-    if word.endswith(".pt") or os.path.isdir(word):
-        return f"python sample.py --ckpt={quote(word)}"
-    if os.path.isfile(word):
-        return f"python sample.py --start={quote('FILE:' + word)}"
-    return ""
-
-
 def main(argv: list) -> int:
-    parsed = parse(Options, argv, __doc__, hint=next_command)
+    parsed = parse(Options, argv, __doc__, hint=command_for_sampling)
     options = Options(**parsed.values)
     check(options)
     refuse_unused(options, parsed.typed)

@@ -16,12 +16,10 @@ save failed, 129, 130 and 143 stopped. README.zh.md: 中文说明
 
 import math
 import os
-import re
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from shlex import quote
 from typing import Annotated, Literal
 
 import numpy as np
@@ -62,6 +60,7 @@ from inkling.device import (
 )
 from inkling.distributed import Ranks, gradient_sync
 from inkling.dry_run import dry_run
+from inkling.hints import command_for_training
 from inkling.output import outlive_output
 from inkling.report import Report, check_loggers
 from inkling.stopping import Guard, NotFinite, Stop, explain_failures
@@ -1549,8 +1548,8 @@ def find_origin(cfg: Config, parsed: cli.Parsed, out_dir: Path) -> tuple:
     typed = replace(parsed, typed=parsed.typed & MODEL_FIELDS)
     values, changed = cli.merge(
         Config, content["config"], typed, MODEL_FIELDS, cfg.init_from, lower={"block_size"})
-    print_changes(changed)
-    print_overruled(values, parsed, MODEL_FIELDS, cfg.init_from)
+    cli.print_changes(changed)
+    cli.print_overruled(values, parsed, MODEL_FIELDS, MODEL_FIELDS, cfg.init_from)
     model_settings = {name: values[name] for name in MODEL_FIELDS | {"init"}}
     return replace(cfg, **model_settings), Origin(content, fit_to_time=fit_to_time)
 
@@ -1560,8 +1559,8 @@ def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
     typed now, and what of the stored plan these leave as it is."""
     content = load_checkpoint(last, resumable=True)
     values, changed = cli.merge(Config, content["config"], parsed, FIXED_FIELDS, last)
-    print_changes(changed)
-    print_overruled(values, parsed, values.keys() - {"init_from", "out_dir"}, last)
+    cli.print_changes(changed)
+    cli.print_overruled(values, parsed, values.keys() - {"init_from", "out_dir"}, FIXED_FIELDS, last)
     cfg = Config(**values)
     decided_anew = parsed.typed & {"dtype", "compile"}
     if parsed.typed & {"max_iters", "max_epochs"}:
@@ -1574,45 +1573,8 @@ def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
     return cfg, Origin(content, True, plan, fit_to_time, stamp)
 
 
-def print_changes(changed: dict):
-    """Print which stored settings the flags change. Of several processes, only the first prints."""
-    if changed and os.environ.get("RANK", "0") == "0":
-        changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
-        print(f"changed  since the run was saved: {cli.printable(changes)}", flush=True)
-
-
-def print_overruled(values: dict, parsed: cli.Parsed, names, source):
-    """Print which settings of the config files a checkpoint overrules. Of several processes, only
-    the first prints."""
-    overruled = cli.overruled(values, parsed, names)
-    if not overruled or os.environ.get("RANK", "0") != "0":
-        return
-    files = " and ".join(str(path) for path in parsed.files)
-    kept = ", ".join(f"{name}={values[name]} (not {value})" for name, value in overruled.items())
-    way_out = "a flag changes it"
-    if fixed := FIXED_FIELDS & overruled.keys():
-        way_out = f"only a run from scratch has another {' or '.join(sorted(fixed))}"
-    print(f"kept     from {source}, not from {files}: {cli.printable(kept)}; {way_out}", flush=True)
-
-
-def next_command(word: str) -> str:
-    """Return what to type for a word that is no config file: a text, a data set or a model; or an
-    empty text."""
-    path = Path(word)
-    folder = path.parent if path.name in ("meta.json", "train.bin") else path
-    name = re.sub("[^A-Za-z0-9._-]+", "_", path.resolve().stem).strip("._-") or "text"
-    if os.path.isfile(folder / "meta.json"):
-        place = folder.resolve()
-        return f"python train.py --dataset={place.name} --data_dir={quote(str(place.parent))}"
-    if word.endswith(".pt") or os.path.isfile(path / "config.json"):
-        return f"python train.py --init_from={quote(word)} --dataset=NAME"
-    if os.path.exists(word):
-        return f"python prepare.py {quote(word)} --name={name} && python train.py --dataset={name}"
-    return ""
-
-
 def main(argv: list) -> int:
-    parsed = cli.parse(Config, argv, __doc__, hint=next_command)
+    parsed = cli.parse(Config, argv, __doc__, hint=command_for_training)
     cfg = Config(**parsed.values)
     if not (cfg.eval_only or cfg.dry_run):
         outlive_output()

@@ -440,11 +440,26 @@ def merge(options: type, stored: dict, parsed: Parsed, fixed: set, source, lower
     return values | changed, {name: (values[name], value) for name, value in changed.items()}
 
 
-def overruled(values: dict, parsed: Parsed, names: Iterable) -> dict:
-    """{name: the config files' value} of those settings among `names` that the files given now set
-    to something else than `values`, the settings that a run resumes with."""
-    return {name: parsed.values[name] for name in sorted(names)
-            if name in parsed.values and name not in parsed.typed and parsed.values[name] != values[name]}
+def print_changes(changed: dict):
+    """Print which stored settings the flags change. Of several processes, only the first prints."""
+    if changed and os.environ.get("RANK", "0") == "0":
+        changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+        print(f"changed  since the run was saved: {printable(changes)}", flush=True)
+
+
+def print_overruled(values: dict, parsed: Parsed, names: Iterable, fixed: set, source):
+    """Print which settings of the config files, among `names`, a checkpoint overrules with its own
+    `values`. Of several processes, only the first prints."""
+    overruled = [name for name in sorted(names) if name in parsed.values and name not in parsed.typed
+                 and parsed.values[name] != values[name]]
+    if not overruled or os.environ.get("RANK", "0") != "0":
+        return
+    kept = ", ".join(f"{name}={values[name]} (not {parsed.values[name]})" for name in overruled)
+    files = " and ".join(str(path) for path in parsed.files)
+    way_out = "a flag changes it"
+    if unchangeable := sorted(fixed & set(overruled)):
+        way_out = f"only a run from scratch has another {' or '.join(unchangeable)}"
+    print(f"kept     from {source}, not from {files}: {printable(kept)}; {way_out}", flush=True)
 
 
 # -- --help ------------------------------------------------------------------------------------------------------------
