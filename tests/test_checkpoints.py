@@ -597,7 +597,6 @@ def test_an_archive_that_lists_its_entries_again_and_again_is_refused(healthy, d
 NO_CHECKPOINTS = {
     "nothing": {}, "a tensor": torch.zeros(3), "a list": [1, 2], "a number": 1, "a text": "weights",
     "bare weights": {"wte.weight": torch.zeros(3, 2)},
-    "nanoGPT's": dict(model={}, optimizer={}, model_args=dict(n_layer=2), iter_num=5, config={}),
     "another format": dict(format=99, config={}, tokenizer={}, model={}, vocab_size=3, step=1),
 }
 
@@ -605,6 +604,13 @@ NO_CHECKPOINTS = {
 @pytest.mark.parametrize("content", NO_CHECKPOINTS.values(), ids=NO_CHECKPOINTS)
 def test_something_else_that_torch_saved_is_refused(damaged, content):
     damaged(content, "not an Inkling checkpoint")
+
+
+def test_a_checkpoint_of_nanogpt_cannot_be_resumed_and_convert_is_named(damaged, start, tmp_path):
+    content = dict(model={}, optimizer={}, model_args=dict(n_layer=2), iter_num=5, config={})
+    damaged(content, "nanoGPT")
+    shutil.copy(tmp_path / "run" / "damaged", tmp_path / "run" / "last.pt")
+    one_line_error(start("run", init_from="resume"), "python convert.py import", "last.pt")
 
 
 def test_files_that_are_no_archives_are_refused(damaged):

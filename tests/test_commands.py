@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TOY, flags, inside, one_line_error
+from conftest import ROOT, TOY, ZYGOTE, flags, inside, one_line_error
 
 import prepare
 import sample
@@ -300,7 +300,7 @@ def test_of_several_samples_the_second_is_what_the_next_seed_gives(alone):
     ("sample.py", [], ["no ckpt.pt under out", "python train.py", "--ckpt="]),
 ])
 def test_a_mistake_ends_the_process_with_two_and_one_line(tmp_path, program, words, parts):
-    outcome = process(tmp_path, program, *words)
+    outcome = ZYGOTE.run(program, *words, folder=tmp_path)
     one_line_error(outcome, f"{program}: ", *parts)
     assert outcome.stdout == ""
     assert list(tmp_path.iterdir()) == []
@@ -470,7 +470,7 @@ def test_a_loss_that_is_not_finite_ends_the_process_with_three(data_dir, tmp_pat
     # A decay so strong that every weight's sign turns and its size explodes: not finite after a few steps.
     monkeypatch.chdir(tmp_path)
     settings = TOY | dict(optimizer="adamw", weight_decay=1e9, learning_rate=1e9, max_iters=50)
-    outcome = process(tmp_path, "train.py", *flags(**settings), f"--data_dir={data_dir}")
+    outcome = ZYGOTE.run("train.py", *flags(**settings, data_dir=data_dir), folder=tmp_path)
     assert outcome.returncode == 3
     assert len(outcome.stderr.splitlines()) == 1
     assert "not finite" in outcome.stderr

@@ -20,8 +20,8 @@ WITHOUT_TORCH = ["inkling.output", "inkling.cli", "inkling.format", "inkling.pro
                  "inkling.inputs", "inkling.records", "inkling.readers", "inkling.tokenizer_json", "inkling.tokenizer",
                  "inkling.split", "inkling.encode", "prepare"]
 ORDER = [*WITHOUT_TORCH, "inkling.device", "inkling.cpu", "inkling.clock", "inkling.checkpoint", "inkling.distributed",
-         "inkling.stopping", "inkling.plots", "inkling.report", "inkling.dry_run", "inkling.huggingface", "inkling.hints", "convert",
-         "train", "sample"]
+         "inkling.stopping", "inkling.plots", "inkling.report", "inkling.dry_run", "inkling.huggingface",
+         "inkling.hints", "convert", "train", "sample"]
 # A checkpoint's tokenizer is read with torch, a Hugging Face folder's by what makes Tokenizers of it: the ways back,
 # inside functions.
 WAYS_BACK = {("inkling.tokenizer", "inkling.checkpoint"), ("inkling.tokenizer", "inkling.huggingface")}

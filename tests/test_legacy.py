@@ -27,6 +27,7 @@ from conftest import ROOT, flags, inside, log_rows
 import prepare
 import sample
 import train
+from inkling.checkpoint import load_checkpoint
 from inkling.dataset import open_data
 from inkling.tokenizer import Tokenizer
 
@@ -156,6 +157,15 @@ def test_a_new_run_starts_from_an_old_ckpt(folder, tmp_path, name):
     done = inside(train.main, *flags(init_from=folder / name / "ckpt.pt", device="cpu", compile=False, **settings))
     assert done.returncode == 0, done.stderr
     assert stored(tmp_path / "new" / "last.pt")["config"]["n_embd"] == 16
+
+
+def test_evaluated_of_minus_1_means_not_yet(folder):
+    """In a last.pt that was saved before its run's first evaluation had ended."""
+    path = folder / "minutes" / "last.pt"
+    torch.save(stored(path) | dict(evaluated=-1, losses={}), path)
+    assert load_checkpoint(path, resumable=True)["evaluated"] is None
+    resume(folder, "minutes", *TYPED["minutes"])
+    assert stored(path)["evaluated"] == 12
 
 
 def test_a_config_from_before_there_were_n_grams_means_none(folder):

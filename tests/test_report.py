@@ -654,7 +654,8 @@ def test_tokens_that_fall_in_an_old_log_are_drawn(tmp_path):
     assert (tmp_path / "loss.png").exists()
 
 
-TITLES = ["cost_$x^2$ and $5", r"$\frac$", "caf\udce9", "红楼梦 🐱", "a\nb\tc", "_begins", "100 % {x} \\", "\0", "$" * 99]
+TITLES = ["cost_$x^2$ and $5", r"$\frac$", "caf\udce9", "红楼梦 🐱", "a\nb\tc", "_begins", "100 % {x} \\", "\0",
+          "$" * 99]
 
 
 @pytest.mark.parametrize("title", TITLES, ids=ascii)
