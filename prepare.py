@@ -1,6 +1,6 @@
 """Turn raw text into the token files that train.py reads.
 
-    python prepare.py shakespeare_char          # a built-in set, downloaded once
+    python prepare.py shakespeare_char          # built-in, downloaded once
     python prepare.py book.txt --name=book      # a token per character
     python prepare.py book.txt --name=words --tokenizer=bpe:4096
     python prepare.py texts/ more.jsonl.gz https://host/a.txt --name=all

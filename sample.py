@@ -63,7 +63,7 @@ class Options:
     # -- which model
     ckpt: FilePath = ""                 # checkpoint or folder of a run; empty: ckpt.pt of out_dir
     out_dir: FilePath = ""              # folder of the run; empty: the latest one under out/
-    init_from: str = "resume"           # resume: your own model; gpt2, gpt2-medium, gpt2-large,
+    init_from: FilePath = "resume"      # resume: your own model; gpt2, gpt2-medium, gpt2-large,
                                         # gpt2-xl: OpenAI's weights, from the Hugging Face cache or
                                         # downloaded to it; or a Hugging Face folder, or a
                                         # checkpoint

@@ -82,8 +82,9 @@ class RunFolder:
         self.release()
         if self.moved_to:
             with contextlib.suppress(OSError):      # another process has taken the folder
-                (self.path / LOCK).unlink(missing_ok=True)
-                self.path.rmdir()
+                if self.path.exists():
+                    (self.path / LOCK).unlink(missing_ok=True)
+                    self.path.rmdir()
                 os.rename(self.moved_to, self.path)
 
     def save(self, content: dict, name: str, keep: int = 0) -> str:

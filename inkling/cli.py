@@ -454,12 +454,15 @@ def print_overruled(values: dict, parsed: Parsed, names: Iterable, fixed: set, s
                  and parsed.values[name] != values[name]]
     if not overruled or os.environ.get("RANK", "0") != "0":
         return
-    kept = ", ".join(f"{name}={values[name]} (not {parsed.values[name]})" for name in overruled)
     files = " and ".join(str(path) for path in parsed.files)
-    way_out = "a flag changes it"
-    if unchangeable := sorted(fixed & set(overruled)):
-        way_out = f"only a run from scratch has another {' or '.join(unchangeable)}"
-    print(f"kept     from {source}, not from {files}: {printable(kept)}; {way_out}", flush=True)
+    kept = ", ".join(f"{name}={values[name]} (not {parsed.values[name]})" for name in overruled)
+    ways_out = []
+    if changeable := [name for name in overruled if name not in fixed]:
+        ways_out.append(f"a flag changes {' or '.join(changeable)}")
+    if unchangeable := [name for name in overruled if name in fixed]:
+        ways_out.append(f"only a run from scratch has another {' or '.join(unchangeable)}")
+    text = f"from {source}, not from {files}: {kept}; {'; '.join(ways_out)}"
+    print(f"kept     {printable(text)}", flush=True)
 
 
 # -- --help ------------------------------------------------------------------------------------------------------------

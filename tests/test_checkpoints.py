@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TOY, ZYGOTE, contents, flags, inside, log_rows, one_line_error, same_runs, trained
 
+import convert
 import sample
 import train
 from inkling import checkpoint, files
@@ -396,6 +397,118 @@ def test_weights_are_saved_under_their_own_names(start, monkeypatch, toy, tmp_pa
     assert start("run", compile=compiled, init_from="resume", max_iters=3).returncode == 0
 
 
+# -- a command that fails ---------------------------------------------------------------------------------
+
+@pytest.fixture
+def old_run(start, tmp_path):
+    """Its folder. `unmoved(old_run)` is true as long as nothing has happened to it."""
+    assert start("run", max_iters=2).returncode == 0
+    (tmp_path / "run" / "fingerprint").write_text(repr(fingerprint(tmp_path / "run")))
+    return tmp_path / "run"
+
+
+def fingerprint(folder) -> dict:
+    return {path.name: sha256(path) for path in sorted(folder.iterdir())
+            if not path.name.startswith(".") and path.name != "fingerprint"}
+
+
+def unmoved(old_run) -> bool:
+    as_it_was = (old_run / "fingerprint").read_text() == repr(fingerprint(old_run))
+    return as_it_was and [path.name for path in old_run.parent.glob("run*")] == ["run"]
+
+
+def fail_with(error):
+    def fail(*_, **__):
+        raise error
+    return fail
+
+
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["a step", "an evaluation"])
+def test_memory_is_tried_before_an_old_run_is_moved(start, monkeypatch, old_run, training):
+    forward = train.GPT.forward
+
+    def full(model, *arguments):
+        if model.training == training:
+            raise NO_MEMORY
+        return forward(model, *arguments)
+    monkeypatch.setattr(train.GPT, "forward", full)
+    one_line_error(start("run"), "out of memory", "what run holds is kept")
+    assert unmoved(old_run)
+
+
+def test_a_batch_beyond_the_memory_has_moved_nothing(data_dir, old_run):
+    settings = TOY | dict(data_dir=data_dir, out_dir="run", batch_size=20_000)
+    done = ZYGOTE.run("train.py", *flags(**settings), folder=old_run.parent, memory=300_000_000)
+    one_line_error(done, "out of memory", "batch_size")
+    assert unmoved(old_run)
+
+
+def test_the_way_out_of_a_lack_of_memory_works(start, monkeypatch, tmp_path):
+    """Where nothing was saved there is nothing to resume."""
+    monkeypatch.setattr(train.GPT, "forward", fail_with(NO_MEMORY))
+    done = start("run", eval_only=True)
+    one_line_error(done, "out of memory", "batch_size")
+    assert "resume" not in done.stderr
+
+
+@pytest.mark.parametrize("settings", [
+    dict(sample_start="§"), dict(dataset="nowhere"), dict(device="cuda:77"), dict(n_head=3), dict(batch_size=0),
+    dict(init_from="nowhere.pt"), dict(max_epochs=1.0, max_minutes=1.0)], ids=str)
+def test_a_wrong_setting_has_moved_nothing(start, old_run, settings):
+    one_line_error(start("run", **settings))
+    assert unmoved(old_run)
+
+
+def test_a_disk_without_room_has_moved_nothing(data_dir, old_run):
+    done = ZYGOTE.run("train.py", *flags(**TOY, data_dir=data_dir, out_dir="run"), folder=old_run.parent, room=0)
+    one_line_error(done, "cannot write run/log.csv", "File too large")
+    assert unmoved(old_run)
+    assert not (old_run / ".trial").exists()
+
+
+def test_a_folder_that_cannot_be_renamed_stays(start, monkeypatch, old_run):
+    monkeypatch.setattr(os, "rename", fail_with(PermissionError(errno.EACCES, "Permission denied")))
+    one_line_error(start("run"), "run holds a run and cannot be renamed (Permission denied)", "--out_dir")
+    assert unmoved(old_run)
+
+
+def test_a_new_folder_that_cannot_be_made_brings_the_old_one_back(start, monkeypatch, old_run):
+    lock_folder, calls = files.lock_folder, []
+
+    def second_fails(folder):
+        calls.append(folder)
+        if len(calls) == 2:
+            raise UserError("cannot use the folder run: Disk quota exceeded: name another")
+        return lock_folder(folder)
+    monkeypatch.setattr(checkpoint, "lock_folder", second_fails)
+    one_line_error(start("run"), "Disk quota exceeded")
+    assert unmoved(old_run)
+
+
+def test_ctrl_c_while_it_is_tried_has_moved_nothing(start, monkeypatch, old_run):
+    monkeypatch.setattr(train, "estimate_loss", fail_with(KeyboardInterrupt))
+    assert start("run").returncode == 130
+    assert unmoved(old_run)
+
+
+def test_what_was_tried_leaves_no_trace_in_the_run(start, old_run, tmp_path):
+    moved = start("run", dropout=0.2)
+    assert "run holds a run: moved to run.1" in moved.stdout
+    assert start("fresh", dropout=0.2).returncode == 0
+    same_runs(tmp_path / "run", tmp_path / "fresh")
+
+
+def test_an_import_that_cannot_be_saved_brings_the_old_run_back(monkeypatch, old_run):
+    content = load_checkpoint(old_run / "ckpt.pt")
+    monkeypatch.setattr(convert, "import_model", lambda *_: content)
+    monkeypatch.setattr(torch, "save", fail_with(OSError(errno.ENOSPC, "No space left on device")))
+    one_line_error(inside(convert.main, "import", "there", "--out=run"), "No space left on device")
+    assert unmoved(old_run)
+
+
 # -- resuming with other settings ------------------------------------------------------------------------
 
 @pytest.fixture
@@ -413,6 +526,74 @@ def test_a_changed_model_or_data_field_is_refused(start, stopped, name, value, o
     result = start("run", **dict(init_from="resume", init="gpt2") | {name: value})
     one_line_error(result, f"{name}={value}", str(old), "last.pt")
     assert sha256(stopped / "last.pt") == before
+
+
+def test_another_batch_size_keeps_the_count_of_tokens(start, stopped):
+    """4 steps of 4 sequences, then 2 of 16."""
+    result = start("run", init_from="resume", batch_size=8, gradient_accumulation_steps=2)
+    assert result.returncode == 0
+    tokens = {int(row["step"]): int(row["tokens"]) for row in log_rows(stopped)}
+    assert tokens == {0: 0, 1: 128, 2: 256, 3: 384, 4: 512, 5: 1024, 6: 1536}
+    for name in ("last.pt", "ckpt.pt"):
+        content = load_checkpoint(stopped / name)
+        assert content["tokens"] == tokens[content["step"]]
+    assert "speed    1.54k tokens" in result.stdout
+
+
+def test_a_checkpoint_from_before_tokens_were_counted_gets_those_of_its_own_batch(start, stopped):
+    for name in ("last.pt", "ckpt.pt"):
+        content = torch.load(stopped / name)
+        del content["tokens"]
+        torch.save(content, stopped / name)
+        assert load_checkpoint(stopped / name)["tokens"] == 128 * content["step"]
+    assert start("run", init_from="resume", batch_size=8).returncode == 0
+    assert [int(row["tokens"]) for row in log_rows(stopped)][-1] == 4 * 128 + 2 * 256
+
+
+@pytest.mark.parametrize("tokens", [-1, "512", 1.5, None], ids=str)
+def test_a_count_of_tokens_that_is_none_is_refused(stopped, tokens):
+    content = torch.load(stopped / "last.pt") | {"tokens": tokens}
+    torch.save(content, stopped / "last.pt")
+    with pytest.raises(UserError, match="tokens"):
+        load_checkpoint(stopped / "last.pt", resumable=True)
+
+
+@pytest.fixture
+def resume_with_file(start, tmp_path):
+    """resume_with_file("n_layer = 3"): stdout of a resumed run with this config file, up to its banner."""
+    def resume(lines: str, *words, **settings):
+        (tmp_path / "mine.py").write_text(lines, encoding="utf-8")
+        values = dict.fromkeys(TOY, None) | dict(init_from="resume", device="cpu") | settings
+        done = start("run", "mine.py", *words, **values)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.partition("data  ")[0]
+    return resume
+
+
+def test_a_config_file_that_was_edited_is_not_ignored_without_a_word(resume_with_file, stopped):
+    said = resume_with_file("learning_rate = 0.01\nmomentum = 0.95\nbatch_size = 4\nout_dir = 'elsewhere'")
+    assert said == ("kept     from run/last.pt, not from mine.py: learning_rate=0.02 (not 0.01); "
+                    "a flag changes learning_rate\n")
+
+
+def test_a_config_file_cannot_change_the_model_of_a_run(resume_with_file, stopped):
+    said = resume_with_file("learning_rate = 0.01\nn_layer = 3\ndataset = 'other'")
+    assert said == ("kept     from run/last.pt, not from mine.py: dataset=toy (not other), "
+                    "learning_rate=0.02 (not 0.01), n_layer=2 (not 3); a flag changes learning_rate; "
+                    "only a run from scratch has another dataset or n_layer\n")
+
+
+def test_a_flag_beats_the_file_and_says_what_it_changes(resume_with_file, stopped):
+    said = resume_with_file("learning_rate = 0.01", learning_rate=0.01)
+    assert said == "changed  since the run was saved: learning_rate 0.02 -> 0.01\n"
+    assert resume_with_file("learning_rate = 0.01") == ""
+
+
+def test_a_config_file_cannot_change_the_model_it_starts_from(resume_with_file, stopped):
+    said = resume_with_file("n_layer = 3\nlearning_rate = 0.01", init_from="run/ckpt.pt", out_dir="tuned", **{
+        name: value for name, value in TOY.items() if name not in ("n_layer", "device")})
+    assert said == ("kept     from run/ckpt.pt, not from mine.py: n_layer=2 (not 3); only a run from scratch has "
+                    "another n_layer\n")
 
 
 def test_a_changed_learning_rate_is_accepted_printed_and_used(start, stopped):

@@ -14,12 +14,15 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, TOY, ZYGOTE, flags, log_rows, same_runs
 
-from inkling import output
+from inkling import output, stopping
 from inkling.checkpoint import load_checkpoint
+from inkling.clock import Deadline
 from inkling.output import Messages, Output, outlive_output
 from inkling.plots import read_log
+from inkling.stopping import SIGNALS, Stop
 
 with contextlib.suppress(ImportError):      # on Windows
     import fcntl
@@ -96,6 +99,31 @@ def test_a_full_disk_under_the_output_costs_lines_and_nothing_else(data_dir, who
     assert len(lines) < 40
 
 
+@full
+@pytest.mark.parametrize("words", [
+    ["prepare.py", "DATA/toy.txt", "--data_dir=sets"], ["convert.py", "export", "WHOLE/ckpt.pt", "--out=sets/toy"]],
+    ids=lambda words: words[0])
+def test_what_makes_files_makes_them_without_its_output(data_dir, exportable, tmp_path, words):
+    name, *words = [word.replace("WHOLE", str(exportable)).replace("DATA", str(data_dir)) for word in words]
+    with open("/dev/full", "wb") as device:
+        done = ZYGOTE.run(name, *words, folder=tmp_path, out=device.fileno())
+    assert (done.returncode, done.stderr.splitlines()) == (
+        0, [f"{name}: its output is lost (No space left on device); it continues without"])
+    made = {path.name for path in (tmp_path / "sets" / "toy").iterdir()}
+    assert made >= ({"meta.json", "train.bin", "val.bin"} if name == "prepare.py" else {"config.json"})
+
+
+@pytest.fixture(scope="module")
+def exportable(data_dir, tmp_path_factory):
+    """The folder of a run that Hugging Face's format can express."""
+    out = tmp_path_factory.mktemp("out") / "llama"
+    done = ZYGOTE.run("train.py", *flags(**TOY | dict(
+        data_dir=data_dir, out_dir=out, max_iters=0, embed_norm=False, qk_norm=False, logit_cap=0, shortcuts=False,
+        ngrams=0, rope_fraction=1, mlp="swiglu", norm_gain=True)), folder=out.parent)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
 # -- SIGHUP
 
 def wait_for(holds, seconds: float = 60):
@@ -121,6 +149,43 @@ def test_sighup_saves_and_ends_with_129(data_dir, tmp_path):
     step = load_checkpoint(tmp_path / "run" / "last.pt", resumable=True)["step"]
     assert step == int(log_rows(tmp_path / "run")[-1]["step"]) > 0
     assert f"stopped  at step {step} of 1000000" in done.stdout
+
+
+@posix
+@pytest.mark.parametrize(("mine", "others", "code"), [
+    (0, signal.SIGHUP, 129), (0, signal.SIGTERM, 143), (signal.SIGHUP, signal.SIGINT, 129), (0, 0, 0)])
+def test_all_processes_end_for_the_signal_of_one(mine, others, code):
+    def add_the_others(reasons):
+        return reasons + torch.tensor([0, *(number == others for number in SIGNALS)])
+
+    stop = Stop(Deadline(0))
+    stop.signal = mine
+    stop.agree(SimpleNamespace(world=2, device="cpu", all_reduce=add_the_others))
+    assert stop.agreed == bool(code)
+    assert stop.exit_code == code
+
+
+@posix
+def test_sighup_is_taken_only_where_it_was_not_ignored(monkeypatch):
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler in (signal.SIG_IGN, signal.SIG_DFL):
+            signal.signal(signal.SIGHUP, handler)
+            with Stop(Deadline(0)) as stop:
+                assert (signal.getsignal(signal.SIGHUP) == stop.receive) == (handler == signal.SIG_DFL)
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_windows_has_no_sighup(monkeypatch):
+    monkeypatch.setattr(stopping, "SIGHUP", None)
+    monkeypatch.setattr(stopping, "SIGNALS", [signal.SIGTERM, signal.SIGINT])
+    with Stop(Deadline(0)) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+    stop.agree(SimpleNamespace(world=1))
+    assert stop.exit_code == 143
 
 
 class Terminal:
@@ -199,16 +264,10 @@ def test_on_a_full_device_it_ends_with_a_line(data_dir, whole, tmp_path, words):
 
 @posix
 def test_sampling_without_a_stdout_is_refused(program, whole):
-    done = program("sample.py", f"--ckpt={whole}/ckpt.pt", redirect=">&-")
+    """And without a stdin, which is an empty one."""
+    done = program("sample.py", f"--ckpt={whole}/ckpt.pt", "--start=-", redirect="<&- >&-")
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["sample.py: cannot write its output: Bad file descriptor"]
-
-
-@posix
-def test_standard_input_that_is_closed_is_empty(program, whole):
-    done = program("sample.py", f"--ckpt={whole}/ckpt.pt", "--start=-", "--max_new_tokens=3", redirect="<&-")
-    assert "Traceback" not in done.stderr
-    assert done.returncode in (0, 2)
 
 
 def test_a_reader_who_has_enough_ends_it_as_sigpipe_would(whole, tmp_path):

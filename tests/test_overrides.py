@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import pytest
-from conftest import inside, one_line_error
+from conftest import TOY, flags, inside, one_line_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +14,7 @@ import convert
 import prepare
 import sample
 import train
-from inkling import cli
+from inkling import cli, plots
 from inkling.cli import (
     FilePath,
     Fraction,
@@ -122,6 +122,80 @@ def test_a_flag_like_no_other_points_to_the_help(program, flag):
 def test_a_word_that_is_neither_flag_nor_config_file_is_refused():
     one_line_error(train_with("n_layer=3"), "n_layer=3", "--key=value")
     one_line_error(inside(sample.main, "ROMEO:"), "ROMEO:", "--key=value")
+
+
+# -- ~ in a path
+
+PATHS = {
+    "train": {"data_dir", "out_dir", "init_from"},
+    "prepare": {"tokenizer", "val", "data_dir"},
+    "sample": {"ckpt", "out_dir", "init_from", "prompts", "score"},
+    "convert": {"out", "tokenizer"},
+    "plots": {"out"},
+}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder, in the folder where the programs run."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))      # on Windows
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("program", PATHS)
+def test_every_path_setting_knows_the_home_folder(home, config, program):
+    options = plots.Options if program == "plots" else PROGRAMS[program][1]
+    kinds = get_type_hints(options)
+    assert {name for name in kinds if kinds[name] is FilePath} == PATHS[program]
+    for name in PATHS[program]:
+        assert parse(options, [f"--{name}=~/x y"], "").values[name] == f"{home}/x y"
+        assert parse(options, [config(f"{name} = '~/x y'")], "").values[name] == f"{home}/x y"
+        for other in ("a~b", "./~", "-", "", "~no-such-user/x", "https://a/~b", "gpt2"):
+            assert parse(options, [f"--{name}={other}"], "").values[name] == other
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_no_setting_that_is_called_a_file_or_a_folder_is_missing(program):
+    options = PROGRAMS[program][1]
+    kinds = get_type_hints(options)
+    others = {"dataset", "name", "suffix", "start", "format", "text_column", "encoding", "pattern"}
+    for _, name, comment in comments(options):
+        if kinds[name] is str and name not in others:
+            assert not re.search(r"\b(file|folder|path|PATH|checkpoint|directory)\b", comment), name
+
+
+def test_words_that_are_paths_know_the_home_folder(home):
+    for takes in ("words", "runs"):
+        assert parse(plots.Options, ["~/a", "b~"], "", takes=takes).words == [f"{home}/a", "b~"]
+    (home / "mine.py").write_text("n_layer = 5", encoding="utf-8")
+    parsed = parse(Config, ["~/mine.py"], "")
+    assert (parsed.values, parsed.files) == ({"n_layer": 5}, [home / "mine.py"])
+
+
+def test_texts_that_are_no_paths_stay_as_they_are(home):
+    assert read("--sample_start=~/x", "--dataset=~")["sample_start"] == "~/x"
+    assert parse(sample.Options, ["--start=~/x", "--stop=~"], "").values == {"start": "~/x", "stop": ("~",)}
+
+
+@pytest.mark.parametrize("name", ["~a\0b", "~\ud800", "~" + "x" * 5000], ids=["zero", "surrogate", "long"])
+def test_a_home_that_no_user_can_have_stays_as_it_is(name):
+    assert cli.expand_home(name) == name
+
+
+def test_a_run_in_the_home_folder(home, data_dir):
+    words = [*flags(**TOY | dict(max_iters=1)), f"--data_dir={data_dir}", "--out_dir=~/runs/a"]
+    assert inside(train.main, *words).returncode == 0
+    assert {path.name for path in home.parent.iterdir()} == {"home"}
+    (home / "prompt.txt").write_text("The fox", encoding="utf-8")
+    for words in (["--out_dir=~/runs/a", "--start=FILE:~/prompt.txt"], ["--ckpt=~/runs/a/ckpt.pt", "--start=The fox"],
+                  ["--ckpt=~/runs/a", "--prompts=~/prompt.txt"]):
+        done = inside(sample.main, *words, "--max_new_tokens=5")
+        assert done.stdout.startswith("The fox"), done.stderr
+    assert inside(sample.main, "--ckpt=~/runs/a", "--score=~/prompt.txt").returncode == 0
+    assert load("~/runs/a")[0].cfg.n_layer == 2
 
 
 # -- flags that may be given several times

@@ -314,10 +314,23 @@ def test_a_resumed_log_loses_the_rows_that_will_be_written_again(tmp_path, first
     assert lines == [row for row in rows if ("eval " * (",4.3," in row) + row.partition(",")[0]) in kept]
 
 
-def test_a_log_that_cannot_be_written_is_a_users_mistake(tmp_path):
+@pytest.mark.parametrize("first_step", [0, 3])
+def test_a_log_that_cannot_be_written_is_a_users_mistake(tmp_path, first_step):
     (tmp_path / "log.csv").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*log\.csv"):
-        LogFile(tmp_path / "log.csv", 0, None)
+        LogFile(tmp_path / "log.csv", first_step, None)
+
+
+def test_a_damaged_log_is_resumed_without_the_damaged_rows(tmp_path):
+    """A power cut leaves zeros, people leave columns and comments of their own, in any encoding."""
+    good = "1,128,4.1,0.01,0.5,,,,20.0,6400.0,0.1"
+    damaged = [b"2,256,4.1\0\0\0", b"\0" * 600, b"caf\xe9",
+               b"x,256,4.0,0.01,0.5,,,,20,6400,0.2", b"3,384,4,,,,,,,,1,2,3",
+               b",512,4.0,0.01,0.5,,,,20,6400,0.2", b'"4,512']
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"\n".join([HEAD.encode() + b",mine", good.encode() + b",7", *damaged]))
+    LogFile(path, 9, None).close()
+    assert path.read_text().splitlines() == [HEAD, good]
 
 
 def test_a_full_disk_costs_the_row_and_not_the_run(make_run, tmp_path, capsys):
