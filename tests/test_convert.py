@@ -823,7 +823,7 @@ def test_any_tokenizer_json_gives_the_ids_of_transformers(saved, name):
 
     hypothesis_settings = settings(max_examples=60, deadline=None)
     hypothesis_settings(given(anything)(compare))()
-    for text in (TEXT[:3000], "The fox  is 1234\tcaf\u00e9 cafe\u0301 \u72d0\u72f8 \U0001f98a</s><s>", " x", "", "\n"):
+    for text in (TEXT[:3000], "nothing", "the  old ", "The fox  is 1234\tcaf\u00e9 cafe\u0301 \u72d0\u72f8 \U0001f98a</s><s>", " x", "", "\n"):
         compare(text)
 
 
@@ -1492,9 +1492,12 @@ def test_train_takes_a_hugging_face_folder(saved, tmp_path):
 ])
 def test_a_word_that_is_no_config_file_gets_the_command_that_was_meant(saved, tmp_path, program, word, command):
     saved()
+    Path("old").mkdir()
+    Path("old/ckpt.pt").write_bytes(b"")
     Path("my book.txt").write_text(TEXT, encoding="utf-8")
     write_set(tmp_path / "sets" / "tale", [Path("my book.txt")], "byte", 0.1)
     one_line_error(inside(program.main, word), "neither a config file", command)
+    assert "you may want" not in inside(program.main, "no such file.txt").stderr
 
 
 # -- --init_from=gpt2 ------------------------------------------------------------------------------------------------
