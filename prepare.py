@@ -705,10 +705,12 @@ def decode_set(folder: Path):
         if split == "val" and both and meta.get("whole_documents"):
             sys.stdout.buffer.write(text_between(tokenizer, meta.get("joiner")))
         open_split(folder, meta, split)                 # checks the files' sizes
+        previous = None
         for name, _, _ in split_files(meta, split):
             for ids in read_chunks(folder / name, meta["dtype"]):
                 check_ids(ids, meta["vocab_size"], split)
-                sys.stdout.buffer.write(b"".join(tokenizer.pieces[value] for value in ids.tolist()))
+                sys.stdout.buffer.write(tokenizer.document_bytes(ids.tolist(), previous))
+                previous = int(ids[-1])
     sys.stdout.buffer.flush()
 
 

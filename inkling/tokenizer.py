@@ -325,6 +325,24 @@ class Tokenizer:
             text = text.removeprefix(" ")
         return text
 
+    def document_bytes(self, ids: list, previous: int | None = None) -> bytes:
+        """The bytes of a data set's `ids`, which follow the id `previous`; None: they are its first.
+        What an imported model has before every document, its first token or a space, is left out."""
+        has_space = self.backend is not None and self.backend.prefix
+        if self.bos is None and not has_space:
+            return b"".join(self.pieces[value] for value in ids)
+        marks = {None, self.eot, self.bos}
+        parts = []
+        for value in ids:
+            piece = self.pieces[value]
+            if value == self.bos and value != self.eot:
+                piece = b""
+            elif has_space and previous in marks:
+                piece = piece.removeprefix(b" ")
+            parts.append(piece)
+            previous = value
+        return b"".join(parts)
+
     def stream(self) -> Callable[[int | None], str]:
         """A function from one id to the text that it completes, in the middle of a text: a character
         spread over several tokens is held back until it is whole. Called with None it returns what

@@ -58,7 +58,7 @@ from inkling.huggingface import (
     tokenizer_to_json,
 )
 from inkling.tokenizer import END_OF_TEXT, Tokenizer
-from prepare import check_set, write_set
+from prepare import check_set, decode_set, write_set
 from train import GPT, Config
 
 try:
@@ -823,7 +823,8 @@ def test_any_tokenizer_json_gives_the_ids_of_transformers(saved, name):
 
     hypothesis_settings = settings(max_examples=60, deadline=None)
     hypothesis_settings(given(anything)(compare))()
-    for text in (TEXT[:3000], "The fox  is 1234\tcaf\u00e9 cafe\u0301 \u72d0\u72f8 \U0001f98a</s><s>", " x", "", "\n"):
+    for text in (TEXT[:3000], "nothing", "the  old ",
+                 "The fox  is 1234\tcaf\u00e9 cafe\u0301 \u72d0\u72f8 \U0001f98a</s><s>", " x", "", "\n"):
         compare(text)
 
 
@@ -835,6 +836,7 @@ def test_a_long_text_is_cut_where_no_id_changes(name, monkeypatch):
     whole = ours.encode(TEXT[:5000]).tolist()
     monkeypatch.setattr("inkling.tokenizer.BOUNDED", 300)
     assert ours.encode(TEXT[:5000]).tolist() == whole
+    assert ours.decode(ours.encode("x" * 700)).strip() == "x" * 700         # nor where there is no space to cut at
 
 
 def test_what_a_vocabulary_lacks_is_named_and_never_dropped():
@@ -1004,7 +1006,7 @@ def test_sampling_ends_at_the_models_own_token(saved):
         assert (record["finish"], len(record["tokens"])) == (finish, 0 if finish == "eot" else 9)
 
 
-def test_documents_are_separated_by_the_models_own_tokens(saved, tmp_path):
+def test_documents_are_separated_by_the_models_own_tokens(saved, tmp_path, capsysbinary):
     """In a data set for fine-tuning: the end of one, the beginning of the next."""
     _, folder = kept_whole(saved, with_template(llama2()), eos_token="</s>", bos_token="<s>")
     convert_ok("import", folder, "--out=ours")
@@ -1019,6 +1021,9 @@ def test_documents_are_separated_by_the_models_own_tokens(saved, tmp_path):
             expected += [*theirs(row).input_ids, 2]
         assert data == expected[:-1]
         check_set(tmp_path / "sets" / "rows")
+        capsysbinary.readouterr()
+        decode_set(tmp_path / "sets" / "rows")
+        assert capsysbinary.readouterr().out == b"First.</s>Second one.</s>Third."
 
 
 def test_the_tokenizer_can_come_from_a_data_set_or_a_checkpoint(saved, tmp_path):
@@ -1492,9 +1497,12 @@ def test_train_takes_a_hugging_face_folder(saved, tmp_path):
 ])
 def test_a_word_that_is_no_config_file_gets_the_command_that_was_meant(saved, tmp_path, program, word, command):
     saved()
+    Path("old").mkdir()
+    Path("old/ckpt.pt").write_bytes(b"")
     Path("my book.txt").write_text(TEXT, encoding="utf-8")
     write_set(tmp_path / "sets" / "tale", [Path("my book.txt")], "byte", 0.1)
     one_line_error(inside(program.main, word), "neither a config file", command)
+    assert "you may want" not in inside(program.main, "no such file.txt").stderr
 
 
 # -- --init_from=gpt2 ------------------------------------------------------------------------------------------------
