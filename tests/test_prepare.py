@@ -667,7 +667,7 @@ def test_a_first_set_that_was_committed_and_not_finished_is_there(write, tmp_pat
     assert len(data["train"]) == 105
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="these systems have no such names")
 def test_a_name_that_is_not_utf8_is_kept_and_known_again(tmp_path, capsys):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
     path.write_text("a note\n" * 9)
@@ -676,6 +676,29 @@ def test_a_name_that_is_not_utf8_is_kept_and_known_again(tmp_path, capsys):
     assert "nothing has changed" in capsys.readouterr().out
     check_set(tmp_path / "s")
     one_line_error(inside(prepare.main, path), "$'", "caf\\xe9.txt' --name=NAME")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows knows no such words")
+@pytest.mark.parametrize("flag", ["text_column", "delimiter", "separator", "joiner", "pattern", "name"])
+def test_a_flag_that_is_not_utf8_is_one_line_at_the_start(flag, in_folder, refused):
+    one_line_error(refused(prepared, "note.txt", os.fsdecode(b"--" + flag.encode() + b"=\xe9")), flag[:4], r"\udce9")
+    assert not list(Path("data").rglob("*"))
+
+
+def test_a_set_that_is_replaced_while_it_is_opened_is_opened_again(old_and_new, monkeypatch):
+    """The old meta.json would read the new token files as other characters."""
+    folder, _, new, write_new = old_and_new
+    original, opened = open_split, []
+
+    def open_later(*args):
+        if not opened:
+            write_new()
+        opened.append(args)
+        return original(*args)
+    monkeypatch.setattr(inkling.dataset, "open_split", open_later)
+    data, meta = open_data(folder, 8)
+    assert meta == json.loads(new["meta.json"])
+    assert Tokenizer(meta["tokenizer"]).decode(data["train"]) == NEW[:243]
 
 
 def test_writing_and_flushing_precede_the_rename(old_and_new, monkeypatch):
