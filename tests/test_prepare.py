@@ -634,6 +634,21 @@ def test_a_process_killed_at_any_call_leaves_the_old_set_or_the_new_one(when, ol
     assert states == sorted(states, key=["old", "new"].index)
 
 
+@pytest.mark.parametrize("operation", ["open", "write", "fsync"])
+def test_a_third_set_that_fails_harms_none_that_was_committed(operation, old_and_new, state, write):
+    """Its first files would take the places of those that wait to be renamed."""
+    folder, old, new, write_new = old_and_new
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, "replace", 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            write_new()
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, operation, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            write("a third text " * 20)
+    assert state(folder, old, new) == "new"
+
+
 def test_whoever_opens_a_set_waits_for_the_one_that_is_finishing_it(old_and_new, monkeypatch):
     """The new set is committed, and its files are half renamed, by a process that still runs."""
     folder, _, new, write_new = old_and_new
@@ -685,20 +700,20 @@ def test_a_flag_that_is_not_utf8_is_one_line_at_the_start(flag, in_folder, refus
     assert not list(Path("data").rglob("*"))
 
 
-def test_a_set_that_is_replaced_while_it_is_opened_is_opened_again(old_and_new, monkeypatch):
+@pytest.mark.parametrize("later", ["xyz" * 30, "the new text, which is longer\n" * 9], ids=["as long", "longer"])
+def test_a_set_that_is_replaced_while_it_is_opened_is_opened_again(later, write, monkeypatch):
     """The old meta.json would read the new token files as other characters."""
-    folder, _, new, write_new = old_and_new
+    folder = write("abc" * 30)
     original, opened = open_split, []
 
     def open_later(*args):
-        if not opened:
-            write_new()
         opened.append(args)
+        if len(opened) == 1:
+            write(later)
         return original(*args)
     monkeypatch.setattr(inkling.dataset, "open_split", open_later)
     data, meta = open_data(folder, 8)
-    assert meta == json.loads(new["meta.json"])
-    assert Tokenizer(meta["tokenizer"]).decode(data["train"]) == NEW[:243]
+    assert Tokenizer(meta["tokenizer"]).decode(data["train"]) == later[:int(len(later) * 0.9)]
 
 
 def test_writing_and_flushing_precede_the_rename(old_and_new, monkeypatch):
