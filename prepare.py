@@ -718,7 +718,7 @@ def adopt_set(folder: Path, options: Options):
     """Write the meta.json of a folder that holds nanoGPT's train.bin and val.bin (uint16, without a
     header)."""
     place = folder.resolve()
-    if (folder / "meta.json").is_file() and not options.force:
+    if has_set(folder) and not options.force:
         raise UserError(f"{folder} has a meta.json already: python prepare.py --check {place.name} "
                         f"--data_dir={place.parent} (--force writes it again)")
     tokenizer = existing_tokenizer(options)

@@ -22,6 +22,9 @@ from inkling.sniff import HEAD, ZIP_FORMS, Form, is_tar, is_zip, packed_form
 PACKED = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bzip2"}
 
 
+STEPS = {"gzip": 1 << 14}  # bytes unpacked at a time: gzip's may hold a thousand times their size, others' more
+
+
 class Metered(io.FileIO):
     """A file that tells `progress` what is read from it."""
 
@@ -153,9 +156,10 @@ def unpack(blocks, form: str, name: str):
     frame = decompressor(form, name)
     errors = decompression_errors(form)
     is_open = False                                     # a frame has begun and not ended
+    step = STEPS.get(form, 4096)
     for block in blocks:
-        for start in range(0, len(block), 4096):        # small: it may hold thirty thousand times its size
-            rest = block[start:start + 4096]
+        for start in range(0, len(block), step):
+            rest = block[start:start + step]
             while rest:
                 if not is_open:
                     rest = rest.lstrip(b"\0")           # padding

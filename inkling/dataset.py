@@ -241,11 +241,24 @@ def open_split(folder: Path, meta: dict, split: str) -> "np.ndarray | Shards":
     return arrays[0] if len(arrays) == 1 else Shards(arrays)
 
 
+def open_splits(folder: Path) -> tuple:
+    """({"train": ids, "val": ids}, meta) of one set, though another may take its place meanwhile."""
+    while True:
+        meta = read_meta(folder)
+        try:
+            data = {split: open_split(folder, meta, split) for split in SPLITS}
+        except UserError:
+            if read_meta(folder) == meta:
+                raise
+            continue
+        if read_meta(folder) == meta:
+            return data, meta
+
+
 def open_data(folder: Path, block_size: int) -> tuple:
     """({"train": ids, "val": ids}, meta). Raises UserError if a split is too short for one window
     of `block_size` tokens and the target after it."""
-    meta = read_meta(folder)
-    data = {split: open_split(folder, meta, split) for split in SPLITS}
+    data, meta = open_splits(folder)
     ways_out = {"train": "bring more text", "val": "raise prepare.py's --val_fraction"}
     for split, way_out in ways_out.items():
         if len(data[split]) <= block_size:

@@ -12,6 +12,7 @@ from inkling.archives import PACKED, suffix_of
 from inkling.cli import UserError
 from inkling.dataset import is_part_of_set
 from inkling.download import BLOCK
+from inkling.files import HOLDER, LOCK
 from inkling.format import counted
 from inkling.progress import Progress
 
@@ -105,7 +106,9 @@ class Folder:
             self.entered.add((status.st_dev, status.st_ino))
             for name in entries:
                 path = folder / name
-                if name.startswith("."):
+                if name in (LOCK, HOLDER):
+                    pass                                # of the set that is prepared, in its own folder
+                elif name.startswith("."):
                     self.hidden += 1
                 elif os.path.isdir(path):
                     waiting.append(path)

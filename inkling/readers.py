@@ -56,12 +56,13 @@ def cut_pieces(text: str, most: int):
 def decode_part(part: Part, encoding: str, remarks: Remarks):
     """Yield the content of a part as text that is not empty, exactly (line ends too) except for a
     byte order mark."""
-    if codecs.lookup(encoding).name == "utf-8":
-        if marked := marked_encoding(part.head):
-            remarks.notice(part.name, f"{marked.upper()}, by the byte order mark", "read as that")
-            encoding = marked
-        elif wide := encoding_with_nuls(part.head):
-            raise UserError(f"{part.name} has a NUL beside nearly every letter: name its encoding (--encoding={wide})")
+    named = codecs.lookup(encoding).name
+    marked = marked_encoding(part.head)
+    if marked and not named.startswith(marked):
+        remarks.notice(part.name, f"{marked.upper()}, by the byte order mark", f"read as that, not as {encoding}")
+        encoding = marked
+    elif named == "utf-8" and (wide := encoding_with_nuls(part.head)):
+        raise UserError(f"{part.name} has a NUL beside nearly every letter: name its encoding (--encoding={wide})")
     yield from decode_blocks(part, encoding, remarks)
 
 

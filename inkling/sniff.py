@@ -81,12 +81,12 @@ def not_text(head: bytes) -> Form | None:
 
 # -- what a text is --------------------------------------------------------------------------------
 
-MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
-         codecs.BOM_UTF16_BE: "utf-16"}
+MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+         codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 def marked_encoding(head: bytes) -> str:
-    """utf-32 or utf-16, if the text begins with their byte order mark; else ""."""
+    """utf-8, utf-32 or utf-16, if the text begins with their byte order mark; else ""."""
     for mark, encoding in MARKS.items():
         if head.startswith(mark):
             return encoding
@@ -101,7 +101,7 @@ def encoding_with_nuls(head: bytes) -> str:
     """The encoding of a text that has a NUL, or three, beside nearly every letter; else ""."""
     lanes = [head[lane:len(head) // 4 * 4:4] for lane in range(4)]
     size = len(lanes[0])
-    if size < 2:
+    if size < 3:
         return ""
     share = [lane.count(0) / size for lane in lanes]
     for encoding, nuls in NULS.items():
@@ -116,6 +116,8 @@ def likely_encodings(raw: bytes, position: int) -> str:
     near = raw[max(0, position - 1000):position + 1000]
     if encoding := encoding_with_nuls(near):
         return encoding
+    if b"\0" in near:                   # line breaks and spaces among letters beyond ASCII
+        return "utf-16-le, utf-16-be ..."
     runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", near)]
     if sum(runs) >= 3 * len(runs):      # long runs of letters beyond ASCII
         fitting = [name for name in ("gb18030", "big5", "shift_jis", "euc_kr") if decodes(raw, position, name)]

@@ -634,6 +634,21 @@ def test_a_process_killed_at_any_call_leaves_the_old_set_or_the_new_one(when, ol
     assert states == sorted(states, key=["old", "new"].index)
 
 
+@pytest.mark.parametrize("operation", ["open", "write", "fsync"])
+def test_a_third_set_that_fails_harms_none_that_was_committed(operation, old_and_new, state, write):
+    """Its first files would take the places of those that wait to be renamed."""
+    folder, old, new, write_new = old_and_new
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, "replace", 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            write_new()
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, operation, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            write("a third text " * 20)
+    assert state(folder, old, new) == "new"
+
+
 def test_whoever_opens_a_set_waits_for_the_one_that_is_finishing_it(old_and_new, monkeypatch):
     """The new set is committed, and its files are half renamed, by a process that still runs."""
     folder, _, new, write_new = old_and_new
@@ -667,7 +682,7 @@ def test_a_first_set_that_was_committed_and_not_finished_is_there(write, tmp_pat
     assert len(data["train"]) == 105
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="these systems have no such names")
 def test_a_name_that_is_not_utf8_is_kept_and_known_again(tmp_path, capsys):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
     path.write_text("a note\n" * 9)
@@ -676,6 +691,29 @@ def test_a_name_that_is_not_utf8_is_kept_and_known_again(tmp_path, capsys):
     assert "nothing has changed" in capsys.readouterr().out
     check_set(tmp_path / "s")
     one_line_error(inside(prepare.main, path), "$'", "caf\\xe9.txt' --name=NAME")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows knows no such words")
+@pytest.mark.parametrize("flag", ["text_column", "delimiter", "separator", "joiner", "pattern", "name"])
+def test_a_flag_that_is_not_utf8_is_one_line_at_the_start(flag, in_folder, refused):
+    one_line_error(refused(prepared, "note.txt", os.fsdecode(b"--" + flag.encode() + b"=\xe9")), flag[:4], r"\udce9")
+    assert not list(Path("data").rglob("*"))
+
+
+@pytest.mark.parametrize("later", ["xyz" * 30, "the new text, which is longer\n" * 9], ids=["as long", "longer"])
+def test_a_set_that_is_replaced_while_it_is_opened_is_opened_again(later, write, monkeypatch):
+    """The old meta.json would read the new token files as other characters."""
+    folder = write("abc" * 30)
+    original, opened = open_split, []
+
+    def open_later(*args):
+        opened.append(args)
+        if len(opened) == 1:
+            write(later)
+        return original(*args)
+    monkeypatch.setattr(inkling.dataset, "open_split", open_later)
+    data, meta = open_data(folder, 8)
+    assert Tokenizer(meta["tokenizer"]).decode(data["train"]) == later[:int(len(later) * 0.9)]
 
 
 def test_writing_and_flushing_precede_the_rename(old_and_new, monkeypatch):

@@ -188,9 +188,14 @@ def test_a_byte_order_mark_names_its_encoding(encoding, here):
     text = "Bär, 漢字 and \U0001f600.\n" * 99
     mark = b"" if encoding in ("utf-16", "utf-32") else "\ufeff".encode(encoding)
     (here / "a.txt").write_bytes(mark + text.encode(encoding))
-    said = prepared("a.txt", "--val_fraction=0")
-    assert f"a.txt: {encoding[:6].upper()}, by the byte order mark" in said
-    assert texts("a")[0] == text
+    for words in ([], ["--encoding=gb18030"]):
+        said = prepared("a.txt", "--val_fraction=0", *words)
+        assert f"a.txt: {encoding[:6].upper()}, by the byte order mark" in said
+        assert texts("a")[0] == text
+    (here / "b.txt").write_text(text, encoding="utf-8-sig")
+    assert "note" not in prepared("b.txt", "--val_fraction=0.1")
+    assert "UTF-8, by the byte order mark" in prepared("b.txt", "--val_fraction=0", "--encoding=gb18030")
+    assert texts("b")[0] == text
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
@@ -204,6 +209,7 @@ def test_a_nul_beside_every_letter_names_its_encoding(encoding, here):
 
 @pytest.mark.parametrize(("text", "encoding"), [
     ("He said “so” – well.\n", "cp1252"), ("Bär und Fuß.\n", "latin-1"), ("小狐狸对月亮说晚安。\n", "gb18030"),
+    ("狐。\n", "utf-16-le"),
     ("Лиса сказала луне: спокойной ночи.\n", "cp1251"), ("狐は月におやすみと言いました。\n", "shift_jis")])
 def test_the_encoding_that_is_suggested_works(text, encoding, here):
     (here / "a.txt").write_bytes((text * 9).encode(encoding))
