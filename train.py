@@ -815,7 +815,14 @@ OPTIMIZERS = {"muon": make_muon, "adamw": make_adamw}
 
 
 def make_optimizers(model: GPT, cfg: Config, device: str, dtype="float32", map_stacked=None) -> list:
-    return OPTIMIZERS[cfg.optimizer](model, cfg, device, dtype, map_stacked)
+    """Return the optimizers of cfg.optimizer, after a look at whether they hold every parameter once:
+    one that is left out would never train."""
+    optimizers = OPTIMIZERS[cfg.optimizer](model, cfg, device, dtype, map_stacked)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for name, p in model.named_parameters():
+        count = sum(p is q for group in groups for q in group["params"])
+        assert count == 1, f"{name} is in {count} parameter groups"
+    return optimizers
 
 
 def lr_factor(step: int, cfg: Config, max_iters: int | None) -> float:
