@@ -32,17 +32,14 @@ class Output(io.RawIOBase):
         return getattr(self.stream.buffer, "raw", self.stream.buffer)
 
     def write(self, data) -> int:
-        size = len(data)
-        if self.is_lost and self.needed:    # what was left in a buffer when the program ended
-            return size
         try:
             return self.write_some(data)
         except OSError as error:        # next time there may be room on the disk
             was_lost = self.is_lost
             self.is_lost = True
-            if not was_lost:
+            if not was_lost:            # later ones are what is left in the buffer
                 self.lose(error)
-            return size
+            return len(data)
 
     def write_some(self, data) -> int:
         if self.stream is None:

@@ -149,7 +149,7 @@ class Unreliable:
     def call(self, method: str):
         self.calls.append(method)
         if method == self.fails:
-            raise ConnectionError("the server is gone")
+            raise RuntimeError("the server is gone")
 
 
 @pytest.mark.parametrize(("fails", "calls"), [("start", ["start"]), ("log", ["start", "log"]), ("close", None)])
