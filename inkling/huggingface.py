@@ -10,6 +10,7 @@ The package huggingface_hub finds and downloads models; it is imported when a na
 
 import json
 import re
+import sys
 from math import inf
 from pathlib import Path
 
@@ -320,6 +321,7 @@ def load_tokenizer(folder: Path, hf: dict | None = None) -> Tokenizer:
     try:
         if content is None:
             raise ValueError(why_no_tokenizer(folder))
+        drop_tokens_without_rows(content, hf.get("vocab_size"), folder)
         tokenizer = whole_or_plain_tokenizer(content, dict(settings.get("inkling") or {}))
         return with_ends(tokenizer, content, folder, hf, settings)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -341,6 +343,19 @@ def why_no_tokenizer(folder: Path) -> str:
         return ("tokenizer.model alone is not read: let transformers write tokenizer.json beside it "
                 "(AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER))")
     return "neither tokenizer.json nor vocab.json with merges.txt is there"
+
+
+def drop_tokens_without_rows(content: dict, rows, folder: Path):
+    """Take out of tokenizer.json's content the special tokens that the model has no row for, such as a
+    <pad> that a training program added: no text becomes one."""
+    vocab = content["model"]["vocab"]
+    added = content.get("added_tokens") or []
+    dropped = [token for token in added if type(rows) is int and token["id"] >= rows and token["special"]
+               and token["content"] not in vocab]
+    if dropped:
+        content["added_tokens"] = [token for token in added if token not in dropped]
+        names = ", ".join(repr(token["content"]) for token in dropped[:5])
+        print(f"note     the model in {folder} has no row for {names}, which is left out", file=sys.stderr, flush=True)
 
 
 def whole_or_plain_tokenizer(content: dict, exported: dict) -> Tokenizer:

@@ -26,6 +26,7 @@ PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p
 BOUNDED = 1 << 16  # characters that a BPE encodes at once: time grows faster than an unbroken run
 MOST_TOKENS = 1 << 24  # in a vocabulary, so that a damaged file cannot fill the memory
 FORMS = ("NFC", "NFD")                  # of Unicode: accents composed with their letters, or apart
+HUGGING_FACE_FILES = ("tokenizer.json", "vocab.json", "config.json", "tokenizer.model")
 SINGLE_BYTES = [bytes([value]) for value in range(256)]
 
 
@@ -131,7 +132,7 @@ class Tokenizer:
 
             return cls(load_checkpoint(Path(name))["tokenizer"])
         folder = Path(name).parent if os.path.basename(name) == "tokenizer.json" else Path(name)
-        if os.path.isdir(folder):
+        if any(os.path.isfile(folder / file) for file in HUGGING_FACE_FILES):
             from inkling.huggingface import load_tokenizer  # imports this module
 
             return load_tokenizer(folder)

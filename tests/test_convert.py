@@ -1040,6 +1040,30 @@ def test_the_tokenizer_can_come_from_a_data_set_or_a_checkpoint(saved, tmp_path)
     expect_refusal("import", folder, "--out=other", "--tokenizer=gpt3", parts=["gpt3"])
 
 
+@pytest.mark.parametrize("kind", [byte_level, llama2])
+def test_a_special_token_that_the_model_has_no_row_for_is_left_out(saved, kind):
+    """A <pad> that was added to the tokenizer and never to the model, as with many a fine-tuned Llama 2."""
+    theirs = kind()
+    rows = theirs.get_vocab_size()
+    theirs.add_special_tokens(["<pad>"])
+    _, folder = kept_whole(saved, theirs, pad_token="<pad>")
+    model, other = saved("llama", folder="other", vocab_size=rows)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(other / name, folder / name)
+    outcome = convert_ok("import", folder, "--out=ours")
+    assert "no row for '<pad>'" in outcome.stderr
+    ours = train.load("ours")[1]
+    assert ours.vocab_size == rows
+    assert ours.encode("The <pad> fox").tolist() == their_ids(AutoTokenizer.from_pretrained(folder), "The <pad> fox")
+
+
+def test_a_folder_that_has_the_name_of_a_tokenizer_and_is_none_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("gpt3").mkdir()
+    with pytest.raises(UserError, match="tokenizer='gpt3' is none of: char, byte"):
+        Tokenizer.build("gpt3", "")
+
+
 def test_rows_beyond_the_tokenizer_are_padding(saved):
     theirs, folder = saved("llama", vocab_size=320)
     convert_ok("import", folder, "--out=ours")
