@@ -50,7 +50,7 @@ def tiktoken_batch(documents: list, threads: int):
 def prepare_threads(documents: list, threads: int):
     """What prepare.py's threads do, alone."""
     pieces = (("train", number, text) for number, text in enumerate(documents))
-    for _ in encode_pieces(pieces, Tokenizer.build("gpt2"), eot=True, workers=threads):
+    for _ in encode_pieces(pieces, Tokenizer.build("gpt2"), joiner=None, workers=threads):
         pass
 
 

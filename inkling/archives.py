@@ -68,7 +68,8 @@ def open_part(name: str, blocks, path: Path | None = None) -> Part:
     head, blocks = peek(blocks)
     form = packed_form(head)
     if expected and form != expected:
-        raise UserError(f"{name} is damaged or not {expected}: it begins with {head[:4]!r}")
+        raise UserError(f"{name} is damaged or not {expected}: it begins with {head[:12]!r}; if that is its text, "
+                        "remove the last suffix of its name")
     if not form:
         return Part(name, blocks, head, path=path)
     head, blocks = peek(unpack(blocks, form, name))

@@ -12,7 +12,16 @@ from inkling.inputs import KINDS, KNOWN, wanted_suffixes
 from inkling.progress import Progress
 from inkling.records import read_json_lines, read_json_values, read_parquet, read_table
 from inkling.remarks import Remarks
-from inkling.sniff import HEAD, PARQUET, encoding_with_nuls, likely_encodings, marked_encoding, markup_of, not_text
+from inkling.sniff import (
+    HEAD,
+    PARQUET,
+    encoding_with_escapes,
+    encoding_with_nuls,
+    likely_encodings,
+    marked_encoding,
+    markup_of,
+    not_text,
+)
 
 PIECE = 1 << 20                         # most characters handed on at a time
 
@@ -61,8 +70,11 @@ def decode_part(part: Part, encoding: str, remarks: Remarks):
     if marked and not named.startswith(marked):
         remarks.notice(part.name, f"{marked.upper()}, by the byte order mark", f"read as that, not as {encoding}")
         encoding = marked
-    elif named == "utf-8" and (wide := encoding_with_nuls(part.head)):
-        raise UserError(f"{part.name} has a NUL beside nearly every letter: name its encoding (--encoding={wide})")
+    elif named == "utf-8":                              # as which these would pass
+        if wide := encoding_with_nuls(part.head):
+            raise UserError(f"{part.name} has a NUL beside nearly every letter: name its encoding (--encoding={wide})")
+        if switching := encoding_with_escapes(part.head):
+            raise UserError(f"{part.name} has escape sequences of another encoding: name it (--encoding={switching})")
     yield from decode_blocks(part, encoding, remarks)
 
 

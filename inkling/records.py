@@ -13,6 +13,7 @@ from inkling.remarks import REPLACEMENT, Remarks
 
 RECORD = 1 << 25  # most characters of one row or JSON value, which is held whole
 DELIMITERS = ",;\t|"
+EXCEL = re.compile(r"sep=(.)\r?\n")   # a line before the header that tells Excel the delimiter
 
 
 FIRST_LINE_END = re.compile(r"\r?\n|\r(?=[^\n])")
@@ -47,8 +48,11 @@ def read_table(blocks, name: str, options, remarks: Remarks, quoting: bool):
     column = options.text_column or "text"
     lines = split_lines(blocks, name)
     first = next(lines, "")
-    lines = chain([first], lines)
     delimiter = options.delimiter
+    if told := EXCEL.fullmatch(first):
+        delimiter = delimiter or told[1]
+        first = next(lines, "")
+    lines = chain([first], lines)
     if not delimiter:
         delimiter = find_delimiter(first, column, name) if quoting else "\t"
     rows = csv_rows(lines, name, delimiter) if quoting else plain_rows(lines, delimiter)

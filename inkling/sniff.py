@@ -26,6 +26,8 @@ NOT_TEXT = [
     Form("a PDF", "take its text out first, such as with pdftotext FILE", b"%PDF-"),
     Form("an RTF document", f"save it as plain text, such as with {OFFICE} txt FILE (--format=text takes it as it "
          "is, control words and all)", rb"{\rtf", is_readable=True),
+    Form("a Git LFS pointer", "fetch the file that it stands for, with git lfs pull",
+         b"version https://git-lfs.github.com/spec/"),
     Form("a 7z archive", "unpack it first, such as with 7z x FILE", b"7z\xbc\xaf\x27\x1c"),
     Form("a RAR archive", "unpack it first, such as with unrar x FILE", b"Rar!\x1a\x07"),
     Form("an Arrow file", "write it as .parquet, such as with to_parquet of datasets", b"ARROW1\0\0"),
@@ -106,6 +108,17 @@ def encoding_with_nuls(head: bytes) -> str:
     share = [lane.count(0) / size for lane in lanes]
     for encoding, nuls in NULS.items():
         if all(share[lane] > 0.9 if lane in nuls else share[lane] < 0.1 for lane in range(4)):
+            return encoding
+    return ""
+
+
+ESCAPES = {b"\x1b$B": "iso2022_jp", b"\x1b$@": "iso2022_jp", b"\x1b$)C": "iso2022_kr"}
+
+
+def encoding_with_escapes(head: bytes) -> str:
+    """The encoding of a text that switches alphabets by escape sequences; else ""."""
+    for escape, encoding in ESCAPES.items():
+        if escape in head:
             return encoding
     return ""
 

@@ -207,6 +207,15 @@ def test_a_nul_beside_every_letter_names_its_encoding(encoding, here):
     assert texts("a")[0] == "Once there was a hen.\n" * 9
 
 
+@pytest.mark.parametrize(("text", "encoding"), [("狐は月に。\n", "iso2022_jp"), ("여우와 달.\n", "iso2022_kr")])
+def test_escapes_of_another_encoding_name_it(text, encoding, here):
+    """They are valid ASCII."""
+    (here / "a.txt").write_bytes((text * 9).encode(encoding))
+    one_line_error(refused("a.txt"), "a.txt has escape sequences", f"--encoding={encoding}")
+    prepared("a.txt", f"--encoding={encoding}", "--val_fraction=0")
+    assert texts("a")[0] == text * 9
+
+
 @pytest.mark.parametrize(("text", "encoding"), [
     ("He said “so” – well.\n", "cp1252"), ("Bär und Fuß.\n", "latin-1"), ("小狐狸对月亮说晚安。\n", "gb18030"),
     ("狐。\n", "utf-16-le"),
@@ -262,6 +271,7 @@ def arrow(new) -> bytes:
     (b"Rar!\x1a\x07\1\0", ["a RAR archive", "unrar x odd"]),
     (arrow(pyarrow.ipc.new_file), ["an Arrow file", ".parquet"]),
     (arrow(pyarrow.ipc.new_stream), ["a stream of Arrow", ".parquet"]),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", ["a Git LFS pointer", "git lfs pull"]),
     (b"SQLite format 3\0\x10\0", ["an SQLite database", ".csv"]),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1\0\0", ["an old Office document", "libreoffice"]),
     (b"\xff\xd8\xff\xe0\0\x10JFIF", ["a JPEG picture"]),
@@ -391,6 +401,7 @@ def test_delimiters(here):
         assert rows("a.csv", f"id{mark}text\n1{mark}one: two\n") == ["one: two"]
     assert rows("a.csv", "id;text\n1;one, two\n") == ["one, two"]
     assert rows("a.csv", "id:text\n1:one, two\n", "--delimiter=:") == ["one, two"]
+    assert rows("a.csv", "sep=:\r\nid:text\r\n1:one, two\r\n") == ["one, two"]       # as Excel may write it
     assert rows("a.tsv", "id;text\n1;one\ttwo\n", "--delimiter=;") == ["one\ttwo"]
     for mark in ("ab", '"', r"\n"):
         one_line_error(refused("a.csv", f"--delimiter={mark}", "--text_column=text"), "delimiter=", "single character")
@@ -452,7 +463,7 @@ def test_a_path_of_fields_leads_into_a_parquet_struct(here):
     ("a.txt", b"caf\xe9 and \xff\xfe", "caf and ", "caf\ufffd and \ufffd\ufffd", "3 places"),
     ("a.txt.gz", gzip.compress(b"caf\xe9 and"), "caf and", "caf\ufffd and", "1 place"),
     ("a.jsonl", b'"one \xff"\n"two"\n', "one |two", "one \ufffd|two", "1 place"),
-])
+], ids=["JSON lines", "table", "half a surrogate", "bytes", "unpacked bytes", "bytes in JSON"])
 def test_errors_are_left_out_or_replaced_and_counted(name, content, skipped, replaced, note, here):
     (here / name).write_bytes(content)
     words = [name, *(["--text_column=text"] if "csv" in name else []), "--name=s", "--val_fraction=0", "--joiner=|"]
@@ -704,7 +715,7 @@ def test_the_second_run_says_that_nothing_changed(here):
 # -- what cannot be read ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("name", "content", "parts"), [
-    ("a.txt.gz", b"no gzip", ["a.txt.gz", "damaged"]),
+    ("a.txt.gz", b"no gzip", ["a.txt.gz", "damaged", "remove the last suffix"]),
     ("a.txt.gz", gzip.compress(b"a note" * 99, mtime=0)[:-9], ["a.txt.gz", "damaged"]),
     ("a.txt.zst", b"no zstd", ["a.txt.zst", "damaged"]),
     ("a.txt.zst", packed(random.Random(0).randbytes(9999).hex().encode(), ".zst")[:-9], ["a.txt.zst", "too early"]),
