@@ -937,7 +937,7 @@ class Plan:
 class State:
     """Where a run stands. It is part of every checkpoint; only the loop (see `train`) changes it."""
 
-    step: int = 0                       # updates made
+    step: int = 0                       # updates made or, in float16, skipped
     tokens: int = 0                     # seen in them: a resumed run may have another batch_size
     evaluated: int | None = None        # step of the latest evaluation; None: there was none
     best_step: int = 0                  # step of the best evaluation
@@ -1085,6 +1085,8 @@ def make_plan(cfg: Config, ranks: Ranks, device: str, tokens: int, origin: Origi
     if device_type(stored.get("device", device)) != device_type(device):
         stored = {}                     # what was measured on another kind of device is of no use here
     dtype = choose_dtype(device, stored.get("dtype", cfg.dtype))
+    if cfg.shard and dtype == "float16":    # which a sharded run does not support
+        dtype = "float32"
     return Plan(device, ranks.broadcast(dtype), stored.get("compile", cfg.compile),
                 count_steps(cfg, tokens, origin), sequences, micro_batches)
 
@@ -1113,8 +1115,11 @@ def compile_and_wrap(run: Run, report: Report | None = None, seconds_left: float
         if report:
             report.compiling()
         began = time.perf_counter()
-        run.step_model, plan.compile, note = compile_model(run.model, run.forward_backward, plan.device)
+        compiled_model, compiled, note = compile_model(run.model, run.forward_backward, plan.device)
         run.compile_seconds = time.perf_counter() - began
+        plan.compile = run.ranks.all_true(compiled)
+        if plan.compile:
+            run.step_model = compiled_model
     if passes and plan.compile:
         for optimizer in run.optimizers:
             optimizer.compile_update()
@@ -1142,8 +1147,8 @@ def update(run: Run, step: int) -> tuple:
     """Make one optimizer step: forward and backward over this process's micro-batches, clip, update.
 
     Returns (mean loss, gradient norm), two 0-d tensors on the device. On a GPU nothing here waits for
-    the device. If the loss or the gradient is not finite, no weight changes: on a CPU this raises
-    NotFinite; on a GPU the optimizers find out by themselves, and `report_and_save` raises it later.
+    the device. If the loss or the gradient is not finite, no weight changes, and this raises NotFinite;
+    on an NVIDIA GPU the optimizers find out by themselves, and `report_and_save` raises it later.
     """
     plan = run.plan
     torch.manual_seed(dropout_seed(run.cfg.seed, step, run.ranks.rank))
@@ -1261,10 +1266,12 @@ def sample_text(run: Run) -> str:
 def train(cfg: Config, out_dir: Path, origin: Origin | None = None) -> int:
     """Train, evaluate, sample and save to out_dir, as cfg says. Returns the exit code."""
     origin = origin or Origin()
-    deadline = Deadline(0 if cfg.dry_run else cfg.max_minutes)
+    trains = not (cfg.dry_run or cfg.eval_only)
+    deadline = Deadline(cfg.max_minutes if trains else 0)
     check_loggers(cfg)
     run = start(cfg, origin)
     report = Report(run, out_dir)
+    check_ranks_agree(run, origin)
     try:
         claim_folder(run, out_dir, origin)
         report.banner()
@@ -1283,6 +1290,7 @@ def train(cfg: Config, out_dir: Path, origin: Origin | None = None) -> int:
         report.not_finite(error)
         code = 3
     finally:
+        report.close()
         if run.folder:
             run.folder.release()
     run.step_model = None               # it keeps the process group and its threads alive
@@ -1308,9 +1316,20 @@ def train_until_stopped(run: Run, report: Report, deadline: Deadline) -> int:
                 break
     unsaved = run.folder.unsaved if run.folder else {}
     report.finish(stop, unsaved)
+    code = 4 if any(unsaved.values()) else 0
     if stop.signal:
-        return stop.exit_code
-    return 4 if any(unsaved.values()) else 0
+        code = stop.exit_code
+    return run.ranks.broadcast(code)
+
+
+def check_ranks_agree(run: Run, origin: Origin):
+    """Raise UserError unless all processes start from the same step: each reads last.pt by itself, and
+    a network folder may show them different files."""
+    start_of_this_rank = (origin.resuming, run.state.step)
+    start_of_the_first = run.ranks.broadcast(start_of_this_rank)
+    if start_of_this_rank != start_of_the_first:
+        raise UserError(f"process {run.ranks.rank} found another last.pt than the first process: wait until all "
+                        "machines see the same out_dir, and start again")
 
 
 def claim_folder(run: Run, out_dir: Path, origin: Origin):
@@ -1318,8 +1337,9 @@ def claim_folder(run: Run, out_dir: Path, origin: Origin):
     if run.cfg.eval_only or run.cfg.dry_run:
         return
     run.folder = RunFolder(out_dir)
-    if run.ranks.first:
-        run.folder.claim(origin.stamp)
+    if not run.ranks.first:
+        return
+    run.folder.claim(origin.stamp)
     if origin.resuming:                 # best weights that could not be saved are still missing
         run.folder.unsaved["ckpt.pt"] = origin.checkpoint.get("lost", "")
 
@@ -1330,8 +1350,7 @@ def move_old_run(run: Run):
     if not run.ranks.broadcast(bool(run.folder and run.folder.holds_a_run())):
         return
     states = [torch.empty_like(p) for p in run.model.parameters()]      # no optimizer keeps less
-    if not run.plan.compile:            # compiling has made this pass
-        run.forward_backward(run.model)
+    run.forward_backward()
     del states
     estimate_loss(run, eval_iters=1)
     if run.ranks.first:
@@ -1352,7 +1371,7 @@ def fit_steps_to_time(run: Run, report: Report, deadline: Deadline):
         steps = deadline.steps_that_fit(run.state.step, run.stopwatch, run.cfg.eval_interval)
         run.plan.max_iters = run.ranks.broadcast(steps)
         if run.plan.max_iters is not None:
-            report.label("time", f"for {steps:,} steps: max_iters={steps}")
+            report.label("time", f"for {run.plan.max_iters:,} steps: max_iters={run.plan.max_iters}")
 
 
 def is_finished(run: Run) -> bool:
@@ -1431,10 +1450,10 @@ def report_and_save(run: Run, report: Report, loss, norm, stop: Stop):
     log_now = step % cfg.log_interval == 0 or is_last_step(run)
     save_now = cfg.save_interval > 0 and step % cfg.save_interval == 0
     wait_now = log_now or save_now or step % cfg.eval_interval == 0 or run.guard.immediate
-    if wait_now:
-        run.guard.verify(step)
     if wait_now or run.ranks.world == 1:
         stop.agree(run.ranks)
+    if wait_now or stop.agreed:         # nothing is saved before this look
+        run.guard.verify(step)
     if log_now:
         mean = run.ranks.all_reduce(loss).item() / run.ranks.world
         lr = cfg.learning_rate * lr_factor(step - 1, cfg, run.plan.max_iters)
@@ -1445,7 +1464,7 @@ def report_and_save(run: Run, report: Report, loss, norm, stop: Stop):
 
 
 def save(run: Run, report: Report, name: str, keep: int = 0):
-    """Save last.pt or ckpt.pt. If that fails, say so and continue: the next save tries again."""
+    """Save last.pt or ckpt.pt. If that fails, say so and continue."""
     if run.folder is None or not (run.ranks.first or run.cfg.shard):
         return
     content = checkpoint_content(run)
@@ -1456,7 +1475,8 @@ def save(run: Run, report: Report, name: str, keep: int = 0):
     if run.ranks.first:
         problem = run.folder.save(content, name, keep)
         if problem:
-            report.say(f"{problem}; the next save tries again")
+            again = "the next save" if name == "last.pt" else "the next better evaluation"
+            report.say(f"{problem}; {again} tries again")
 
 
 def checkpoint_content(run: Run) -> dict:
@@ -1572,6 +1592,8 @@ def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
     decided_anew = parsed.typed & {"dtype", "compile"}
     if parsed.typed & {"max_iters", "max_epochs"}:
         decided_anew.add("max_iters")
+        if not content["plan"]["compile"]:              # a longer run may repay compiling
+            decided_anew.add("compile")
     plan = {name: value for name, value in content["plan"].items() if name not in decided_anew}
     fit_to_time = False
     if "max_iters" in plan and plan["max_iters"] is None:   # it stopped before its pace was known

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from inkling.cli import UserError
-from inkling.files import LOCK, atomic_write, lock_folder
+from inkling.files import HOLDER, LOCK, atomic_write, lock_folder
 
 CHECKPOINT_FORMAT = 1
 NOT_KNOWN = 2**31               # max_iters in a last.pt from before plans, where max_minutes had not measured the pace
@@ -53,10 +53,11 @@ class RunFolder:
         self.lock = lock_folder(self.path)
         if expected is not None and file_stamp(self.path / "last.pt") != expected:
             raise UserError(f"{self.path}/last.pt has changed since this process read it, because another one has "
-                            "resumed the run: the same command again resumes from there")
-        for leftover in self.path.glob("*.tmp"):        # of a process that was killed while it wrote
-            with contextlib.suppress(OSError):
-                leftover.unlink()
+                            "written it: the same command again resumes from there")
+        for pattern in ("last*.pt.tmp", "ckpt.pt.tmp", "log.csv.tmp", "loss.png.tmp"):
+            for leftover in self.path.glob(pattern):    # of a process that was killed while it wrote
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
         try_writing(self.path / "log.csv")
 
     def holds_a_run(self) -> bool:
@@ -64,23 +65,26 @@ class RunFolder:
 
     def move_old_run(self):
         """If there is an old run in the folder, rename the folder to NAME.1, or the next free number,
-        so nothing is lost. Call it once nothing of the new run can fail any more. Raises UserError."""
+        so nothing is lost. Call it once everything that can fail has been tried. Raises UserError."""
         if not self.holds_a_run():
             return
-        self.release()                              # Windows renames no folder with an open file
+        if os.name == "nt":
+            self.release()                          # Windows renames no folder with an open file
         self.moved_to = set_aside(self.path)
+        self.release()
+        (self.moved_to / HOLDER).unlink(missing_ok=True)
         try:
             self.lock = lock_folder(self.path)
-        except UserError:
-            self.take_back()
-            raise
+        except UserError as error:
+            raise UserError(f"{error}; the old run is now in {self.moved_to}")
         print(f"{self.path} holds a run: moved to {self.moved_to} (to resume it instead: "
               "--init_from=resume, with --out_dir naming it)", flush=True)
 
     def take_back(self):
         """Undo `move_old_run`, if nothing has been saved since."""
+        holds_the_folder = self.lock is not None
         self.release()
-        if self.moved_to:
+        if self.moved_to and holds_the_folder:
             with contextlib.suppress(OSError):      # another process has taken the folder
                 if self.path.exists():
                     (self.path / LOCK).unlink(missing_ok=True)
@@ -151,12 +155,15 @@ def save_checkpoint(content: dict, path: Path, step: int = 0, keep: int = 0) -> 
     try:
         with atomic_write(path) as file:
             torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
-        if keep:
-            keep_numbered(path, step, keep)
-        return ""
     except (OSError, RuntimeError) as error:        # torch.save answers some failed writes with a RuntimeError
         reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or str(error)
         return f"could not write {path}: {reason.splitlines()[0]}"
+    try:
+        if keep:
+            keep_numbered(path, step, keep)
+    except OSError as error:
+        return f"could not keep {path} as step {step}: {error.strerror or error}"
+    return ""
 
 
 def keep_numbered(path: Path, step: int, keep: int):
@@ -226,6 +233,8 @@ def read_zip_of_tensors(path: Path, resumable: bool):
         raise UserError(f"{path} is a folder; name the checkpoint file in it, such as {path / 'ckpt.pt'}")
     except MemoryError:
         raise UserError(f"{path} does not fit into this machine's memory")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}")
     except Exception as error:          # a damaged file can fail anywhere in zipfile or torch
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise UserError(f"{path} is damaged or not a checkpoint of Inkling ({reason}); nothing was loaded: name a "
@@ -345,7 +354,8 @@ def restore_optimizers(optimizers: list, scaler, stored: dict):
             restore_optimizer(optimizer, content)
         if not all(isinstance(value, (int, float)) for value in stored["scaler"].values()):
             raise ValueError("the GradScaler's state holds something other than numbers")
-        scaler.load_state_dict(stored["scaler"])
+        if stored["scaler"]:            # empty, where the run was not in float16
+            scaler.load_state_dict(stored["scaler"])
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise UserError(f"the checkpoint's optimizer state does not fit this run ({type(error).__name__}: {error})")
 

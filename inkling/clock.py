@@ -54,6 +54,7 @@ class Deadline:
 
     def __init__(self, minutes: float):
         self.end = time.monotonic() + 60 * minutes if minutes else float("inf")
+        self.began_at: int | None = None                # the first step of this process
         self.first_measured: tuple | None = None        # (step, seconds of training) after the warm-up
 
     def seconds_left(self) -> float:
@@ -68,7 +69,9 @@ class Deadline:
         """
         synchronize(stopwatch.device)
         seconds = stopwatch.seconds()
-        if step < 3:
+        if self.began_at is None:
+            self.began_at = step
+        if step - self.began_at < 3:
             return None
         if self.first_measured is None:
             self.first_measured = step, seconds

@@ -114,7 +114,7 @@ def in_blocks(q, keys, values, dropout_p: float = 0.0):
     faster in float32 and 3 in bfloat16 at (32, 6, 256, 64)."""
     T = q.size(2)
     q = q * q.size(3)**-0.5             # before the product, which might overflow float16
-    size = max(64, T // 8)              # at most eight blocks, since each is compiled
+    size = max(64, -(-T // 8))          # at most eight blocks, since each is compiled
     outputs = []
     for first in range(0, T, size):
         last = min(T, first + size)

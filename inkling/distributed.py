@@ -28,6 +28,8 @@ class Ranks:
             self.local = int(os.environ.get("LOCAL_RANK", 0))
         except ValueError as error:
             raise UserError(f"RANK, WORLD_SIZE or LOCAL_RANK is set to a value that torchrun never sets: {error}")
+        if self.world == 1:             # RANK alone makes no second process
+            self.rank = 0
         self.first = self.rank == 0
         self.device = "cpu"
 
@@ -64,6 +66,10 @@ class Ranks:
         if self.world > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
+
+    def all_true(self, value: bool) -> bool:
+        """Whether `value` is true on every rank."""
+        return self.all_reduce(torch.tensor(float(value), device=self.device)).item() == self.world
 
     def share(self, sequences: int, batch_size: int) -> tuple:
         """(sequences, micro_batches): this rank's equal share of a step's sequences, and the number

@@ -1,4 +1,4 @@
-"""What to type next: the command that may be meant by a word on the command line that is not a config file."""
+"""The command that the user probably meant, for a word on the command line that is not a config file."""
 
 import os
 import re
@@ -12,7 +12,7 @@ def command_for_training(word: str) -> str:
     folder = path.parent if path.name in ("meta.json", "train.bin") else path
     if os.path.isfile(folder / "meta.json"):
         place = folder.resolve()
-        return f"python train.py --dataset={place.name} --data_dir={quote(str(place.parent))}"
+        return f"python train.py --dataset={quote(place.name)} --data_dir={quote(str(place.parent))}"
     if word.endswith(".pt") or os.path.isfile(path / "config.json"):
         return f"python train.py --init_from={quote(word)} --dataset=NAME"
     if os.path.exists(word):

@@ -71,23 +71,24 @@ class Guard:
 
 class Stop:
     """A request to stop after the step in progress: SIGINT, SIGTERM, SIGHUP or the deadline. A
-    second SIGINT stops at once. SIGHUP is no request if it was ignored before, as under nohup.
+    second SIGINT stops at once. A signal that was ignored before is no request, as SIGHUP under nohup.
 
-    asked: whether this process has noticed a reason. agreed: whether all processes have taken it
-    over, in `agree`.
+    asked: whether this process has noticed a reason. agreed: whether all processes have agreed on it.
+    Several processes on NVIDIA GPUs do so at the next step that logs, saves or evaluates.
     """
 
     def __init__(self, deadline: Deadline):
         self.deadline = deadline
         self.signal = 0
+        self.interrupts = 0                             # SIGINTs that this process has received
         self.time_is_over = False
         self.agreed = False
         self.handlers_before = {}
 
     def __enter__(self):
         for number in SIGNALS:
-            if number == SIGHUP and signal.getsignal(SIGHUP) == signal.SIG_IGN:
-                continue                                # under nohup
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue                                # SIGHUP under nohup, SIGINT in the background
             with contextlib.suppress(ValueError):       # not the main thread, when used as a library
                 self.handlers_before[number] = signal.signal(number, self.receive)
         return self
@@ -97,8 +98,10 @@ class Stop:
             signal.signal(number, handler)
 
     def receive(self, number, _frame):
-        if number == signal.SIGINT and self.signal == signal.SIGINT:
-            os._exit(130)               # every file on the disk is whole at every moment
+        if number == signal.SIGINT:
+            self.interrupts += 1
+            if self.interrupts > 1:
+                os._exit(130)           # every file on the disk is whole at every moment
         self.signal = number
 
     @property
@@ -116,9 +119,8 @@ class Stop:
             reasons = ranks.all_reduce(counts).tolist()
         time_is_over, *received = map(bool, reasons)
         self.time_is_over = time_is_over
-        for number, was_received in zip(SIGNALS, received, strict=True):
-            if was_received and not self.signal:
-                self.signal = number
+        if any(received):               # the same one on all ranks
+            self.signal = SIGNALS[received.index(True)]
         self.agreed = time_is_over or any(received)
 
     @property
@@ -142,6 +144,8 @@ def explain_failures(out_dir: Path):
             raise UserError("out of memory: halve batch_size and double gradient_accumulation_steps (the same "
                             f"training), or lower block_size{kept} ({reason})")
         if isinstance(error, torch.distributed.DistError) or "Connection " in text:
-            raise UserError(f"another process of this run is gone: {out_dir}/last.pt holds the last save, and "
-                            f"--init_from=resume resumes from it ({reason})", code=1)
+            kept = ""
+            if os.path.exists(out_dir / "last.pt"):
+                kept = f": {out_dir}/last.pt holds the last save, and --init_from=resume resumes from it"
+            raise UserError(f"another process of this run is gone{kept} ({reason})", code=1)
         raise
