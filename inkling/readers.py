@@ -8,7 +8,7 @@ from itertools import chain
 
 from inkling.archives import Part, open_parts, suffix_of
 from inkling.cli import UserError
-from inkling.inputs import KINDS, KNOWN, wanted_suffixes
+from inkling.inputs import ARCHIVES, KINDS, KNOWN, wanted_suffixes
 from inkling.progress import Progress
 from inkling.records import read_json_lines, read_json_values, read_parquet, read_table
 from inkling.remarks import Remarks
@@ -263,7 +263,8 @@ class Reader:
     def pieces(self, progress: Progress):
         """Yield (whether a document begins here, a piece of it with at most PIECE characters, the
         name of its file)."""
-        wanted = wanted_suffixes(self.options.suffix) or KNOWN
+        suffixes = wanted_suffixes(self.options.suffix)
+        wanted = tuple(suffix for suffix in suffixes if suffix not in ARCHIVES) or KNOWN       # of an archive's members
         for path in self.paths:
             for part in open_parts(path, progress, wanted, self.remarks):
                 documents = open_documents(part, self.options, self.line_ends, self.remarks, progress)

@@ -321,6 +321,12 @@ def test_the_members_of_an_archive_are_read_by_their_suffix(form, here):
     assert f"a.{form}: 2 members passed over" in said
     prepared(f"a.{form}", "--val_fraction=0", "--suffix=png")
     assert texts("a")[0] == "picture"
+    (here / "folder").mkdir()
+    (here / f"a.{form}").rename(here / "folder" / f"a.{form}")
+    one_line_error(refused("folder"), "--suffix=")
+    if form in ("zip", "tar", "tar.gz"):                # which the line says
+        prepared("folder", "--val_fraction=0", f"--suffix={form.partition('.')[0]}")
+        assert texts("folder")[0] == "\n".join(["second", "first", "again", "third", *TEXTS])
 
 
 def test_archives_that_cannot_be_read_are_one_line(here):
