@@ -882,6 +882,17 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_by_name(saved, change, said)
     expect_refusal("import", folder, "--out=other", parts=["there", said, "--tokenizer=NAME"])
 
 
+@pytest.mark.parametrize("change", [
+    dict(json=None), dict(json="["), dict(json="{}"), dict(json="[]"), dict(json='{"model": 1}'), dict(eot=[10**9]),
+    dict(eot=5), dict(eot=["</s>"]), dict(eot=[-1]), dict(bos=400), dict(bos=True), dict(bos=[1])])
+def test_a_kept_tokenizer_that_is_damaged_is_refused_where_it_is_read(run_of, change):
+    model, _ = run_of(OUR_GPT2)
+    stored = {"kind": "json", "json": byte_level(prefix=True).to_str()}
+    content = torch.load("run/ckpt.pt")
+    torch.save(content | {"tokenizer": stored | change}, "run/ckpt.pt")
+    one_line_error(inside(sample.main, "--ckpt=run/ckpt.pt", "--device=cpu"), "run/ckpt.pt")
+
+
 def test_a_named_tokenizer_must_have_the_models_vocabulary(saved):
     _, folder = saved()
     expect_refusal("import", folder, "--out=other", "--tokenizer=byte", parts=["byte", "256", "300"])
