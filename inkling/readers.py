@@ -17,10 +17,10 @@ from inkling.sniff import (
     PARQUET,
     encoding_with_escapes,
     encoding_with_nuls,
-    likely_encodings,
     marked_encoding,
     markup_of,
     not_text,
+    suggest_encoding,
 )
 
 PIECE = 1 << 20                         # most characters handed on at a time
@@ -92,12 +92,11 @@ def decode_blocks(part: Part, encoding: str, remarks: Remarks):
             if part.is_packed:
                 offset += " of its unpacked content"
             byte = f"{error.object[error.start]:#04x}"
-            raise UserError(f"{part.name} is not {name} text: byte {byte} at offset {offset}; name its "
-                            f" encoding (--encoding={likely_encodings(error.object, error.start)}), or give "
-                            "--errors=replace if only a few bytes are wrong")
+            raise UserError(f"{part.name} is not {name} text: byte {byte} at offset {offset}; "
+                            f"{suggest_encoding(part.head, error.object, error.start, name)}, or give --errors=replace "
+                            "if only a few bytes are wrong")
         except ValueError as error:                     # utf-16 without a mark, for one, is no UnicodeDecodeError
-            raise UserError(f"{part.name} is not {name} text ({error}): name its encoding (--encoding=utf-16-le, "
-                            "gb18030, latin-1 ...)")
+            raise UserError(f"{part.name} is not {name} text ({error}): {suggest_encoding(part.head, block, 0, name)}")
         decoded += len(block)
         if not text:
             continue

@@ -140,6 +140,14 @@ def likely_encodings(raw: bytes, position: int) -> str:
     return "latin-1, cp1252, gb18030 ..."
 
 
+def suggest_encoding(head: bytes, raw: bytes, position: int, encoding: str) -> str:
+    """What to do about a text that is not in the encoding that was named: its byte `position` of `raw`
+    is wrong."""
+    if encoding != "UTF-8" and decodes(head, 0, "utf-8") and b"\0" not in head:
+        return "it begins as UTF-8 does: omit --encoding"
+    return f"name its encoding (--encoding={likely_encodings(raw, position)})"
+
+
 def decodes(raw: bytes, position: int, encoding: str) -> bool:
     """Whether the bytes from the first letter beyond ASCII around `position` on are text in an encoding."""
     start = len(raw[:position].rstrip(bytes(range(128, 256))))

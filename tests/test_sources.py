@@ -146,7 +146,7 @@ def test_other_encodings(encoding, here):
 def test_what_does_not_decode_is_named_with_its_offset(here):
     (here / "a.txt").write_bytes(b"x" * 2_000_000 + "漢".encode("gb18030") + b"\xff")
     one_line_error(refused("a.txt", "--encoding=gb18030"), "a.txt is not GB18030", "0xff", "offset 2,000,002",
-                   "--encoding=")
+                   "--encoding")
     (here / "b.txt.gz").write_bytes(gzip.compress(b"caf\xe9"))
     one_line_error(refused("b.txt.gz"), "b.txt.gz", "0xe9", "offset 3", "unpacked")
     one_line_error(refused("a.txt", "--encoding=base64"), "encoding=base64", "utf-8")
@@ -178,7 +178,11 @@ def test_every_codec_of_python_reads_odd_bytes_or_refuses_them_in_a_line(errors)
 
 def test_utf16_without_a_mark_is_one_line(here):
     (here / "a.txt").write_bytes(b"abc")
-    one_line_error(refused("a.txt", "--encoding=utf-16"), "a.txt is not UTF-16", "--encoding=")
+    one_line_error(refused("a.txt", "--encoding=utf-16"), "a.txt is not UTF-16", "omit --encoding")
+    (here / "b.txt").write_bytes("A note.\n".encode("utf-16-be") * 9)
+    one_line_error(refused("b.txt", "--encoding=utf-16"), "b.txt is not UTF-16", "--encoding=utf-16-be")
+    (here / "c.txt").write_text("漢字, a note", encoding="utf-8")
+    one_line_error(refused("c.txt", "--encoding=ascii"), "c.txt is not ASCII", "omit --encoding")
     for name in ("idna", "punycode", "rot13", "undefined", "é", ""):
         one_line_error(refused("a.txt", f"--encoding={name}"), f"encoding={name} must be a text encoding")
 
