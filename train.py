@@ -1592,8 +1592,6 @@ def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
     decided_anew = parsed.typed & {"dtype", "compile"}
     if parsed.typed & {"max_iters", "max_epochs"}:
         decided_anew.add("max_iters")
-        if not content["plan"]["compile"]:              # a longer run may repay compiling
-            decided_anew.add("compile")
     plan = {name: value for name, value in content["plan"].items() if name not in decided_anew}
     fit_to_time = False
     if "max_iters" in plan and plan["max_iters"] is None:   # it stopped before its pace was known
