@@ -76,12 +76,10 @@ class RunFolder:
         try:
             self.lock = lock_folder(self.path)
         except UserError as error:
-            with contextlib.suppress(OSError):      # another process has made the folder its own
-                if self.path.exists():
-                    self.path.rmdir()
-                os.rename(self.moved_to, self.path)
-                raise
-            raise UserError(f"{error}; the old run is now in {self.moved_to}")
+            if self.path.exists():                  # another process has taken it
+                raise UserError(f"{error}; the old run is now in {self.moved_to}")
+            os.rename(self.moved_to, self.path)
+            raise
         print(f"{self.path} holds a run: moved to {self.moved_to} (to resume it instead: "
               "--init_from=resume, with --out_dir naming it)", flush=True)
 

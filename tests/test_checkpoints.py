@@ -488,6 +488,20 @@ def test_a_new_folder_that_cannot_be_made_brings_the_old_one_back(start, monkeyp
     assert unmoved(old_run)
 
 
+def test_a_folder_that_another_process_takes_meanwhile_is_its_own(start, monkeypatch, old_run):
+    lock_folder, calls = files.lock_folder, []
+
+    def another_was_faster(folder):
+        calls.append(folder)
+        if len(calls) == 2:
+            folder.mkdir()
+            raise UserError("run is in use by another process: wait for it")
+        return lock_folder(folder)
+    monkeypatch.setattr(checkpoint, "lock_folder", another_was_faster)
+    one_line_error(start("run"), "in use", "the old run is now in run.1")
+    assert list(old_run.iterdir()) == []
+
+
 def test_ctrl_c_while_it_is_tried_has_moved_nothing(start, monkeypatch, old_run):
     monkeypatch.setattr(train, "estimate_loss", fail_with(KeyboardInterrupt))
     assert start("run").returncode == 130
