@@ -379,7 +379,7 @@ def test_seeds_knows_gpt2s_sizes_and_its_decoding(load):
 def test_prepare_memory_prepares_a_text(load):
     printed = run_script(load("prepare_memory"), "--gigabytes=1e-6", "--tokenizers=char", "--workers=1")
     peak = re.search(r"char +peak +(\d+) MB, +\d+ s, exit 0", printed)
-    assert 10 < int(peak[1]) < 500
+    assert 10 < int(peak[1]) < 2000     # a forked child counts what its worker has loaded
 
 
 def test_the_command_in_the_results_names_no_folder_of_this_machine(common, monkeypatch):
