@@ -1049,6 +1049,8 @@ def configure_torch(device: str):
     # On a CPU only. Without it, threads add up the gradients of embeddings in random order.
     torch.use_deterministic_algorithms(device_type(device) == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False
+    if device_type(device) == "cpu":
+        cpu.keep_freed_memory()
 
 
 def check_origin(origin: Origin, cfg: Config, tokenizer: Tokenizer, meta: dict):
