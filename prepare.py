@@ -241,8 +241,8 @@ def fetch_set(name: str, folder: Path, again: bool = False) -> Path:
     try:
         download(source["url"], path, source["sha256"])
     except DownloadFailed as error:
-        raise UserError(f"{error}; put that file at {path} by hand and try again; python train.py, which trains "
-                        "on the bundled fables, needs no network")
+        raise UserError(f"{error}; put that file at {path} by hand (after mkdir -p {folder}) and try again; python "
+                        "train.py, which trains on the bundled fables, needs no network")
     return path
 
 
@@ -256,8 +256,8 @@ def fetch_unpinned(name: str, folder: Path, url: str, again: bool = False) -> Pa
     try:
         download(url, path)
     except DownloadFailed as error:
-        raise UserError(f"{error}; put that file at {path} by hand and try again, or use your own text instead: "
-                        f"python prepare.py TEXT --name={name}")
+        raise UserError(f"{error}; put that file at {path} by hand (after mkdir -p {folder}) and try again, or use "
+                        f"your own text: python prepare.py TEXT --name={name}")
     return path
 
 

@@ -377,14 +377,19 @@ def estimate_evaluation(run, trial: Trial) -> float:
     return trial.evaluation_seconds * sum(factors) / len(factors)
 
 
+def brief_seconds(seconds: float) -> str:
+    """0.21 s, 6.2 s, 10m30s."""
+    return f"{seconds:.2g} s" if seconds < 99 else duration(seconds)
+
+
 def print_time(report, work: Work, times: Times):
     if not times.total:
         report.label("time", "nothing remains to be done")
         return
     parts = {
         f"{work.steps:,} steps of {milliseconds(times.per_step)} ms": times.steps,
-        f"{work.evaluations:,} evaluations of {times.per_evaluation:,.2g} s": times.evaluations,
-        f"{work.samples:,} samples of {times.per_sample:,.2g} s": times.samples,
+        f"{work.evaluations:,} evaluations of {brief_seconds(times.per_evaluation)}": times.evaluations,
+        f"{work.samples:,} samples of {brief_seconds(times.per_sample)}": times.samples,
         "compiling": times.compiling,
     }
     text = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds)

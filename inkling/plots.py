@@ -120,7 +120,7 @@ def plot_comparison(runs: dict, by: str, path: Path):
         "tokens": ("tokens", 1, "tokens seen"),
         "time": ("seconds", 60, "minutes of training"),
     }[by]
-    figure, axes = new_figure("val loss of several runs")
+    figure, axes = new_figure("train and val loss of several runs")
     for number, (folder, rows) in enumerate(runs.items()):
         name = plain_text(folder)
         if name.startswith("_"):            # a legend leaves such names out

@@ -504,8 +504,9 @@ class Report:
         self.label("speed", self.describe_speed(state.tokens, seconds))
         last_val_loss = state.losses.get("val", -math.inf)
         if last_val_loss > state.best_val_loss + 0.01:
-            self.label("note", f"the val loss has risen to {last_val_loss:.4f} since then: the model is overfitting. "
-                               "Try --patience=3, fewer steps, more --dropout or a smaller model")
+            self.label("note", f"the val loss has risen to {last_val_loss:.4f} since then: the model is overfitting, "
+                               "if the train loss has fallen; try --patience=3, fewer steps, more --dropout or a "
+                               "smaller model. If the train loss has risen, too, lower --learning_rate")
         files = [f"{name} ({purpose})" for name, purpose in PURPOSES.items() if (self.out_dir / name).exists()]
         self.label("files", f"{self.out_dir}/: {', '.join(files)}")
         self.say(f"next     python sample.py --out_dir={shlex.quote(str(self.out_dir))}")     # whole, to be copied

@@ -469,7 +469,7 @@ def train_bpe(name: str, texts: Iterable[str], pattern: str) -> Tokenizer:
         import rustbpe
     except ImportError:
         raise UserError(f"tokenizer={name} needs rustbpe for its training: pip install rustbpe "
-                        "(the set needs it no longer)")
+                        "(only to train it; the data set does not need it)")
     size = bpe_size(name)
     trainer = rustbpe.Tokenizer()
     try:

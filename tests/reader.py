@@ -61,7 +61,7 @@ def write_texts():
         chinese = ["".join(row) for row in csv.reader(file)]
     Path("novel.txt").write_text("\n".join(chinese), encoding="gb18030")
     Path("poems.txt").write_text("\n".join(chinese), encoding="utf-8")
-    shutil.copy("data/fables_zh/input.csv", "mingcheng.csv")
+    shutil.copy("data/fables_zh/input.csv", "table.csv")
     with open("poems.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerow(["title", "text"])
         csv.writer(file).writerows(["title", poem] for poem in chinese)
