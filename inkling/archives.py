@@ -1,4 +1,4 @@
-"""The content of a file in blocks of bytes: unpacked, and member by member where it is an archive."""
+"""A file's content in blocks of bytes: decompressed, and member by member for archives."""
 
 import bz2
 import io
@@ -114,7 +114,8 @@ def read_file(path: Path, progress: Progress):
 
 
 def spooled(part: Part):
-    """A temporary file with a part's content, for what is read from its end. The caller closes it."""
+    """A temporary file with a part's content, for what is read from its end. The caller closes
+    it."""
     file = tempfile.TemporaryFile()     # noqa: SIM115
     for block in part.blocks:
         file.write(block)
@@ -190,7 +191,8 @@ def is_wanted(member: str, wanted: tuple) -> bool:
 
 
 def zip_members(archive: Part, progress: Progress, wanted: tuple, remarks):
-    """Yield the members of a zip archive. An Office file or a book, which is one too, is refused."""
+    """Yield the members of a zip archive. An Office file or a book, which is one too, is
+    refused."""
     if archive.path is None:
         raise UserError(f"{archive.name} holds a zip archive inside another form: unpack it first")
     try:

@@ -1,4 +1,4 @@
-"""The time of a run: a stopwatch that counts training alone, and the end that --max_minutes
+"""The time of a run: a stopwatch that counts only training, and the deadline that --max_minutes
 sets."""
 
 import time

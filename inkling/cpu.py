@@ -1,5 +1,5 @@
-"""What a CPU computes faster in another way than PyTorch's: put into a model from outside by
-`accelerate`, and attention.
+"""Faster ways for a CPU than PyTorch's: `accelerate` puts them into a model; attention; memory that
+is kept.
 
 Figures: bench/RESULTS.md. Elsewhere, and where it would not be faster, everything is PyTorch's.
 """
@@ -25,9 +25,10 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 
 def keep_freed_memory():
-    """Let the C library keep what a step has freed for the next step. By default glibc gives it back to
-    the system and asks for it again, page by page: without that, a step of the default model is 1.2
-    times as fast on two cores. Blocks of 32 MB and more still go back at once. Elsewhere, nothing."""
+    """Let the C library keep what a step has freed for the next step. By default glibc gives it
+    back to the system and asks for it again, page by page: without that, a step of the default
+    model is 1.2 times as fast on two cores. Blocks of 32 MB and more still go back at once.
+    Elsewhere, nothing."""
     if sys.platform != "linux":
         return
     trim_threshold = -1                 # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h

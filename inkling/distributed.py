@@ -1,5 +1,4 @@
-"""The processes of a run, in torch.distributed's own words: broadcast, all_reduce, wrap_ddp,
-fully_shard, gradient_sync."""
+"""The processes of a run. Methods are named after what they call in torch.distributed."""
 
 import contextlib
 import gc

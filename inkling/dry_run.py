@@ -1,5 +1,5 @@
 """--dry_run: what a run would take in memory, time and disk space, estimated from three real steps,
-and what in its settings is rarely meant. Nothing is written.
+and settings that are probably mistakes. Nothing is written.
 
 `dry_run` measures (`measure`), estimates (`remaining_work`, `estimate_memory`, `estimate_time`) and
 prints.
@@ -76,7 +76,8 @@ class Trial:
 
 
 def measure(run, update, evaluate, sample) -> Trial:
-    """Take TRIAL_STEPS steps, an evaluation and a sample, or what remains of the run if it is less."""
+    """Take TRIAL_STEPS steps, an evaluation and a sample, or what remains of the run if it is
+    less."""
     device = run.plan.device
     if device_type(device) == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -230,7 +231,8 @@ def print_data(report, run, work: Work):
 
 @dataclass
 class Memory:
-    """Bytes by part. They do not add up to a peak, since they are not all there at the same time."""
+    """Bytes by part. They do not add up to a peak, since they are not all there at the same
+    time."""
 
     weights: int
     gradients: int
@@ -260,7 +262,8 @@ def estimate_memory(run, trial: Trial) -> Memory:
     logit_copies = 4 if cfg.logit_cap else 2
     evaluation = eval_windows * cfg.block_size * (4 * 17 * cfg.n_embd + logit_copies * position_logits)
 
-    # As the backward pass begins, all it needs is there, and about three tensors between two layers.
+    # As the backward pass begins, all it needs is there, and about three tensors between two
+    # layers.
     logits = trial.saved.logits + gradients_of_logits
     backward = trial.saved.activations + logits + 3 * trial.saved.largest
     if run.plan.micro_batches > 1:

@@ -1,4 +1,5 @@
-"""Which files the inputs name: files, folders, globs; what can be read only once becomes a file."""
+"""Which files the inputs name: files, folders, globs; a source that can be read only once is copied
+to a file."""
 
 import glob
 import hashlib
@@ -33,8 +34,8 @@ def plain_name(word: str) -> str:
 
 def expand(words: list, options) -> list:
     """The files that the words name, in a stable order: a folder stands for the files below it with
-    a known suffix, sorted by name, a glob for what it matches. Each file occurs once, and those of a
-    prepared set do not."""
+    a known suffix, sorted by name, a glob for what it matches. Each file occurs once, and those of
+    a prepared set do not."""
     paths = []
     for word in words:
         paths += files_of(word, wanted_suffixes(options.suffix))

@@ -1,9 +1,9 @@
-"""Standard output of a program, in UTF-8, and what follows when it goes away: a pipe that nobody
+"""Standard output of a program, in UTF-8, and what happens when it goes away: a pipe that nobody
 reads, a full disk, a closed terminal, or none from the start.
 
-A program whose output is what it makes, such as sample.py, ends there: with the code of SIGPIPE if
-nobody reads on, otherwise with a line on stderr and 1. One that makes something else, such as
-train.py, calls `outlive_output` and continues without.
+A program whose product is its output, such as sample.py, ends there: with the code of SIGPIPE if
+nobody is reading any more, otherwise with a line on stderr and 1. One that makes something else,
+such as train.py, calls `outlive_output` and continues without.
 """
 
 import errno
@@ -103,7 +103,7 @@ def text_stream(stream, kind: type, name: str, needed: bool):
 
 def outlive_output():
     """From now on the program continues if its output goes away. It does nothing to a stdout that
-    is not of `open_streams`, as in a notebook."""
+    `open_streams` did not make, as in a notebook."""
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     if isinstance(raw, Output):
         raw.needed = False

@@ -1,4 +1,4 @@
-"""What reading texts left out, replaced or noticed: counted in each reading, and said once."""
+"""What reading texts left out, replaced or noticed: counted during each read, and reported once."""
 
 import codecs
 import re
@@ -13,8 +13,9 @@ REPLACEMENT = "\ufffd"
 
 
 class Remarks:
-    """errors: "strict", which refuses what cannot be read; "skip", which leaves it out; or "replace",
-    which puts U+FFFD for bytes and half surrogates that are no characters, and leaves out rows."""
+    """errors: "strict", which refuses what cannot be read; "skip", which leaves it out; or
+    "replace", which puts U+FFFD for bytes and half surrogates that are no characters, and leaves
+    out rows."""
 
     def __init__(self, errors: str = "strict"):
         self.errors = errors

@@ -1,5 +1,5 @@
-"""What ends a run early: signals, the deadline, numbers that are not finite, memory and processes
-that are gone."""
+"""What ends a run early: signals, the deadline, non-finite numbers, running out of memory, lost
+processes."""
 
 import contextlib
 import os
@@ -71,10 +71,11 @@ class Guard:
 
 class Stop:
     """A request to stop after the step in progress: SIGINT, SIGTERM, SIGHUP or the deadline. A
-    second SIGINT stops at once. A signal that was ignored before is no request, as SIGHUP under nohup.
+    second SIGINT stops at once. A signal that was ignored before is no request, as SIGHUP under
+    nohup.
 
-    asked: whether this process has noticed a reason. agreed: whether all processes have agreed on it.
-    Several processes on NVIDIA GPUs do so at the next step that logs, saves or evaluates.
+    asked: whether this process has noticed a reason. agreed: whether all processes have agreed on
+    it. Several processes on NVIDIA GPUs do so at the next step that logs, saves or evaluates.
     """
 
     def __init__(self, deadline: Deadline):
