@@ -320,8 +320,8 @@ class Attention(nn.Module):
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if mixes_values else None
 
     def forward(self, x, rotation, v_first, cache=None):
-        """Map x (B, T, C), already normed, to the output (B, T, C), and return this block's values
-        (B, T, n_kv_head, head_dim), too. v_first: those of the first block."""
+        """Map x (B, T, C), already normed, to the output (B, T, C). Returns it and this block's
+        values (B, T, n_kv_head, head_dim). v_first: the values of the first block."""
         B, T, C = x.shape
         q = self.q(x).view(B, T, self.n_head, self.head_dim)        # (B, T, n_head, head_dim)
         k = self.k(x).view(B, T, self.n_kv_head, self.head_dim)     # (B, T, n_kv_head, head_dim)
@@ -393,7 +393,7 @@ class Block(nn.Module):
         self.embed_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if cfg.shortcuts else None
 
     def forward(self, x, x_first, rotation, v_first, cache=None):
-        """Map the stream x (B, T, C) to the next x, and return this block's values, too. x_first: the
+        """Map the stream x (B, T, C) to the next x. Returns it and this block's values. x_first: the
         stream as it entered the first block; v_first: that block's values."""
         if self.embed_mix is not None:
             mix = self.embed_mix.to(x.dtype)

@@ -1,7 +1,7 @@
 """One task in a process of its own: `python bench/runners.py TASK SPEC.json-text RESULT.json`.
 
 The other scripts start it (run_task in common.py); a person does not. It imports nothing that its
-task does not need, since start-up is measured, too.
+task does not need, since start-up is measured as well.
 """
 
 import importlib

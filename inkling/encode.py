@@ -60,7 +60,7 @@ def encode_pieces(split_pieces, tokenizer: Tokenizer, joiner: str | None, worker
 
 def make_jobs(split_pieces):
     """Yield lists of (split, place of the piece, piece), of about JOB characters each. A piece is
-    "first" in its split, "next" if it begins a later document, or goes on with the "same"."""
+    "first" in its split, "next" if it begins a later document, "same" if it continues one."""
     job = []
     size = 0
     last = {}                                           # document of each split

@@ -160,7 +160,7 @@ ODD_BYTES = [b"", b"a", b"\xff", b"\xff\xfe", b"\xfe\xff\0", b"\0\0\0", b"abc\x8
 
 @pytest.mark.parametrize("errors", ["strict", "skip", "replace"])
 def test_every_codec_of_python_reads_odd_bytes_or_refuses_them_in_a_line(errors):
-    """Plain UnicodeErrors, such as UTF-16 without a mark raises, too."""
+    """Plain UnicodeErrors, which UTF-16 without a mark raises, end in one line as well."""
     accepted = [name for name in ENCODINGS if name in prepare.TextEncodings()]
     assert len(accepted) > 90
     wrong = []
