@@ -29,9 +29,10 @@ from common import (
     read_options,
     write_random_set,
 )
-from timing import count_parameters, seconds_of
+from timing import count_parameters
 
 from inkling.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, UserError, parse, run
+from inkling.dry_run import seconds_of
 from inkling.files import atomic_write
 from inkling.report import Report
 from train import Config, Origin, claim_folder, save, start, update

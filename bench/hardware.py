@@ -3,8 +3,8 @@
 from statistics import median
 
 import torch
-from timing import seconds_of
 
+from inkling.dry_run import seconds_of
 from inkling.report import peak_flops
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from inkling.clock import Stopwatch
 from inkling.dataset import open_data
 from inkling.device import synchronize
+from inkling.dry_run import seconds_of
 from inkling.report import peak_memory
 
 
@@ -98,15 +99,6 @@ def full_loss(model, logits_of, ids, block_size: int, device: str) -> float:
 
 def count_parameters(model) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def seconds_of(device: str, function, *arguments) -> float:
-    """How long a call takes, with what it leaves for the device to do."""
-    synchronize(device)
-    began = time.perf_counter()
-    function(*arguments)
-    synchronize(device)
-    return time.perf_counter() - began
 
 
 def time_parts(parts: dict, steps: int, device: str) -> dict:
