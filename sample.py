@@ -70,7 +70,7 @@ class Options:
     # -- prompts
     start: str = ""                     # the prompt, where \n, \t, \r and \\ are read; or
                                         # FILE:path, or - for standard input, taken as they stand;
-                                        # empty: the end-of-text token or a line break
+                                        # empty: a text begins, as in the training set
     prompts: FilePath = ""              # file with one prompt per line, taken as it stands, instead
                                         # of start
     interactive: bool = False           # read a line, continue it, read the next

@@ -64,7 +64,7 @@ from inkling.hints import command_for_training
 from inkling.output import outlive_output
 from inkling.report import Report, check_loggers
 from inkling.stopping import Guard, NotFinite, Stop, explain_failures
-from inkling.tokenizer import Tokenizer, prompt_ids, stored_tokenizer, typed_prompt
+from inkling.tokenizer import Tokenizer, prompt_ids, start_of_texts, stored_tokenizer, typed_prompt
 from prepare import ensure_set
 
 # --------------------------------------------------------------------------------------------------
@@ -110,6 +110,7 @@ class ModelConfig:
     ngrams: Annotated[int, at_least(0).at_most(16)] = 5  # N: n-grams of 2 to N tokens add vectors to the embedding; 0:
                                         # off
     ngram_rows: PositiveInt = 65536     # rows of the hashed n-gram table
+    ngram_edges: bool = False           # n-grams that reach before the first token of a context add a vector, too
     pad_vocab_to: PositiveInt = 1       # round the embedding's rows up to a multiple; 64 is faster on a GPU
 
 
@@ -140,7 +141,7 @@ class Config(ModelConfig):
     sample_interval: NonNegativeInt = 0  # steps between samples of text; 0: at every evaluation
     sample_tokens: NonNegativeInt = 150  # length of these samples; 0: none
     sample_start: str = ""              # their prompt (\n, \t, \r and \\ are read as in sample.py's
-                                        # start); empty: the end-of-text token or a line break
+                                        # start); empty: a text begins, as in the training set
     sample_temperature: NonNegativeFloat = 0.8  # randomness of these samples; 0: greedy
     tensorboard: bool = False           # also write TensorBoard files to out_dir
     wandb_log: bool = False             # also log to Weights & Biases
@@ -274,28 +275,40 @@ class NGrams(nn.Embedding):
     Example: the ids 5, 7, 9. The 9 receives the sum of two rows of the table,
         row key2 % rows for the pair (7, 9), where key2 = 9 * FACTOR + (7 + 1), and
         row key3 % rows for the triple (5, 7, 9), where key3 = key2 * FACTOR + (5 + 1),
-    with both keys modulo PRIME. The 1 is added so that 0 can stand for "before the text".
+    with both keys modulo PRIME. The 1 is added so that 0 can stand for "before the context".
+
+    The 5 is the first token, so it receives nothing, and the 7 only the row of (5, 7): n-grams that
+    reach before the first token would be too rare in training to be learned. edges: they count, too,
+    as in models from before this was so.
     """
 
     FACTOR = 1_540_483_477              # of a polynomial hash, as in Rabin and Karp's string search
     PRIME = 2**31 - 1
 
-    def __init__(self, rows: int, width: int, longest: int):
+    def __init__(self, rows: int, width: int, longest: int, edges: bool = False):
         super().__init__(rows, width)
         self.longest = longest
+        self.edges = edges
 
     def forward(self, ids, positions):
         """Return the summed vectors (B, T, C) of the n-grams that end at `positions` (T,) of ids
         (B, S)."""
         key = ids[:, positions].long()
         keys = []
+        counts = []
         for distance in range(1, self.longest):
             earlier = positions - distance
-            id_before = (ids[:, earlier.clamp(min=0)] + 1) * (earlier >= 0)     # 0 before the text
+            is_inside = earlier >= 0
+            id_before = (ids[:, earlier.clamp(min=0)] + 1) * is_inside      # 0 before the context
             key = (key * self.FACTOR + id_before) % self.PRIME
             keys.append(key)
+            counts.append(is_inside | self.edges)
         rows = torch.stack(keys, dim=2) % self.num_embeddings       # (B, T, longest - 1)
-        return super().forward(rows).sum(dim=2)
+        weights = torch.stack(counts, dim=1).to(self.weight.dtype).expand(rows.shape)
+        # The sum of the rows in one operation: they are never held side by side.
+        x = F.embedding_bag(rows.flatten(0, 1), self.weight, mode="sum",
+                            per_sample_weights=weights.flatten(0, 1))
+        return x.view(*rows.shape[:2], -1)
 
 
 class Attention(nn.Module):
@@ -414,7 +427,7 @@ class GPT(nn.Module):
         self.vocab_size = vocab_size
         rows = cfg.pad_vocab_to * math.ceil(vocab_size / cfg.pad_vocab_to)
         self.wte = nn.Embedding(rows, cfg.n_embd)
-        self.ngrams = NGrams(cfg.ngram_rows, cfg.n_embd, cfg.ngrams) if cfg.ngrams > 1 else None
+        self.ngrams = NGrams(cfg.ngram_rows, cfg.n_embd, cfg.ngrams, cfg.ngram_edges) if cfg.ngrams > 1 else None
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.positions == "learned" else None
         self.embed_norm = make_norm(cfg) if cfg.embed_norm else None
         self.dropout = nn.Dropout(cfg.dropout)
@@ -1014,6 +1027,8 @@ def start(cfg: Config, origin: Origin | None = None) -> Run:
     folder = ensure_set(cfg.dataset, cfg.data_dir, ranks)
     data, meta = open_data(folder, cfg.block_size)
     tokenizer = stored_tokenizer(folder, meta)
+    if tokenizer.eot is None:
+        tokenizer.start = start_of_texts(tokenizer, meta.get("joiner"), data["train"])
     check_origin(origin, cfg, tokenizer, meta)
     sample_prompt(cfg, tokenizer)       # a wrong prompt fails now, not later
     plan = make_plan(cfg, ranks, device, len(data["train"]), origin)
@@ -1486,6 +1501,7 @@ def checkpoint_content(run: Run) -> dict:
     return asdict(run.state) | {
         "config": asdict(run.cfg),
         "tokenizer": run.tokenizer.stored,
+        "start": run.tokenizer.start,
         "vocab_size": run.model.vocab_size,
         "text": text_checksum(run.meta),
         "model": dict(run.model.state_dict()),
@@ -1550,6 +1566,7 @@ def restore_model(content: dict, source, cfg: Config | None = None) -> tuple:
         if broken_rules := cli.problems(cfg):
             raise ValueError("; ".join(broken_rules))
         tokenizer = Tokenizer(content["tokenizer"])
+        tokenizer.start = content.get("start", tokenizer.start)
         vocab_size = content["vocab_size"]
         if tokenizer.vocab_size != vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, not {vocab_size}")

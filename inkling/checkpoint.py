@@ -25,7 +25,8 @@ NOT_KNOWN = 2**31               # max_iters in a last.pt from before plans, wher
 ENTRIES = {"config": dict, "tokenizer": dict, "model": dict, "vocab_size": int, "step": int}
 RESUME_ENTRIES = {"evaluated": int | None, "best_step": int, "best_val_loss": float, "losses": dict, "seconds": float,
                   "optimizers": list, "scaler": dict}
-LATER_ENTRIES = {"tokens": int, "threads": int, "text": str, "lost": str, "plan": dict}
+LATER_ENTRIES = {"tokens": int, "threads": int, "text": str, "lost": str, "plan": dict,
+                 "start": str}
 PLAN_ENTRIES = {"device": str, "dtype": str, "compile": bool | str, "max_iters": int | None, "sequences": int,
                 "micro_batches": int}
 PLAN_CHOICES = {"dtype": ("float32", "bfloat16", "float16"), "compile": (True, False, "auto")}
@@ -210,6 +211,7 @@ def load_checkpoint(path: Path, resumable: bool = False) -> dict:
         raise UserError(f"{path} is not an Inkling checkpoint (format {CHECKPOINT_FORMAT}); python train.py "
                         "writes them")
     content["config"].setdefault("ngrams", 0)       # a checkpoint from before n-grams has none
+    content["config"].setdefault("ngram_edges", True)       # once, all of them counted
     lacking = [name for name in RESUME_ENTRIES if name not in content]
     if resumable and lacking:
         raise UserError(f"{path} cannot be resumed, it lacks {', '.join(lacking)}: start from its weights with "

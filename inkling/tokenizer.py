@@ -3,6 +3,7 @@ on the text itself."""
 
 import base64
 import codecs
+import contextlib
 import hashlib
 import os
 import sys
@@ -69,6 +70,7 @@ class Tokenizer:
         else:
             raise ValueError(f"unknown tokenizer kind {self.kind!r}")
         self.vocab_size = len(self.pieces)
+        self.start = "\n"               # what precedes a text where there is no end-of-text token
         self._restore_ends(stored)
 
     def _restore_ends(self, stored: dict):
@@ -307,14 +309,17 @@ class Tokenizer:
         return min(forms, key=self.count_unknown)
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """Like encode_document, but never empty: an empty prompt becomes the end-of-text token, a
-        line break, or id 0."""
+        """Like encode_document, but never empty: an empty prompt becomes the end-of-text token; where
+        there is none, `start`; and where that cannot be encoded, id 0."""
         if text or self.bos is not None:
             return self.encode_document(text)
-        first = self.eot
-        if first is None:
-            first = self.pieces.index(b"\n") if b"\n" in self.pieces else 0
-        return np.array([first], token_dtype(self.vocab_size))
+        if self.eot is not None:
+            return np.array([self.eot], token_dtype(self.vocab_size))
+        with contextlib.suppress(ValueError):
+            ids = self.encode(self.start)
+            if ids.size:
+                return ids
+        return np.zeros(1, token_dtype(self.vocab_size))
 
     # -- ids to text -------------------------------------------------------------------------------
 
@@ -369,6 +374,17 @@ def stored_tokenizer(folder: Path, meta: dict) -> Tokenizer:
         raise UserError(f"{folder / 'meta.json'} holds no usable tokenizer "
                         f"({type(error).__name__}: {error}): prepare {folder.name} again")
     return tokenizer
+
+
+def start_of_texts(tokenizer: Tokenizer, joiner: str | None, ids: np.ndarray) -> str:
+    """What stands before each text of a training set where no end-of-text token does, for
+    `Tokenizer.start`: the joiner of its documents; of a single text, a blank line if it has any, and
+    else a line break. ids: the split, of which the first million are looked at."""
+    if joiner:
+        return joiner
+    text = tokenizer.decode(ids[:10**6].tolist())
+    blank_line = tokenizer.fit_line_ends("\n\n")
+    return blank_line if blank_line in text else "\n"
 
 
 def typed_prompt(tokenizer: Tokenizer, text: str) -> str:

@@ -17,7 +17,7 @@ SWITCHES = pairwise(
     positions=["rope", "learned"], rope_fraction=[0.0, 0.5, 1.0], n_kv_head=[0, 1, 2], qk_norm=[False, True],
     norm=["rmsnorm", "layernorm"], embed_norm=[False, True], shortcuts=[False, True], qkv_bias=[False, True],
     mlp=["relu2", "swiglu"], logit_cap=[0.0, 15.0], pad_vocab_to=[1, 64], tie_weights=[False, True],
-    ngrams=[0, 2, 5])
+    ngrams=[0, 2, 5], ngram_edges=[False, True])
 TOY_LOGITS = torch.tensor([[4.51, .89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])     # of SEEDS.md
 
 

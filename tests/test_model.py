@@ -26,7 +26,8 @@ SWITCHES = pairwise(
     norm_gain=[False, True], embed_norm=[False, True], mlp=["relu2", "relu", "gelu", "gelu_tanh", "swiglu"],
     bias=[False, True], qkv_bias=["auto", False, True], head_bias=[False, True], tie_weights=[False, True],
     qk_norm=[False, True], logit_cap=[0.0, 15.0], shortcuts=[False, True], n_kv_head=[0, 1, 2],
-    pad_vocab_to=[1, 64], ngrams=[0, 2, 5], head_dim=[0, 12], rope_scaling=["none", "linear", "llama3"])
+    pad_vocab_to=[1, 64], ngrams=[0, 2, 5], ngram_edges=[False, True],
+    head_dim=[0, 12], rope_scaling=["none", "linear", "llama3"])
 
 
 def small(**changes) -> GPT:
@@ -119,6 +120,8 @@ def plain_ngrams(cfg, ids: list, table):
     total = torch.zeros(len(ids), cfg.n_embd, dtype=table.dtype)
     for t in range(len(ids)):
         for length in range(2, cfg.ngrams + 1):
+            if length > t + 1 and not cfg.ngram_edges:
+                continue                                        # it reaches before the first token
             key = ids[t]
             for place in range(t - 1, t - length, -1):          # backwards; before the text there is a 0
                 key = (key * 1_540_483_477 + (ids[place] + 1 if place >= 0 else 0)) % (2 ** 31 - 1)
@@ -179,6 +182,18 @@ def test_the_docstrings_example_of_ngrams_is_right():
     rows = [key % NGrams.PRIME % 1000 for key in (pair, triple)]
     with torch.no_grad():
         assert table(torch.tensor([[5, 7, 9]]), torch.tensor([2])).item() == sum(rows)
+
+
+def test_ngrams_that_reach_before_the_first_token_add_nothing():
+    table = NGrams(1000, 4, longest=3)
+    ids = torch.tensor([[5, 7, 9]])
+    with torch.no_grad():
+        x = table(ids, torch.arange(3))[0]
+        pair = (7 * NGrams.FACTOR + 6) % NGrams.PRIME % 1000
+        assert not x[0].any()
+        assert torch.equal(x[1], table.weight[pair])
+    table(ids, torch.arange(3)).sum().backward()
+    assert table.weight.grad.any(dim=1).sum() == 3              # the rows of (5, 7), (7, 9) and (5, 7, 9)
 
 
 def test_ngrams_are_the_same_wherever_they_stand_and_differ_by_what_stands_in_them():

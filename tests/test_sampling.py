@@ -23,7 +23,7 @@ from conftest import ZYGOTE, flags, inside, one_line_error, pairwise, perturbed
 import sample
 from inkling.checkpoint import save_checkpoint
 from inkling.cli import UserError, printable, printable_text, quoted
-from inkling.tokenizer import Tokenizer
+from inkling.tokenizer import Tokenizer, start_of_texts
 from sample import Options, Picker, keep_top_p, select_top_k, token_losses
 from train import GPT, Config, load
 
@@ -52,6 +52,27 @@ def checkpoint(folder, stored: dict) -> str:
     assert save_checkpoint(dict(config=asdict(cfg), tokenizer=stored, model=model.state_dict(), step=0,
                                 vocab_size=tokenizer.vocab_size), path) == ""
     return str(path)
+
+
+@pytest.mark.parametrize("text, joiner, start", [
+    ("one\ntwo\n\nthree", None, "\n\n"), ("one\ntwo\nthree", None, "\n"), ("one\n\ntwo", "\n", "\n"),
+    ("one\r\n\r\ntwo", None, "\r\n\r\n"), ("one two", None, "\n")])
+def test_an_empty_prompt_is_what_precedes_a_text_of_the_training_set(text, joiner, start):
+    tokenizer = Tokenizer.build("char", text)
+    tokenizer.start = start_of_texts(tokenizer, joiner, tokenizer.encode(text))
+    assert tokenizer.start == start
+    if "\n" in text:
+        assert tokenizer.decode(tokenizer.encode_prompt("")) == start
+    else:
+        assert tokenizer.encode_prompt("").tolist() == [0]          # it has no line break
+    assert tokenizer.decode(tokenizer.encode_prompt("one")) == "one"
+
+
+def test_a_checkpoint_carries_its_start(models, tmp_path):
+    content = torch.load(models["char"], weights_only=True)
+    assert load(models["char"])[1].start == "\n"                    # one from before there was a start
+    save_checkpoint(content | {"start": "\n\n"}, tmp_path / "ckpt.pt")
+    assert load(tmp_path)[1].start == "\n\n"
 
 
 @pytest.fixture(scope="module")
