@@ -219,6 +219,7 @@ FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer"}          # what a resumed
 # --------------------------------------------------------------------------------------------------
 # The model. Shapes: B sequences, T tokens, C = n_embd.
 
+LOGITS_AT_ONCE = 2**21                  # of a batch with more, the loss is computed in pieces
 
 def make_norm(cfg: Config):
     """Return a LayerNorm (arXiv 1607.06450) or an RMSNorm (arXiv 1910.07467)."""
@@ -417,6 +418,60 @@ class Block(nn.Module):
         return x, v
 
 
+class CrossEntropyInPieces(torch.autograd.Function):
+    """The mean cross-entropy of softmax(cap(x weight^T + bias)), some rows of x at a time. With a large
+    vocabulary, the logits of a whole batch would be the largest tensors of a step by far.
+
+    A piece's gradients are computed right after its loss, in the forward pass: to compute its logits
+    again in the backward pass would cost a third more. (As in Liger Kernel, arXiv 2410.10989.)
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, targets, vocab_size, cap, rows, needs_gradient):
+        """x: (N, C). weight: (V, C), of which the rows from vocab_size on are padding. bias: (V,) or
+        None. targets: (N,). cap: bound on the logits, 0 for none. rows: how many at a time."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        used_weight = weight[:vocab_size].to(dtype)
+        loss = torch.zeros((), device=x.device)
+        grad_x = torch.empty_like(x) if needs_gradient else None
+        grad_weight = torch.zeros_like(weight) if needs_gradient else None
+        grad_bias = torch.zeros_like(bias) if needs_gradient and bias is not None else None
+        for first in range(0, len(x), rows):
+            piece = slice(first, first + rows)
+            x_piece = x[piece].to(dtype)
+            targets_piece = targets[piece, None]                    # (rows, 1)
+            z = (x_piece @ used_weight.mT).float()                  # (rows, vocab_size)
+            if bias is not None:
+                z += bias[:vocab_size]
+            if cap:
+                # cap z / sqrt(z^2 + cap^2) = z scale; its derivative is scale^3
+                scale = torch.addcmul(torch.ones((), device=x.device), z, z, value=cap**-2).rsqrt_()
+                z *= scale
+            log_p = F.log_softmax(z, dim=-1)
+            loss -= log_p.gather(1, targets_piece).sum()
+            if not needs_gradient:
+                continue
+            grad_z = log_p.exp_()                                   # softmax - one-hot
+            grad_z.scatter_add_(1, targets_piece, grad_z.new_full(targets_piece.shape, -1))
+            if cap:
+                grad_z *= scale.pow_(3)
+            if bias is not None:
+                grad_bias[:vocab_size] += grad_z.sum(0)
+            grad_z = grad_z.to(dtype)
+            grad_x[piece] = grad_z @ used_weight
+            grad_weight[:vocab_size] += grad_z.mT @ x_piece
+        ctx.save_for_backward(grad_x, grad_weight, grad_bias)
+        ctx.count = len(x)
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        share = grad_loss / ctx.count
+        gradients = [None if gradient is None else gradient * share for gradient in ctx.saved_tensors]
+        return *gradients, None, None, None, None, None
+
+
 class GPT(nn.Module):
     """A decoder-only transformer. Its switches span GPT-2 (OpenAI, 2019), Llama (arXiv 2302.13971)
     and the fast recipe of the modded-nanogpt speedruns (github.com/KellerJordan/modded-nanogpt)."""
@@ -473,18 +528,17 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=math.sqrt(0.33 / module.in_features))
 
     def forward(self, ids, targets=None):
-        """Return the logits (B, T, vocab_size) for ids (B, T) and, if there are targets (B, T), the
-        mean cross-entropy in nats, else None. T is at most block_size."""
+        """Return (logits (B, T, vocab_size), None) for ids (B, T), or, if there are targets (B, T),
+        (None, their mean cross-entropy in nats). T is at most block_size."""
         T = ids.size(1)
         if ids.size(1) > self.cfg.block_size:
             raise ValueError(f"{T} tokens are more than block_size={self.cfg.block_size}")
         positions = torch.arange(T, device=ids.device)
         x = self.embed(ids, ids, positions)
         x = self.transform(x, self.rotation(slice(T)))
-        logits = self.logits(x)
         if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return self.logits(x), None
+        return None, self.loss(x.flatten(0, 1), targets.flatten())
 
     def embed(self, ids, context, positions):
         """Return the residual stream (B, T, C) of ids (B, T) as it enters the first block. They stand
@@ -532,6 +586,18 @@ class GPT(nn.Module):
         if cap:
             z = z * cap * torch.rsqrt(z * z + cap * cap)
         return z
+
+    def loss(self, x, targets):
+        """Return the mean cross-entropy in nats of x (N, C) and targets (N,)."""
+        if len(x) * self.vocab_size <= LOGITS_AT_ONCE:
+            return F.cross_entropy(self.logits(x), targets)
+        return self.loss_in_pieces(x, targets)
+
+    @torch.compiler.disable             # which would take minutes for its many pieces
+    def loss_in_pieces(self, x, targets):
+        rows = 256 if x.device.type == "cpu" else 4096
+        return CrossEntropyInPieces.apply(x, self.head.weight, self.head.bias, targets, self.vocab_size,
+                                          self.cfg.logit_cap, rows, torch.is_grad_enabled())
 
     # -- Generation. Keys and values are cached, so that each token is computed once.
 

@@ -11,6 +11,7 @@ from conftest import pairwise, perturbed
 from inkling import cpu
 from inkling.cli import problems
 from inkling.cpu import dropout, in_blocks
+from inkling.device import compiler_missing
 from train import GPT, Config, NGrams, draw
 
 VOCAB, T = 50, 16
@@ -688,3 +689,55 @@ def test_attention_in_blocks_is_as_exact_as_16_bits_are(dtype, error):
     assert torch.allclose(in_blocks(*(z.to(dtype) for z in (q, k, v))).float(), exact, atol=error)
     large = torch.full((1, 1, 4, 64), 33.0, dtype=dtype)
     assert in_blocks(large, large, large).isfinite().all()
+
+
+# ---- the loss of a large vocabulary, in pieces
+
+
+def loss_and_gradients(model, idx, targets, at_once: int, monkeypatch, dtype=None) -> list:
+    """The loss and all gradients, computed in pieces where a batch has more than `at_once` logits."""
+    monkeypatch.setattr("train.LOGITS_AT_ONCE", at_once)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        loss = model(idx, targets)[1]
+    (1000 * loss).backward()                            # as a GradScaler does
+    return [loss.detach()] + [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("switches", [{}, dict(logit_cap=0.0, head_bias=True, pad_vocab_to=64), dict(tie_weights=True)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-6), (torch.bfloat16, 0.02), (torch.float16, 0.005)])
+def test_the_loss_in_pieces_and_its_gradients_are_those_of_the_plain_formula(switches, dtype, tolerance, monkeypatch):
+    model = perturbed(small(**switches))
+    idx = tokens(40, T)                                 # 640 rows: two pieces of 256 and a rest
+    targets = tokens(40, T, seed=1)
+    plain = loss_and_gradients(model, idx, targets, 2**40, monkeypatch, dtype)
+    pieces = loss_and_gradients(model, idx, targets, 0, monkeypatch, dtype)
+    near(pieces[0], plain[0], atol=tolerance)
+    for expected, actual in zip(plain[1:], pieces[1:], strict=True):
+        near(actual, expected, atol=3 * tolerance * expected.abs().max().item())
+
+
+def test_the_loss_in_pieces_never_holds_all_logits(monkeypatch):
+    """Nor gradients, where none are asked for: an evaluation."""
+    sizes = []
+    whole = torch.nn.functional.log_softmax
+    monkeypatch.setattr("torch.nn.functional.log_softmax", lambda z, dim: sizes.append(len(z)) or whole(z, dim=dim))
+    monkeypatch.setattr("train.LOGITS_AT_ONCE", 0)
+    model = small()
+    with torch.no_grad():
+        loss = model(tokens(40, T), tokens(40, T, seed=1))[1]
+    assert sizes == [256, 256, 128]
+    assert loss.grad_fn is None
+    assert math.isclose(loss.item(), math.log(VOCAB), abs_tol=0.1)
+
+
+def test_the_loss_in_pieces_of_compiled_code(monkeypatch):
+    if why := compiler_missing("cpu"):
+        pytest.skip(why)
+    model = perturbed(small())
+    idx = tokens(40, T)
+    targets = tokens(40, T, seed=1)
+    expected = loss_and_gradients(model, idx, targets, 2**40, monkeypatch)
+    compiled = torch.compile(model, dynamic=False)
+    for actual, plain in zip(loss_and_gradients(compiled, idx, targets, 0, monkeypatch), expected, strict=True):
+        near(actual, plain, atol=1e-5 * max(1.0, plain.abs().max().item()))

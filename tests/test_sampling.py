@@ -54,7 +54,7 @@ def checkpoint(folder, stored: dict) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("text, joiner, start", [
+@pytest.mark.parametrize(("text", "joiner", "start"), [
     ("one\ntwo\n\nthree", None, "\n\n"), ("one\ntwo\nthree", None, "\n"), ("one\n\ntwo", "\n", "\n"),
     ("one\r\n\r\ntwo", None, "\r\n\r\n"), ("one two", None, "\n")])
 def test_an_empty_prompt_is_what_precedes_a_text_of_the_training_set(text, joiner, start):
