@@ -84,10 +84,10 @@ class ModelConfig:
 
     # -- model
     block_size: Annotated[int, at_least(1).at_most(2**20)] = 256  # context: the most tokens that predict the next
-    n_layer: PositiveInt = 3            # blocks
+    n_layer: PositiveInt = 2            # blocks
     n_head: PositiveInt = 2             # attention heads (queries)
     n_kv_head: NonNegativeInt = 0       # key-value heads, shared by groups of queries (GQA); 0: n_head
-    n_embd: PositiveInt = 192           # width: embedding size
+    n_embd: PositiveInt = 128           # width: embedding size
     head_dim: NonNegativeInt = 0        # width of each attention head; 0: n_embd / n_head
     ffn_dim: NonNegativeInt = 0         # width inside the MLP; 0: 4 n_embd (swiglu: 8/3, rounded up to 128)
     positions: Literal["rope", "learned"] = "rope"  # rotary (arXiv 2104.09864) or learned embeddings
@@ -130,7 +130,7 @@ class Config(ModelConfig):
     init_from: FilePath = "scratch"     # scratch | resume | auto: resume if it can | PATH.pt |
                                         # gpt2[-medium|-large|-xl]
     seed: NonNegativeInt = 1337         # for the initial weights, the batches and dropout
-    max_iters: Annotated[int, at_least(0).below(2**31)] = 150  # optimizer steps
+    max_iters: Annotated[int, at_least(0).below(2**31)] = 300  # optimizer steps
     max_epochs: NonNegativeFloat = 0.0  # passes over the training tokens; above 0 it sets max_iters
     max_minutes: NonNegativeFloat = 0.0  # wall-clock limit in minutes; max_iters is fitted to it; 0: none
     breakpoints: str = ""               # STEP:END,...: at these steps the end moved; to repeat a run by the clock
@@ -156,7 +156,7 @@ class Config(ModelConfig):
     wandb_project: str = "inkling"      # its project
     wandb_run_name: str = ""            # its run; empty: the name of out_dir
     # -- batches
-    batch_size: PositiveInt = 24        # sequences per micro-batch
+    batch_size: PositiveInt = 12        # sequences per micro-batch
     gradient_accumulation_steps: PositiveInt = 1  # micro-batches per step, divided among the processes
     sampling: Literal["epoch", "fixed", "random"] = "epoch"  # epoch: each window once, shifted every epoch; fixed: the
                                         # same windows every epoch; random: random places
@@ -169,7 +169,7 @@ class Config(ModelConfig):
     optimizer: str = "muon"             # muon (for the blocks' matrices, with AdamW for all else) | adamw
     learning_rate: NonNegativeFloat = 0.02  # with muon: of the blocks' matrices; with adamw: of everything
     embed_lr: NonNegativeFloat = 0.1    # with muon: AdamW's learning rate for the embeddings
-    ngram_decay: NonNegativeFloat = 2.0  # with muon: weight decay of the n-gram vectors; raise for small texts
+    ngram_decay: NonNegativeFloat = 3.0  # with muon: weight decay of the n-gram vectors; raise for small texts
     head_lr: NonNegativeFloat = 0.008   # with muon: AdamW's learning rate for the output layer
     scalar_lr: NonNegativeFloat = 0.02  # with muon: AdamW's learning rate for gains, biases and mixing weights
     weight_decay: NonNegativeFloat = 0.4  # times the learning rate; of the blocks' matrices (muon) or of all (adamw)
