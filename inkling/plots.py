@@ -3,7 +3,8 @@
     python -m inkling.plots out/a out/b                     # compare.png
     python -m inkling.plots out/a out/b --by=time --out=losses.png
 
-train.py draws the loss.png of a single run with `plot_run`. Pictures need matplotlib.
+Runs whose tokens hold different numbers of bytes, such as those of two tokenizers, are compared in
+bits per byte. train.py draws the loss.png of a single run with `plot_run`. Pictures need matplotlib.
 """
 
 import contextlib
@@ -23,6 +24,10 @@ from inkling.format import align_columns, duration, short
 # Fonts with letters that matplotlib's own lacks, such as Chinese, on Linux, macOS and Windows.
 MORE_FONTS = ["Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Source Han Sans SC", "PingFang SC",
               "Hiragino Sans GB", "Arial Unicode MS", "Microsoft YaHei", "SimHei", "Segoe UI", "Noto Sans"]
+
+# What losses are counted in.
+NATS = "nats per token"
+BITS = "bits per byte"
 
 
 @dataclass
@@ -112,7 +117,36 @@ def add_axis(axes, location, steps, units):
 
 # -- several runs ----------------------------------------------------------------------------------
 
-def plot_comparison(runs: dict, by: str, path: Path):
+def bits_per_nat(rows: list) -> float | None:
+    """What one nat per token is in bits per byte, by the last evaluation that tells; None if none does,
+    since logs of long ago have no bits per byte."""
+    for row in reversed(rows):
+        if row.get("val_loss") and row.get("val_bits_per_byte"):
+            return row["val_bits_per_byte"] / row["val_loss"]
+    return None
+
+
+def need_bits(runs: dict) -> bool:
+    """Whether to compare runs, {name: rows of its log}, in bits per byte: a nat per token does not mean
+    the same in all of them, and all of them tell what it means."""
+    factors = [bits_per_nat(rows) for rows in runs.values()]
+    if None in factors:
+        return False
+    return max(factors) > 1.001 * min(factors)          # the logs are rounded
+
+
+def in_bits(rows: list) -> list:
+    """The rows of a log with their losses in bits per byte. The bytes per token are those of val, also
+    for the train loss."""
+    factor = bits_per_nat(rows)
+    converted = []
+    for row in rows:
+        losses = {name: factor * row[name] for name in ("loss", "train_loss", "val_loss") if name in row}
+        converted.append(row | losses)
+    return converted
+
+
+def plot_comparison(runs: dict, by: str, path: Path, loss_unit: str = NATS):
     """Draw the val losses of several runs, {name: rows of its log}, in one PNG, and the train
     losses thinner. Raises ImportError without matplotlib."""
     column, unit, label = {
@@ -132,7 +166,7 @@ def plot_comparison(runs: dict, by: str, path: Path):
         axes.plot(places, [row["val_loss"] for row in evaluations], line_style(evaluations),
                   color=color, lw=1.6, label=name)
     axes.plot([], [], "--", color="0.5", lw=0.8, label="train")
-    axes.set(xlabel=label)
+    axes.set(xlabel=label, ylabel=f"loss ({loss_unit})")
     axes.xaxis.set_major_formatter(lambda x, _: short(x) if x >= 1000 else f"{x:g}")
     for text in axes.legend().get_texts():
         text.set(parse_math=False, fontfamily=font_families())
@@ -170,12 +204,18 @@ def main(argv: list) -> int:
     if not parsed.words:
         raise UserError("name the folders of runs to compare, such as out/a out/b")
     runs = {folder.rstrip("/"): read_evaluated_run(folder) for folder in parsed.words}
+    unit = NATS
+    if need_bits(runs):
+        unit = BITS
+        runs = {name: in_bits(rows) for name, rows in runs.items()}
     table = [("run", "best val", "at step", "last val", "steps", "tokens", "training", "tokens/s")]
     table += [table_row(name, rows) for name, rows in runs.items()]
     for line in align_columns(table):
         print(line)
+    if unit == BITS:
+        print(f"\nlosses in {BITS}: a token does not hold the same number of bytes in all of these runs")
     try:
-        plot_comparison(runs, options.by, Path(options.out))
+        plot_comparison(runs, options.by, Path(options.out), unit)
     except ImportError:
         print("\nno picture: pip install matplotlib")
     except OSError as error:
@@ -201,7 +241,7 @@ def new_figure(title: str) -> tuple:
     figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
     axes = figure.subplots()
     axes.set_title(plain_text(title), parse_math=False, fontfamily=font_families())
-    axes.set(ylabel="loss (nats per token)")
+    axes.set(ylabel=f"loss ({NATS})")
     axes.grid(alpha=0.3)
     return figure, axes
 

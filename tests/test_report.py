@@ -731,6 +731,34 @@ def test_runs_are_drawn_over_one_another(figures, tmp_path, by, place):
     assert trains[0].get_color() == lines["b"].get_color() != lines["a"].get_color()
 
 
+@pytest.mark.parametrize(("bytes_per_token", "unit", "best"), [(2, "bits per byte", 3 / math.log(2) / 2),
+                                                               (1, "nats per token", 3.0)])
+def test_two_tokenizers_are_compared_in_bits_per_byte(figures, tmp_path, monkeypatch, bytes_per_token, unit, best):
+    monkeypatch.chdir(tmp_path)
+    for name, size in (("chars", 1), ("words", bytes_per_token)):
+        (tmp_path / name).mkdir()
+        log_file = LogFile(tmp_path / name / "log.csv", 0, None)
+        for row in log_of([4.0, 3.0]):
+            log_file.write(row | {"val_bits_per_byte": row["val_loss"] / math.log(2) / size})
+        log_file.close()
+    done = inside(plots.main, "chars", "words")
+    assert done.returncode == 0
+    words = next(line.split() for line in done.stdout.splitlines() if line.startswith("words"))
+    assert words[1] == f"{best:.4f}"
+    axes = figures[0].axes[0]
+    assert axes.get_ylabel() == f"loss ({unit})"
+    drawn = {line.get_label(): line for line in axes.lines}
+    assert drawn["words"].get_ydata()[-1] == pytest.approx(best)
+    assert ("bits per byte" in done.stdout) == (unit == "bits per byte")
+
+
+def test_old_logs_without_bits_are_compared_in_nats(figures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_log(tmp_path / "old", [4.0, 3.0])
+    assert inside(plots.main, "old").returncode == 0
+    assert figures[0].axes[0].get_ylabel() == "loss (nats per token)"
+
+
 def write_log(folder, losses: list):
     folder.mkdir(parents=True)
     log_file = LogFile(folder / "log.csv", 0, None)
