@@ -1713,6 +1713,7 @@ def report_and_save(run: Run, report: Report, loss, norm, stop: Stop):
     look_at_signals(run, stop)
     if wait_now or stop.agreed:         # nothing is saved before this look
         run.guard.verify(step)
+    report.advance(step)
     if log_now:
         mean = run.ranks.all_reduce(loss).item() / run.ranks.world
         lr = cfg.learning_rate * lr_factor(step - 1, cfg, run.plan.breakpoints)

@@ -218,10 +218,13 @@ class Report:
         self.bar = None
         self.log_file = None
         self.loggers = []
+        self.step_line = ""                 # the latest line of a step; it stands in front of the bar
+        self.uncompiled_seconds_per_step = None     # as estimated before compiling; None: not known
         self.draws_fail = False             # and it has been said
         self.process_began = time.perf_counter()
         self.last_step = run.first_step
         self.last_seconds = run.stopwatch.seconds()
+        self.first_seconds = self.last_seconds
         self.loss_width = len(f"{math.log(run.meta['vocab_size']):.3f}")        # of the largest loss to expect
         val = run.meta["splits"]["val"]
         self.bits_per_byte = val["tokens"] / max(1, val["bytes"]) / math.log(2)     # at a loss of 1 nat per token
@@ -271,7 +274,8 @@ class Report:
         text = (f"{short(parameters)} parameters ({parameters:,}): {cfg.n_layer} layers, {cfg.n_head} heads, "
                 f"{cfg.n_embd} wide, context {cfg.block_size}")
         if ngrams:
-            text += f"; {short(ngrams)} of them are n-gram vectors"
+            text += (f"; {short(ngrams)} of them are n-gram vectors, a table in which a token finds only the few of "
+                     f"the last 2 to {cfg.ngrams} tokens")
         return text
 
     def describe_steps(self) -> str:
@@ -292,6 +296,7 @@ class Report:
         """Say about how long the run takes, before anything else does; above an hour, what would take
         less."""
         steps = f"{self.run.plan.max_iters - self.run.state.step:,} steps of {milliseconds(seconds_per_step)} ms"
+        self.uncompiled_seconds_per_step = seconds_per_step
         text = f"about {rough_duration(seconds)} of training on this machine, uncompiled: {steps}"
         if seconds > 3600:
             self.warn(f"{text}. For less: --max_minutes=60 makes as many steps as fit; a smaller --n_layer, --n_embd "
@@ -332,7 +337,7 @@ class Report:
                             f"byte: the weights of ckpt.pt, of step {self.run.state.best_step:,}")
 
     def compiling(self):
-        self.label("compile", "up to a minute on two cores, plus the first step; faster when cached ...")
+        self.label("compile", "one to three minutes on two cores, once; faster when cached ...")
 
     def machine(self, compile_note: str):
         plan = self.run.plan
@@ -389,7 +394,7 @@ class Report:
             "norm": f"norm {norm:5.2f}",
             "ms": f"{milliseconds(seconds_per_step):>5} ms",
             "rate": f"{short(tokens_per_second):>5} tok/s",
-            "left": f"{self.time_left(step, seconds_per_step)} left",
+            "left": self.time_left(step, seconds_per_step),
             "mfu": self.utilization(tokens_per_second),
         })
         self.log(step, loss=loss, norm=norm, lr=lr, ms=1000 * seconds_per_step, tokens_per_second=tokens_per_second)
@@ -397,11 +402,24 @@ class Report:
     def progress(self, parts: dict):
         """Print a line, or renew the one in front of the progress bar."""
         if self.bar:
+            self.step_line = fit_line(parts, terminal_width() - 10)
             self.bar.n = self.last_step
             self.bar.total = self.run.plan.max_iters
-            self.bar.set_description_str(fit_line(parts, terminal_width() - 10))
+            self.bar.set_description_str(self.step_line)
         else:
             self.say(fit_line(parts, terminal_width()))
+
+    def advance(self, step: int):
+        """Move the progress bar to `step`, also at steps that print nothing."""
+        if self.bar:
+            self.bar.update(step - self.bar.n)
+
+    def keep_step_line(self):
+        """Print the line in front of the progress bar above it, where it stays: what follows is newer."""
+        if self.bar and self.step_line:
+            self.bar.set_description_str("step", refresh=False)
+            self.bar.write(self.step_line)
+            self.step_line = ""
 
     def place(self, step: int) -> str:
         """STEP/MAX_ITERS, equally wide at every step."""
@@ -409,11 +427,14 @@ class Report:
         return f"{step:{len(str(max_iters))}}/{max_iters}"
 
     def time_left(self, step: int, seconds_per_step: float) -> str:
-        """How long the rest of the run takes if its steps and evaluations keep this pace."""
+        """How long the rest of the run takes if its steps and evaluations keep this pace, in words."""
         run = self.run
         max_iters = run.plan.max_iters
+        if step == max_iters:
+            return "then evaluates"
         evaluations = evaluations_left(max_iters, run.plan.eval_interval, step, run.state.evaluated)
-        return duration(seconds_per_step * (max_iters - step) + run.stopwatch.pause_seconds() * evaluations)
+        left = seconds_per_step * (max_iters - step) + run.stopwatch.pause_seconds() * evaluations
+        return f"{duration(left)} left"
 
     def utilization(self, tokens_per_second: float) -> str:
         """Model FLOPs utilization, the share of the cards' peak rate; "" where it is not known."""
@@ -433,6 +454,7 @@ class Report:
         if not is_best:
             best = f"best {state.best_val_loss:.4f} at step {state.best_step}"
         width = self.loss_width + 1
+        self.keep_step_line()
         self.say(fit_line({
             "step": f"eval {self.place(step)}",
             "train": f"train {losses['train']:{width}.4f}",
@@ -483,6 +505,7 @@ class Report:
 
     def close(self):
         """Close what `open` opened; may be called again."""
+        self.keep_step_line()
         if self.bar:
             self.bar.close()
         if self.log_file:
@@ -538,16 +561,31 @@ class Report:
         self.label("done", f"{state.step:,} steps{self.cut_short()} in {duration(seconds)} of training; "
                            f"best val loss {state.best_val_loss:.4f} at step {state.best_step}")
         self.label("speed", self.describe_speed(state.tokens, seconds))
+        self.say_whether_compiling_paid()
         last_val_loss = state.losses.get("val", -math.inf)
         if last_val_loss > state.best_val_loss + 0.01:
             self.label("note", f"the val loss has risen to {last_val_loss:.4f} since then: the model is overfitting, "
                                "if the train loss has fallen; try --patience=3, fewer steps, more --dropout or a "
                                "smaller model. If the train loss has risen, too, lower --learning_rate")
         files = [f"{name} ({purpose})" for name, purpose in PURPOSES.items() if (self.out_dir / name).exists()]
-        self.label("files", f"{self.out_dir}/: {', '.join(files)}")
+        used = sum((self.out_dir / name).stat().st_size for name in PURPOSES if (self.out_dir / name).exists())
+        self.label("files", f"{self.out_dir}/: {', '.join(files)}; {size(used)}")
         if len(run.plan.breakpoints) > 1 or run.cfg.max_minutes:
             self.say(f"repeat   {self.repeat_command()}")
         self.say(f"next     python sample.py --out_dir={shlex.quote(str(self.out_dir))}")     # whole, to be copied
+
+    def say_whether_compiling_paid(self):
+        """Compare the steps of this process with the estimate of uncompiled ones."""
+        run = self.run
+        steps = run.state.step - run.first_step
+        before = self.uncompiled_seconds_per_step
+        if not (run.plan.compile and run.compile_seconds and before and steps):
+            return
+        now = (run.stopwatch.seconds() - self.first_seconds) / steps
+        gain = (before - now) * steps - run.compile_seconds
+        effect = "saved" if gain > 0 else "cost"
+        self.label("compile", f"took {duration(run.compile_seconds)}; steps of {milliseconds(now)} ms instead of about "
+                              f"{milliseconds(before)} ms: {effect} about {rough_duration(abs(gain))} in this run")
 
     def repeat_command(self) -> str:
         """The command that makes the same steps again, whatever the clock says."""

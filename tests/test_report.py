@@ -229,7 +229,7 @@ def test_compiling_is_announced_before_the_machine_is_described(make_run, tmp_pa
     report.compiling()
     report.machine("on, took 9 s")
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("compile  up to a minute on two cores")
+    assert first.startswith("compile  one to three minutes on two cores")
     assert second == "machine  cpu, 1 threads; bfloat16; compile on, took 9 s"
 
 
@@ -467,7 +467,7 @@ def test_a_finished_run_says_what_came_of_it(make_run, tmp_path, capsys):
     lines = finished(run, tmp_path, capsys).splitlines()
     assert lines[0] == "done     6 steps in 3s of training; best val loss 2.5000 at step 6"
     assert re.fullmatch(r"speed    768 tokens at 256 tok/s; whole process 0s(, [\d.]+ [GM]B of memory)?", lines[1])
-    assert lines[2:] == [f"files    {tmp_path}/: ckpt.pt (best weights), last.pt (to resume)",
+    assert lines[2:] == [f"files    {tmp_path}/: ckpt.pt (best weights), last.pt (to resume); 0.0 MB",
                          f"next     python sample.py --out_dir={tmp_path}"]
 
 
@@ -569,7 +569,10 @@ def terminal(make_run, tmp_path, monkeypatch):
         report.evaluation(0, {"train": 3.0, "val": 3.0}, True)
         for step in (10, 20, 600):
             run.stopwatch.now += 0.5
+            report.advance(step)
             report.step(step, 2.0, 0.5, 0.01)
+            if step == 20:
+                report.evaluation(20, {"train": 2.5, "val": 2.5}, True)
         run.state.step = 600
         run.state.best_val_loss = 2.0
         report.evaluation(600, {"train": 2.0, "val": 2.0}, True)
@@ -612,11 +615,51 @@ def test_a_terminal_shows_one_line_that_fits(terminal, tmp_path, monkeypatch, wi
     assert not [line for line in drawn if len(line) > width and str(tmp_path) not in line]
     assert not [line for line in drawn if "\x1b" in line]               # no colours, NO_COLOR or no
     last = [line for line in drawn if line.startswith("step 600/600 | loss ")]
-    assert last
-    assert all(line.endswith("|") == bar for line in last)
-    parts = {40: [], 80: ["tok/s", "left"], 200: ["lr ", "norm ", "ms", "tok/s", "left"]}[width]
+    assert [line for line in last if not line.endswith("|")]            # it stays, without a bar
+    assert any(line.endswith("|") for line in last) == bar
+    parts = {40: [], 80: ["tok/s"], 200: ["lr ", "norm ", "ms", "tok/s", "then evaluates"]}[width]
     assert all(part in last[0] for part in parts)
     assert any(line.startswith("eval 600/600 | ") and "best" in line for line in drawn)
+
+
+def test_no_line_falls_back_to_a_step_before_an_evaluation(terminal):
+    pytest.importorskip("tqdm")
+    drawn = terminal(200)
+    [place] = [number for number, line in enumerate(drawn) if line.startswith("eval  20/600")]
+    kept = [line for line in drawn[:place] if line.startswith("step  20/600 | loss ") and not line.endswith("|")]
+    assert kept
+    assert not [line for line in drawn[place:] if line.startswith(("step  10/600", "step  20/600"))]
+
+
+class FakeBar:
+    def __init__(self):
+        self.n = 0
+
+    def update(self, steps: int):
+        self.n += steps
+
+
+def test_the_bar_moves_at_every_step(make_run, tmp_path):
+    report = Report(make_run(), tmp_path)
+    report.bar = FakeBar()
+    moved = []
+    for step in (1, 2, 3):
+        report.advance(step)
+        moved.append(report.bar.n)
+    assert moved == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("seconds", "effect"), [(50.0, "saved about 40 seconds"), (120.0, "cost about 30 seconds")])
+def test_the_end_says_what_compiling_was_worth(make_run, tmp_path, capsys, seconds, effect):
+    """100 steps, 1 s each uncompiled, 10 s of compiling."""
+    run = make_run(max_iters=100, plan={"compile": True})
+    run.compile_seconds = 10.0
+    report = Report(run, tmp_path)
+    report.estimate(100.0, 1.0)
+    run.stopwatch.now += seconds
+    run.state.step = 100
+    report.say_whether_compiling_paid()
+    assert effect in capsys.readouterr().out
 
 
 # -- pictures -----------------------------------------------------------------------------------------
