@@ -17,6 +17,7 @@ import torch
 
 from inkling.cli import UserError
 from inkling.files import HOLDER, LOCK, atomic_write, lock_folder
+from inkling.format import counted, shell_word, size
 
 CHECKPOINT_FORMAT = 1
 NOT_KNOWN = 2**31               # max_iters in a last.pt from before plans, where max_minutes had not measured the pace
@@ -83,6 +84,11 @@ class RunFolder:
             raise
         print(f"{self.path} holds a run: moved to {self.moved_to} (to resume it instead: "
               "--init_from=resume, with --out_dir naming it)", flush=True)
+        aside = folders_aside(self.path)
+        used = sum(file.stat().st_size for folder in aside for file in folder.glob("*") if file.is_file())
+        print(f"disk     old runs are never deleted; {counted(len(aside), 'old run')} of this name "
+              f"{'takes' if len(aside) == 1 else 'take'} {size(used)}; to delete what you do not need: "
+              f"rm -r {' '.join(map(shell_word, aside))}", flush=True)
 
     def take_back(self):
         """Undo `move_old_run`, if nothing has been saved since."""
@@ -105,6 +111,16 @@ class RunFolder:
         if self.lock:
             self.lock.close()
             self.lock = None
+
+
+def folders_aside(folder: Path) -> list:
+    """The folders NAME.1, NAME.2, ... that `set_aside` has made of `folder`, those that still exist."""
+    numbered = []
+    for path in folder.parent.iterdir():
+        name, _, number = path.name.rpartition(".")
+        if name == folder.name and number.isdecimal() and path.is_dir():
+            numbered.append((int(number), path))
+    return [path for _, path in sorted(numbered)]
 
 
 def set_aside(folder: Path) -> Path:

@@ -511,6 +511,8 @@ def test_ctrl_c_while_it_is_tried_has_moved_nothing(start, monkeypatch, old_run)
 def test_what_was_tried_leaves_no_trace_in_the_run(start, old_run, tmp_path):
     moved = start("run", dropout=0.2)
     assert "run holds a run: moved to run.1" in moved.stdout
+    assert "disk     old runs are never deleted; 1 old run of this name takes" in moved.stdout
+    assert "rm -r run.1\n" in moved.stdout
     assert start("fresh", dropout=0.2).returncode == 0
     same_runs(tmp_path / "run", tmp_path / "fresh")
 
