@@ -9,10 +9,11 @@
     python prepare.py --decode book > book.txt  # its text, train and then val
     python prepare.py --adopt FOLDER --tokenizer=gpt2   # nanoGPT's .bin files
 
-The built-in sets are fables and fables_zh (in Chinese), which are part of the repository,
-shakespeare_char, shakespeare, verdict and tinystories. Any other input is a file, a folder, a glob,
-an address, a pipe or - for standard input: plain text, .csv, .tsv, .json, .jsonl or .parquet, each
-also as .gz, .xz, .bz2 or .zst, or in a .zip or .tar.
+The built-in sets are fables, fables_zh (in Chinese, a token per character) and fables_zh_cl100k
+(the same text with OpenAI's cl100k_base), which are part of the repository, shakespeare_char,
+shakespeare, verdict and tinystories. Any other input is a file, a folder, a glob, an address, a
+pipe or - for standard input: plain text, .csv, .tsv, .json, .jsonl or .parquet, each also as .gz,
+.xz, .bz2 or .zst, or in a .zip or .tar.
 
 Writes data/NAME/train.bin and val.bin, raw arrays of token ids without a header (uint8 up to 256
 different tokens, uint16 up to 65,536, else uint32), and meta.json with the tokenizer, counts and
@@ -79,10 +80,11 @@ VERDICT = {
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4"
 STORIES = {"url": f"{TINYSTORIES}-train.txt", "val_url": f"{TINYSTORIES}-valid.txt"}
 # The built-in sets: fields of Options, and where the text comes from. Without a url it is part of the
-# repository: data/NAME/`file` (input.txt).
+# repository: data/NAME/input.txt, or `file` in data/.
 SETS = {
     "fables": {"tokenizer": "char"},
-    "fables_zh": {"tokenizer": "cl100k_base", "file": "input.csv"},
+    "fables_zh": {"tokenizer": "char", "file": "fables_zh/input.csv"},
+    "fables_zh_cl100k": {"tokenizer": "cl100k_base", "file": "fables_zh/input.csv"},
     "shakespeare_char": {"tokenizer": "char", **SHAKESPEARE},
     "shakespeare": {"tokenizer": "gpt2", **SHAKESPEARE},
     "verdict": {"tokenizer": "gpt2", **VERDICT},
@@ -224,7 +226,7 @@ def fetch_set(name: str, folder: Path, again: bool = False) -> Path:
     known."""
     source = SETS[name]
     if "url" not in source:
-        return ROOT / "data" / name / source.get("file", "input.txt")
+        return ROOT / "data" / source.get("file", f"{name}/input.txt")
     if "sha256" not in source:
         return fetch_unpinned(name, folder, source["url"], again)
     same_text = [folder.parent / other for other in SETS if SETS[other].get("url") == source["url"]]

@@ -192,7 +192,7 @@ def gpt2(table: Table, _options: Options):
 
 def cl100k(table: Table, options: Options):
     trained = train_config("fables_zh_cl100k", options)
-    folder = data_folder("fables_zh", options.data_dir)
+    folder = data_folder("fables_zh_cl100k", options.data_dir)
     meta = read_meta(folder)
     largest_id = int(open_split(folder, meta, "train").max())
     # It is decoded strictly, so all of it is UTF-8; U+FFFD stands for bytes that are no character.

@@ -1,6 +1,6 @@
 # Chinese with OpenAI's cl100k_base: 100 fables written for this project. Ids go up to 100,276, so they are uint32.
 #
-#     python prepare.py fables_zh                     # bundled; tiktoken downloads cl100k_base once
+#     python prepare.py fables_zh_cl100k              # bundled; tiktoken downloads cl100k_base once
 #     python train.py config/fables_zh_cl100k.py
 #     python sample.py --start="从前"
 #
@@ -15,7 +15,7 @@
 # of a sample's characters are U+FFFD, which stands for bytes that form no character. The output itself is valid UTF-8
 # throughout.
 
-dataset = "fables_zh"
+dataset = "fables_zh_cl100k"
 
 max_iters = 400
 eval_interval = 50

@@ -861,11 +861,11 @@ def test_a_set_without_a_pinned_text(site, here, monkeypatch):
 
 
 def test_an_embedded_table_is_taken_as_a_whole(here, monkeypatch):
-    """fables_zh, on a file of two rows."""
+    """fables_zh and fables_zh_cl100k, on a file of two rows."""
     (here / "data" / "tales").mkdir(parents=True)
     (here / "data" / "tales" / "input.csv").write_text("title,text,moral\n狐,\"狐, 曰\n\",善\n", encoding="utf-8")
     monkeypatch.setattr(prepare, "ROOT", here)
-    monkeypatch.setitem(prepare.SETS, "tales", dict(tokenizer="byte", file="input.csv"))
+    monkeypatch.setitem(prepare.SETS, "tales", dict(tokenizer="byte", file="tales/input.csv"))
     prepared("tales", "--val_fraction=0")
     assert texts("tales")[0] == (here / "data" / "tales" / "input.csv").read_text(encoding="utf-8")
     prepared("tales", "--val_fraction=0", "--text_column=text", "--name=column")
