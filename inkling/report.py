@@ -274,8 +274,8 @@ class Report:
         text = (f"{short(parameters)} parameters ({parameters:,}): {cfg.n_layer} layers, {cfg.n_head} heads, "
                 f"{cfg.n_embd} wide, context {cfg.block_size}")
         if ngrams:
-            text += (f"; {short(ngrams)} of them are n-gram vectors, a table in which a token finds only the few of "
-                     f"the last 2 to {cfg.ngrams} tokens")
+            text += (f"; {short(ngrams)} of them are n-gram vectors, a table looked up by the last 2 to {cfg.ngrams} "
+                     "tokens")
         return text
 
     def describe_steps(self) -> str:
