@@ -278,8 +278,8 @@ def refuse_switches(kind: str, config: dict):
     if refused:
         named = ", ".join(f"{name}={config[name]}" for name in refused)
         raise ValueError(f"{TITLES[kind]} (positions={config['positions']}) has no counterpart of "
-                         f"{named}; a model trained with config/shakespeare_char_nanogpt.py has "
-                         "none of these")
+                         f"{named}: a web page has (python convert.py page CKPT.pt --out=NAME.html), and a model "
+                         "trained with config/shakespeare_char_nanogpt.py has none of these")
 
 
 def gpt2_fields(config: dict, width: int) -> dict:
@@ -901,6 +901,7 @@ def export_page(source: str, options: Options):
 # -- commands --------------------------------------------------------------------------------------
 
 COMMANDS = {"import": import_folder, "export": export_folder, "page": export_page}
+FLAGS = {"import": {"out", "tokenizer"}, "export": {"out"}, "page": {"out", "bits"}}
 
 
 def main(argv: list):
@@ -908,8 +909,10 @@ def main(argv: list):
     if len(parsed.words) != 2 or parsed.words[0] not in COMMANDS:
         raise UserError("say what to convert: python convert.py import DIR_OR_NAME, export CKPT.pt --out=DIR, or "
                         "page CKPT.pt --out=NAME.html; see --help")
-    outlive_output()
     command, source = parsed.words
+    if unused := sorted(parsed.typed - FLAGS[command]):
+        raise UserError(f"--{', --'.join(unused)} would change nothing in {command} (see --help): leave it out")
+    outlive_output()
     COMMANDS[command](source, Options(**parsed.values))
 
 

@@ -9,13 +9,13 @@ nothing that a checkpoint holds can become HTML.
 import base64
 import html
 import json
+import math
 import os
 import re
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from inkling.cli import UserError, from_dict
@@ -128,6 +128,7 @@ def model_card(content: dict, model, tokenizer: Tokenizer, source: str, bits: in
     parameters, of_ngrams = count_parameters(model)
     was_trained_here = "dataset" in stored
     settings = changed_settings(Config(**from_dict(Config, stored, source))) if was_trained_here else []
+    val_loss = content.get("losses", {}).get("val")
     path = Path(source)
     return {
         "name": str(stored.get("dataset") or path.resolve().parent.name),
@@ -135,7 +136,7 @@ def model_card(content: dict, model, tokenizer: Tokenizer, source: str, bits: in
         "ngram_parameters": of_ngrams,
         "vocab_size": model.vocab_size,
         "tokenizer": str(tokenizer.stored.get("name") or tokenizer.kind),
-        "val_loss": content.get("losses", {}).get("val"),
+        "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
         "step": content["step"],
         "tokens": content.get("tokens"),
         "seconds": content.get("seconds"),
@@ -187,7 +188,7 @@ def check_size(weights: dict, source: str, bits: int):
     expected = page_size(weights, bits)
     if expected <= LARGEST_PAGE:
         return
-    way_out = "export it to Hugging Face's format instead (python convert.py export)"
+    way_out = "python sample.py runs it without a page; lower --n_layer, --n_embd or --ngram_rows for a smaller one"
     if bits > 8 and page_size(weights, 8) <= LARGEST_PAGE:
         way_out = "leave --bits out"
     raise UserError(f"{source}: a page of its {short(sum(tensor.numel() for tensor in weights.values()))} parameters "

@@ -8,22 +8,35 @@ class Matrix {
     Object.assign(this, {rows, columns, values, scales});
   }
 
-  // The product with x (columns): (rows).
+  // The product with x (columns): (rows). Four rows at a time, so that x is read once for them.
   times(x) {
-    const {rows, columns, values, scales} = this;
+    const {rows, columns, values} = this;
     const y = new Float32Array(rows);
-    for (let row = 0, start = 0; row < rows; row++, start += columns) {
-      let even = 0;                     // two sums, which a processor adds up at the same time
-      let odd = 0;
-      let i = 0;
-      for (; i + 1 < columns; i += 2) {
-        even += values[start + i] * x[i];
-        odd += values[start + i + 1] * x[i + 1];
+    let row = 0;
+    for (; row + 3 < rows; row += 4) {
+      const first = row * columns;
+      const second = first + columns;
+      const third = second + columns;
+      const fourth = third + columns;
+      let a = 0;
+      let b = 0;
+      let c = 0;
+      let d = 0;
+      for (let i = 0; i < columns; i++) {
+        a += values[first + i] * x[i];
+        b += values[second + i] * x[i];
+        c += values[third + i] * x[i];
+        d += values[fourth + i] * x[i];
       }
-      if (i < columns) even += values[start + i] * x[i];
-      y[row] = scales ? (even + odd) * scales[row] : even + odd;
+      y[row] = a;
+      y[row + 1] = b;
+      y[row + 2] = c;
+      y[row + 3] = d;
     }
-    return y;
+    for (; row < rows; row++) {
+      for (let i = 0; i < columns; i++) y[row] += values[row * columns + i] * x[i];
+    }
+    return this.scales ? y.map((sum, i) => sum * this.scales[i]) : y;
   }
 
   // Add a row to x (columns).
@@ -152,7 +165,8 @@ class NGrams {
 }
 
 class Attention {
-  constructor(cfg, weights, name) {
+  constructor(cfg, weights, name, layer) {
+    this.layer = layer;
     this.nHead = cfg.n_head;
     this.nKvHead = cfg.n_kv_head || cfg.n_head;
     this.headDim = headWidth(cfg);
@@ -178,14 +192,14 @@ class Attention {
         if (rotation) rotate(head, rotation.cos, rotation.sin);
       }
     }
-    cache.extend(k, v);
-    return [this.out.forward(this.attend(q, cache)), v];
+    const [keys, values] = cache.extend(this.layer, k, v);
+    return [this.out.forward(this.attend(q, keys, values, cache.ids.length)), v];
   }
 
-  // softmax(q k^T / sqrt(head_dim)) v over all places of the cache: (n_head * head_dim).
-  attend(q, cache) {
+  // softmax(q k^T / sqrt(head_dim)) v over `length` tokens: (n_head * head_dim).
+  attend(q, keys, values, length) {
     const {nHead, nKvHead, headDim} = this;
-    const {keys, values, width, length} = cache;
+    const width = nKvHead * headDim;
     const y = new Float32Array(q.length);
     const p = new Float64Array(length);
     for (let head = 0; head < nHead; head++) {
@@ -221,10 +235,10 @@ function erf(x) {
 }
 
 const ACTIVATIONS = {
-  relu: (x) => Math.max(x, 0),
-  relu2: (x) => Math.max(x, 0) ** 2,
+  relu: (x) => x > 0 ? x : 0,
+  relu2: (x) => x > 0 ? x * x : 0,
   gelu: (x) => x / 2 * (1 + erf(x / Math.SQRT2)),
-  gelu_tanh: (x) => x / 2 * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3))),
+  gelu_tanh: (x) => x / 2 * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x * x * x))),
   swiglu: (x) => x / (1 + Math.exp(-x)),
 };
 
@@ -245,9 +259,9 @@ class MLP {
 }
 
 class Block {
-  constructor(cfg, weights, name) {
+  constructor(cfg, weights, name, layer) {
     this.norm1 = new Norm(cfg, weights, `${name}.norm1`);
-    this.attn = new Attention(cfg, weights, `${name}.attn`);
+    this.attn = new Attention(cfg, weights, `${name}.attn`, layer);
     this.norm2 = new Norm(cfg, weights, `${name}.norm2`);
     this.mlp = new MLP(cfg, weights, `${name}.mlp`);
     this.embedMix = weights[`${name}.embed_mix`];
@@ -271,10 +285,8 @@ class GPT {
     this.ngrams = cfg.ngrams > 1 ? new NGrams(cfg, weights["ngrams.weight"]) : null;
     this.wpe = weights["wpe.weight"];
     this.embedNorm = cfg.embed_norm ? new Norm(cfg, weights, "embed_norm") : null;
-    this.blocks = [];
-    for (let layer = 0; layer < cfg.n_layer; layer++) {
-      this.blocks.push(new Block(cfg, weights, `blocks.${layer}`));
-    }
+    this.blocks = Array.from({length: cfg.n_layer},
+                             (_, layer) => new Block(cfg, weights, `blocks.${layer}`, layer));
     this.norm = new Norm(cfg, weights, "norm");
     this.head = new Linear(weights, "head");
     if (cfg.tie_weights) this.head.weight = this.wte;
@@ -288,11 +300,11 @@ class GPT {
     const rotation = this.rotation(cache.ids.length - 1);
     const xFirst = x;
     let vFirst = null;
-    this.blocks.forEach((block, layer) => {
-      const [next, v] = block.forward(x, xFirst, rotation, vFirst, cache.layers[layer]);
+    for (const block of this.blocks) {
+      const [next, v] = block.forward(x, xFirst, rotation, vFirst, cache);
       x = next;
       vFirst ??= v;
-    });
+    }
     return this.logits(this.norm.forward(x));
   }
 
@@ -318,42 +330,34 @@ class GPT {
   }
 }
 
-// The tokens so far, and for each block their keys and values.
+// The tokens so far, and for each block their keys and values: n_kv_head * head_dim numbers for each
+// token, one after another.
 class Cache {
   constructor(cfg) {
     this.ids = [];
-    this.layers = Array.from({length: cfg.n_layer}, () => new LayerCache(cfg));
+    this.width = (cfg.n_kv_head || cfg.n_head) * headWidth(cfg);
+    this.keys = Array.from({length: cfg.n_layer}, () => new Float32Array(64 * this.width));
+    this.values = Array.from({length: cfg.n_layer}, () => new Float32Array(64 * this.width));
   }
 
   // Keep the first `length` tokens.
   cut(length) {
     this.ids.length = length;
-    for (const layer of this.layers) layer.length = length;
+  }
+
+  // Store the latest token's k and v, and return those of all tokens.
+  extend(layer, k, v) {
+    const start = (this.ids.length - 1) * this.width;
+    this.keys[layer] = withRoom(this.keys[layer], start + this.width);
+    this.values[layer] = withRoom(this.values[layer], start + this.width);
+    this.keys[layer].set(k, start);
+    this.values[layer].set(v, start);
+    return [this.keys[layer], this.values[layer]];
   }
 }
 
-// keys, values: width = n_kv_head * head_dim numbers for each of `length` tokens, and room for more.
-class LayerCache {
-  constructor(cfg) {
-    this.width = (cfg.n_kv_head || cfg.n_head) * headWidth(cfg);
-    this.length = 0;
-    this.keys = new Float32Array(64 * this.width);
-    this.values = new Float32Array(64 * this.width);
-  }
-
-  extend(k, v) {
-    const start = this.length * this.width;
-    if (start === this.keys.length) {
-      this.keys = twiceAsLong(this.keys);
-      this.values = twiceAsLong(this.values);
-    }
-    this.keys.set(k, start);
-    this.values.set(v, start);
-    this.length += 1;
-  }
-}
-
-function twiceAsLong(array) {
+function withRoom(array, length) {
+  if (length <= array.length) return array;
   const longer = new Float32Array(2 * array.length);
   longer.set(array);
   return longer;
