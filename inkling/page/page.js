@@ -11,6 +11,7 @@ const $ = (id) => document.getElementById(id);
 let worker = null;
 let model = null;                       // its config, tokenizer and card
 let tokens = [];                        // of the text, as the worker describes them; each with its span
+let arrived = [];                       // those that the next frame of the screen shows
 let selected = null;                    // the place of the token that is looked at; null: the latest
 let job = 0;                            // answers to former ones are ignored
 let isWriting = false;
@@ -89,13 +90,18 @@ const answers = {
     setWriting(false);
   },
   token(data) {
-    if (data.job === job) addToken(data.token);
+    if (data.job !== job) return;
+    arrived.push(data.token);
+    if (arrived.length === 1) requestAnimationFrame(showArrived);
   },
   end(data) {
-    if (data.job === job) setWriting(false);
+    if (data.job !== job) return;
+    showArrived();
+    setWriting(false);
   },
   error(data) {
     if (data.job !== undefined && data.job !== job) return;
+    showArrived();
     setWriting(false);
     setStatus(data.unknown === undefined ? SAY.error(data.message) : SAY.unknown(data.unknown));
   },
@@ -155,24 +161,33 @@ function replaceSelected(id) {
 function stop() {
   job += 1;
   worker.postMessage({kind: "stop"});
+  showArrived();
   setWriting(false);
 }
 
 // Keep the first `length` tokens of the text.
 function cut(length) {
+  arrived = [];
   for (const token of tokens.splice(length)) token.span.remove();
 }
 
+function showArrived() {
+  if (arrived.length === 0) return;
+  const text = $("text");
+  const isAtEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
+  for (const token of arrived) addToken(token);
+  if (isAtEnd) text.scrollTop = text.scrollHeight;
+  showSpeed(arrived.filter((token) => token.isNew).length);
+  if (selected === null) showToken(tokens.length - 1);
+  arrived = [];
+}
+
 function addToken(token) {
-  const isAtEnd = $("text").scrollHeight - $("text").scrollTop - $("text").clientHeight < 40;
   token.span = element("span", token.isEnd ? "" : token.text, classOf(token));
   token.span.style.setProperty("--surprise", token.p === null ? 0 : 1 - 2 ** (bits(token.p) / -3));
   token.span.dataset.place = tokens.length;
   tokens.push(token);
   $("text").append(token.span);
-  if (isAtEnd) $("text").scrollTop = $("text").scrollHeight;
-  if (token.isNew) showSpeed();
-  if (selected === null) showToken(tokens.length - 1);
 }
 
 function classOf(token) {
@@ -185,11 +200,12 @@ function bits(p) {
   return -Math.log2(Math.max(p, 1e-30));
 }
 
-function showSpeed() {
+function showSpeed(count) {
+  if (count === 0) return;
   began.time ||= performance.now();
+  began.count += count;
   const seconds = (performance.now() - began.time) / 1000;
-  if (seconds > 0.1) setStatus(SAY.speed(number(began.count + 1), number(began.count / seconds)));
-  began.count += 1;
+  if (seconds > 0.1) setStatus(SAY.speed(number(began.count), number((began.count - 1) / seconds)));
 }
 
 // -- the token that is looked at
