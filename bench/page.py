@@ -152,6 +152,74 @@ def report_page(browser: Chromium, path: Path, options: Options):
     print(f"network    {len(others)} requests; {len(browser.errors)} errors of JavaScript", flush=True)
 
 
+def text_of(browser: Chromium) -> str:
+    return browser.evaluate("document.getElementById('text').textContent")
+
+
+def press(browser: Chromium, key: str, place: str = "text"):
+    browser.evaluate(f"""document.getElementById("{place}").dispatchEvent(
+                             new KeyboardEvent("keydown", {{key: "{key}", bubbles: true, cancelable: true}}))""")
+
+
+def check_use(browser: Chromium, path: Path, prompt: str):
+    """Raise AssertionError unless a person can do what the page says."""
+    browser.open(path)
+    browser.wait_until(READY)
+    write_text(browser, prompt, 100)
+    first = text_of(browser)
+    write_text(browser, prompt, 100)
+    assert text_of(browser) == first, "a seed repeats"
+
+    browser.evaluate("document.querySelectorAll('#text span')[20].click()")
+    browser.evaluate("document.querySelectorAll('#likeliest button')[4].click()")
+    browser.wait_until(DONE)
+    assert browser.evaluate("tokens[20].name") == browser.evaluate("tokens[20].likeliest[4].name")
+    assert text_of(browser)[:18] == first[:18], "what was before a replaced token stays"
+    assert text_of(browser) != first
+
+    press(browser, "End")
+    press(browser, "ArrowLeft")
+    assert browser.evaluate("selected === tokens.length - 2"), "arrows choose a token"
+    press(browser, "3")
+    browser.wait_until(DONE)
+    assert browser.evaluate("tokens[tokens.length - 101].rank") == 3, "a digit takes a token"
+
+    before = browser.evaluate("tokens.length")
+    browser.evaluate("document.getElementById('length').value = 100000; document.getElementById('go-on').click()")
+    browser.wait_until(f"tokens.length > {before + 20}")
+    press(browser, "Escape")
+    browser.wait_until(DONE)
+    stopped = browser.evaluate("tokens.length")
+    time.sleep(0.3)
+    assert browser.evaluate("tokens.length") == stopped, "Esc stops"
+    assert not browser.errors, browser.errors
+    print("use        a seed repeats; clicks, keys, Go on and Esc do what they say", flush=True)
+
+
+HOSTILE = "</script><img src=x onerror=hacked=1>{{weights}}<!--"
+
+
+def check_hostile(browser: Chromium, folder: Path):
+    """Raise AssertionError unless hostile text stays text: as a name, a prompt, a token."""
+    content = small_model({})
+    content["tokenizer"] = {"kind": "char", "chars": "".join(sorted(set(HOSTILE)))}
+    content["vocab_size"] = len(content["tokenizer"]["chars"])
+    model = GPT(Config(**SMALL), content["vocab_size"])
+    content |= {"model": dict(model.state_dict()), "config": content["config"] | {"dataset": HOSTILE}}
+    path = folder / "hostile.html"
+    path.write_text(build_page(content, "hostile.pt", 8), encoding="utf-8")
+    browser.open(path)
+    browser.wait_until(READY)
+    write_text(browser, HOSTILE, 50)
+    assert text_of(browser).startswith(HOSTILE)
+    for place in ("document.title", "document.getElementById('name').textContent"):
+        assert browser.evaluate(place) == HOSTILE
+    assert browser.evaluate("document.images.length === 0 && typeof hacked === 'undefined'")
+    write_text(browser, "\u72d0", 5)
+    assert "\u72d0" in browser.evaluate("document.getElementById('status').textContent"), "names unknown characters"
+    print("hostile    a name, a prompt and tokens full of HTML stay text", flush=True)
+
+
 def take_pictures(browser: Chromium, path: Path, options: Options):
     folder = Path(options.pictures)
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,6 +250,8 @@ def main(argv: list):
         path.write_text(build_page(content, source, 8), encoding="utf-8")
         print(f"page       {size(path.stat().st_size)}")
         report_page(browser, path, options)
+        check_use(browser, path, options.prompt)
+        check_hostile(browser, Path(folder))
         if options.pictures:
             take_pictures(browser, path, options)
     report_loss(content, source)

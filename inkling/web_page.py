@@ -126,12 +126,14 @@ def model_card(content: dict, model, tokenizer: Tokenizer, source: str, bits: in
     """What the page says about the model; None: not known. content: of the checkpoint."""
     stored = content["config"]
     parameters, of_ngrams = count_parameters(model)
-    was_trained_here = "dataset" in stored
-    settings = changed_settings(Config(**from_dict(Config, stored, source))) if was_trained_here else []
+    command = None
+    if "dataset" in stored:             # an imported model has none
+        settings = changed_settings(Config(**from_dict(Config, stored, source)))
+        command = " ".join(["python train.py", *(f"--{setting}" for setting in settings)])
     val_loss = content.get("losses", {}).get("val")
     path = Path(source)
     return {
-        "name": str(stored.get("dataset") or path.resolve().parent.name),
+        "name": stored.get("dataset") or model_name(path),
         "parameters": parameters,
         "ngram_parameters": of_ngrams,
         "vocab_size": model.vocab_size,
@@ -141,9 +143,14 @@ def model_card(content: dict, model, tokenizer: Tokenizer, source: str, bits: in
         "tokens": content.get("tokens"),
         "seconds": content.get("seconds"),
         "date": time.strftime("%Y-%m-%d", time.localtime(os.stat(path).st_mtime)) if path.is_file() else None,
-        "command": " ".join(["python train.py", *(f"--{setting}" for setting in settings)]) if settings else None,
+        "command": command,
         "bits": bits,
     }
+
+
+def model_name(path: Path) -> str:
+    """Of a model that was not trained here: that of its folder, or its own."""
+    return path.resolve().parent.name if path.is_file() else path.name
 
 
 # -- the page --------------------------------------------------------------------------------------

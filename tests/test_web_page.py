@@ -396,8 +396,8 @@ O200K_PATTERN = "|".join([
 HAN_PATTERN = r"[\p{Han}]{1,2}+|(?>\w+)|.|\s"
 ALPHABET = [*"aAzZsSkK'1239 \t\n\r.,!-_/<|>", "\x85", "\u00a0", "\u2028", "\ufeff", "\u3000", "\u017f", "\u212a",
             "\u00e9", "e\u0301", "\u01c5", "\u0130", "\u0661", "\u2167", "\u00bd", "\u72d0\u72f8", "\ud55c",
-            "\u0e01\u0e33", "\U0001f98a", "\U0001d7d9", "\u200d", "'S", "'LL", "'\u017f", " the", "ing", "\r\n", "  ", "   ",
-            END_OF_TEXT]
+            "\u0e01\u0e33", "\U0001f98a", "\U0001d7d9", "\u200d", "'S", "'LL", "'\u017f", " the", "ing", "\r\n", "  ",
+            "   ", END_OF_TEXT]
 
 
 def hard_texts(count: int) -> list:

@@ -26,7 +26,7 @@ function short(value) {
 }
 
 function percent(p) {
-  return p < 0.0001 ? `<${number(0.01, 2)} %` : `${number(100 * p, p < 0.0995 ? 2 : 1)} %`;
+  return p < 0.0001 ? `<${number(0.01, 2)}%` : `${number(100 * p, p < 0.0995 ? 2 : 1)}%`;
 }
 
 function element(tag, text, className = "") {
@@ -45,6 +45,7 @@ function translate() {
     labelled.setAttribute("aria-label", SAY[labelled.dataset.label]);
   }
   $("write").textContent = SAY.write;
+  $("text").dataset.hint = SAY.textHint;
 }
 
 function showCard({card, config}) {
@@ -108,6 +109,7 @@ const answers = {
 };
 
 function setStatus(text) {
+  $("status").ariaLive = isWriting ? "off" : "polite";
   $("status").textContent = text;
 }
 
@@ -217,7 +219,8 @@ function visible(name) {
 
 function showToken(place) {
   const token = tokens[place];
-  const facts = token.p === null ? SAY.first : SAY.facts(percent(token.p), number(bits(token.p), 1), number(token.rank));
+  const facts = token.p === null ? SAY.first
+    : SAY.facts(percent(token.p), number(bits(token.p), 1), number(token.rank), number(model.card.vocab_size));
   $("token-facts").replaceChildren(element("b", visible(token.name)), ` ${facts}`);
   const rows = token.likeliest.map((other, i) => likeliestRow(other, KEYS[i], other.id === token.id));
   if (token.rank > rows.length) rows.push(likeliestRow(token, "", true));
