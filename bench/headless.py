@@ -91,6 +91,7 @@ class Chromium:
 
     def open(self, path: Path, width: int = 1280, height: int = 900, dark: bool = False, language: str = "en-US"):
         """Load a file, with this size of the window."""
+        self.call("Emulation.setScrollbarsHidden", hidden=True)
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                   mobile=width < 600)
         scheme = "dark" if dark else "light"

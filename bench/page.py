@@ -185,7 +185,7 @@ def check_use(browser: Chromium, path: Path, prompt: str):
     assert browser.evaluate("tokens[tokens.length - 101].rank") == 3, "a digit takes a token"
 
     before = browser.evaluate("tokens.length")
-    browser.evaluate("document.getElementById('length').value = 100000; document.getElementById('go-on').click()")
+    browser.evaluate("document.getElementById('length').value = 100000; document.getElementById('continue').click()")
     browser.wait_until(f"tokens.length > {before + 20}")
     press(browser, "Escape")
     browser.wait_until(DONE)
@@ -193,7 +193,7 @@ def check_use(browser: Chromium, path: Path, prompt: str):
     time.sleep(0.3)
     assert browser.evaluate("tokens.length") == stopped, "Esc stops"
     assert not browser.errors, browser.errors
-    print("use        a seed repeats; clicks, keys, Go on and Esc do what they say", flush=True)
+    print("use        a seed repeats; clicks, keys, Continue and Esc do what they say", flush=True)
 
 
 HOSTILE = "</script><img src=x onerror=hacked=1>{{weights}}<!--"

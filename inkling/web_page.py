@@ -20,7 +20,7 @@ import torch
 
 from inkling.cli import UserError, from_dict
 from inkling.files import atomic_write
-from inkling.format import short, size
+from inkling.format import shell_word, short, size
 from inkling.js_regex import to_javascript
 from inkling.report import changed_settings, count_parameters
 from inkling.tokenizer import Tokenizer
@@ -126,10 +126,6 @@ def model_card(content: dict, model, tokenizer: Tokenizer, source: str, bits: in
     """What the page says about the model; None: not known. content: of the checkpoint."""
     stored = content["config"]
     parameters, of_ngrams = count_parameters(model)
-    command = None
-    if "dataset" in stored:             # an imported model has none
-        settings = changed_settings(Config(**from_dict(Config, stored, source)))
-        command = " ".join(["python train.py", *(f"--{setting}" for setting in settings)])
     val_loss = content.get("losses", {}).get("val")
     path = Path(source)
     return {
@@ -143,9 +139,23 @@ def model_card(content: dict, model, tokenizer: Tokenizer, source: str, bits: in
         "tokens": content.get("tokens"),
         "seconds": content.get("seconds"),
         "date": time.strftime("%Y-%m-%d", time.localtime(os.stat(path).st_mtime)) if path.is_file() else None,
-        "command": command,
+        "command": training_command(stored, source),
         "bits": bits,
     }
+
+
+def training_command(stored: dict, source: str) -> str | None:
+    """The command that trained a model with these settings, but for what names places on this machine,
+    since a page is given away. None: it was not trained here."""
+    if "dataset" not in stored:
+        return None
+    words = ["python train.py"]
+    for setting in changed_settings(Config(**from_dict(Config, stored, source))):
+        name, _, value = setting.partition("=")
+        is_place = name == "data_dir" or (name == "init_from" and re.search(r"[/\\]", value))
+        if not is_place and not name.startswith("wandb_"):
+            words.append(f"--{name}={shell_word(value)}")
+    return " ".join(words)
 
 
 def model_name(path: Path) -> str:

@@ -96,14 +96,17 @@ def test_the_command_writes_one_file_that_loads_nothing(tmp_path, monkeypatch):
 
 
 def test_the_page_says_what_is_known_of_the_model():
-    page = build_page(content_of(dataset="my-book", n_layer=1), "toy.pt", 8)
+    places = dict(data_dir="/home/me/data", init_from="/home/me/ckpt.pt", out_dir="/home/me/out")
+    page = build_page(content_of(dataset="my-book", n_layer=1, sample_start="a b", **places), "toy.pt", 8)
+    assert "/home/me" not in page
     model = json.loads(element(page, "model"))
     card = model["card"]
     assert (card["name"], card["val_loss"], card["step"], card["tokens"], card["seconds"]) == ("my-book", 1.25, 3, 99,
                                                                                                61.5)
     assert card["parameters"] == sum(p.numel() for p in model_of(content_of(n_layer=1)).parameters())
     assert card["ngram_parameters"] == 97 * 32
-    assert "--n_layer=1" in card["command"]
+    assert "--n_layer=1 " in card["command"]
+    assert "--sample_start='a b'" in card["command"]
     assert "<title>my-book</title>" in page
     assert set(model["config"]) == MODEL_FIELDS
 
@@ -326,7 +329,7 @@ def test_greedy_text_is_pythons_beyond_the_context(tmp_path):
 
 
 @node
-def test_a_seed_repeats_and_a_text_goes_on_from_any_token(tmp_path):
+def test_a_seed_repeats_and_a_text_continues_from_any_token(tmp_path):
     content = content_of()
     page = build_page(content, "toy.pt", 32)
     whole = ["write", ORDER]

@@ -185,15 +185,19 @@ class Attention {
     const k = this.k.forward(x);        // (n_kv_head * head_dim)
     let v = this.v.forward(x);          // (n_kv_head * head_dim)
     if (this.valueMix) v = blend(this.valueMix, v, vFirst);
-    for (const heads of [q, k]) {
-      for (let start = 0; start < heads.length; start += this.headDim) {
-        const head = heads.subarray(start, start + this.headDim);
-        if (this.qkNorm) rmsNorm(head, this.normEps);
-        if (rotation) rotate(head, rotation.cos, rotation.sin);
-      }
-    }
+    this.normAndRotate(q, rotation);
+    this.normAndRotate(k, rotation);
     const [keys, values] = cache.extend(this.layer, k, v);
     return [this.out.forward(this.attend(q, keys, values, cache.ids.length)), v];
+  }
+
+  // The heads of q or k, in place.
+  normAndRotate(heads, rotation) {
+    for (let start = 0; start < heads.length; start += this.headDim) {
+      const head = heads.subarray(start, start + this.headDim);
+      if (this.qkNorm) rmsNorm(head, this.normEps);
+      if (rotation) rotate(head, rotation.cos, rotation.sin);
+    }
   }
 
   // softmax(q k^T / sqrt(head_dim)) v over `length` tokens: (n_head * head_dim).

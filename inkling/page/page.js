@@ -118,7 +118,7 @@ function setWriting(on) {
   document.body.classList.toggle("writing", on);
   $("write").disabled = false;
   $("write").textContent = on ? SAY.stop : SAY.write;
-  $("go-on").disabled = on || tokens.length === 0;
+  $("continue").disabled = on || tokens.length === 0;
   $("edit").disabled = on || tokens.length === 0;
 }
 
@@ -149,11 +149,11 @@ function write() {
   begin({text: $("prompt").value});
 }
 
-function goOn() {
+function continueText() {
   begin({ids: tokens.map((token) => token.id), known: tokens.length});
 }
 
-// Go on with another token in the place of the one that is selected.
+// Continue with another token in the place of the one that is selected.
 function replaceSelected(id) {
   const place = selected ?? tokens.length - 1;
   cut(place);
@@ -274,7 +274,7 @@ function listen() {
     if (isWriting) stop();
     else write();
   };
-  $("go-on").onclick = goOn;
+  $("continue").onclick = continueText;
   $("edit").onclick = () => {
     $("prompt").value = tokens.map((token) => token.isEnd ? "" : token.text).join("");
     $("prompt").focus();
