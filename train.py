@@ -16,6 +16,7 @@ save failed, 129, 130 and 143 stopped. README.zh.md: 中文说明
 
 import math
 import os
+import re
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -38,6 +39,8 @@ from inkling.checkpoint import (
     restore_optimizers,
 )
 from inkling.cli import (
+    AutoOrNonNegativeInt,
+    AutoOrPositiveInt,
     FilePath,
     Fraction,
     NonNegativeFloat,
@@ -47,7 +50,7 @@ from inkling.cli import (
     UserError,
     at_least,
 )
-from inkling.clock import Deadline, Stopwatch
+from inkling.clock import Deadline, StepFitter, Stopwatch, process_start
 from inkling.dataset import check_ids, open_data, random_order, windows_at_once
 from inkling.device import (
     autocast,
@@ -57,9 +60,11 @@ from inkling.device import (
     compile_model,
     compile_pays,
     device_type,
+    seconds_of_a_pass,
 )
 from inkling.distributed import Ranks, gradient_sync
-from inkling.dry_run import dry_run
+from inkling.dry_run import TRIAL_WINDOWS, dry_run
+from inkling.evaluation import plan_evaluations
 from inkling.hints import command_for_training
 from inkling.output import outlive_output
 from inkling.report import Report, check_loggers
@@ -79,10 +84,10 @@ class ModelConfig:
 
     # -- model
     block_size: Annotated[int, at_least(1).at_most(2**20)] = 256  # context: the most tokens that predict the next
-    n_layer: PositiveInt = 3            # blocks
+    n_layer: PositiveInt = 2            # blocks
     n_head: PositiveInt = 2             # attention heads (queries)
     n_kv_head: NonNegativeInt = 0       # key-value heads, shared by groups of queries (GQA); 0: n_head
-    n_embd: PositiveInt = 192           # width: embedding size
+    n_embd: PositiveInt = 128           # width: embedding size
     head_dim: NonNegativeInt = 0        # width of each attention head; 0: n_embd / n_head
     ffn_dim: NonNegativeInt = 0         # width inside the MLP; 0: 4 n_embd (swiglu: 8/3, rounded up to 128)
     positions: Literal["rope", "learned"] = "rope"  # rotary (arXiv 2104.09864) or learned embeddings
@@ -125,13 +130,16 @@ class Config(ModelConfig):
     init_from: FilePath = "scratch"     # scratch | resume | auto: resume if it can | PATH.pt |
                                         # gpt2[-medium|-large|-xl]
     seed: NonNegativeInt = 1337         # for the initial weights, the batches and dropout
-    max_iters: Annotated[int, at_least(0).below(2**31)] = 150  # optimizer steps
+    max_iters: Annotated[int, at_least(0).below(2**31)] = 300  # optimizer steps
     max_epochs: NonNegativeFloat = 0.0  # passes over the training tokens; above 0 it sets max_iters
-    max_minutes: NonNegativeFloat = 0.0  # time limit in minutes; a new run fits max_iters to it; 0: none
+    max_minutes: NonNegativeFloat = 0.0  # wall-clock limit in minutes; max_iters is fitted to it; 0: none
+    breakpoints: str = ""               # STEP:END,...: at these steps the end moved; to repeat a run by the clock
     dry_run: bool = False               # estimate memory, time and files from three real steps; write nothing
     # -- evaluation and reports
-    eval_interval: PositiveInt = 25     # steps between evaluations; the first one comes before the first step
-    eval_iters: NonNegativeInt = 0      # N: N batches of 16 windows, spread evenly; 0: all of the val split
+    eval_interval: AutoOrPositiveInt = "auto"  # steps between evaluations, of which one comes before the first step;
+                                        # auto: ten to twenty-five evaluations
+    eval_iters: AutoOrNonNegativeInt = "auto"  # N: N batches of 16 windows, spread evenly; 0: all of the val split;
+                                        # auto: as many as cost at most 8% of the training, and all at the end
     eval_only: bool = False             # evaluate once and exit; writes nothing
     log_interval: PositiveInt = 10      # steps between lines of progress
     patience: NonNegativeInt = 0        # early stopping: evaluations without a better val loss; 0: never
@@ -148,7 +156,7 @@ class Config(ModelConfig):
     wandb_project: str = "inkling"      # its project
     wandb_run_name: str = ""            # its run; empty: the name of out_dir
     # -- batches
-    batch_size: PositiveInt = 24        # sequences per micro-batch
+    batch_size: PositiveInt = 12        # sequences per micro-batch
     gradient_accumulation_steps: PositiveInt = 1  # micro-batches per step, divided among the processes
     sampling: Literal["epoch", "fixed", "random"] = "epoch"  # epoch: each window once, shifted every epoch; fixed: the
                                         # same windows every epoch; random: random places
@@ -161,7 +169,7 @@ class Config(ModelConfig):
     optimizer: str = "muon"             # muon (for the blocks' matrices, with AdamW for all else) | adamw
     learning_rate: NonNegativeFloat = 0.02  # with muon: of the blocks' matrices; with adamw: of everything
     embed_lr: NonNegativeFloat = 0.1    # with muon: AdamW's learning rate for the embeddings
-    ngram_decay: NonNegativeFloat = 2.0  # with muon: weight decay of the n-gram vectors; raise for small texts
+    ngram_decay: NonNegativeFloat = 3.0  # with muon: weight decay of the n-gram vectors; raise for small texts
     head_lr: NonNegativeFloat = 0.008   # with muon: AdamW's learning rate for the output layer
     scalar_lr: NonNegativeFloat = 0.02  # with muon: AdamW's learning rate for gains, biases and mixing weights
     weight_decay: NonNegativeFloat = 0.4  # times the learning rate; of the blocks' matrices (muon) or of all (adamw)
@@ -202,6 +210,8 @@ class Config(ModelConfig):
                 not self.tie_weights or self.init != "zero",
             "max_epochs and max_minutes both set the length: leave one out":
                 not (self.max_epochs and self.max_minutes),
+            f"breakpoints={self.breakpoints} must be STEP:END,STEP:END with rising steps, the first of them 0":
+                not self.breakpoints or read_breakpoints(self.breakpoints) is not None,
             f"optimizer={self.optimizer} must be one of {', '.join(OPTIMIZERS)}":
                 self.optimizer in OPTIMIZERS,
             "shard=True splits matrices that muon needs whole: use optimizer=adamw and its learning_rate":
@@ -213,13 +223,26 @@ class Config(ModelConfig):
         }
 
 
+def read_breakpoints(text: str) -> list | None:
+    """Return the setting `breakpoints` as [[step, end], ...], or None if it is not of that form."""
+    if not re.fullmatch(r"\d{1,10}:\d{1,10}(,\d{1,10}:\d{1,10})*", text):
+        return None
+    pairs = [[int(number) for number in pair.split(":")] for pair in text.split(",")]
+    steps = [step for step, _ in pairs]
+    if steps[0] != 0 or steps != sorted(set(steps)):
+        return None
+    return pairs
+
+
 MODEL_FIELDS = {model_field.name for model_field in fields(ModelConfig)}
 FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer"}          # what a resumed run cannot change
 
 # --------------------------------------------------------------------------------------------------
 # The model. Shapes: B sequences, T tokens, C = n_embd.
 
-LOGITS_AT_ONCE = 2**21                  # of a batch with more, the loss is computed in pieces
+LOGITS_AT_ONCE = 2**21                  # of a batch with more, the loss is computed in pieces:
+PIECE_ON_CPU = 8_000_000                # logits each, little enough to be kept by the allocator; see cpu.py
+PIECE_ON_GPU = 200_000_000
 
 def make_norm(cfg: Config):
     """Return a LayerNorm (arXiv 1607.06450) or an RMSNorm (arXiv 1910.07467)."""
@@ -448,19 +471,25 @@ class CrossEntropyInPieces(torch.autograd.Function):
                 # cap z / sqrt(z^2 + cap^2) = z scale; its derivative is scale^3
                 scale = torch.addcmul(torch.ones((), device=x.device), z, z, value=cap**-2).rsqrt_()
                 z *= scale
-            log_p = F.log_softmax(z, dim=-1)
-            loss -= log_p.gather(1, targets_piece).sum()
+            p = F.softmax(z, dim=-1)
+            # The logarithm of the sum of exp(z), from the likeliest token, whose p is never 0. To take
+            # p from a log_softmax instead would be four times as slow.
+            log_sum = z.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()
+            loss += (log_sum - z.gather(1, targets_piece)).sum()
             if not needs_gradient:
                 continue
-            grad_z = log_p.exp_()                                   # softmax - one-hot
-            grad_z.scatter_add_(1, targets_piece, grad_z.new_full(targets_piece.shape, -1))
+            grad_z = p                                              # softmax - one-hot
+            grad_z.scatter_add_(1, targets_piece, p.new_full(targets_piece.shape, -1))
             if cap:
                 grad_z *= scale.pow_(3)
             if bias is not None:
                 grad_bias[:vocab_size] += grad_z.sum(0)
             grad_z = grad_z.to(dtype)
             grad_x[piece] = grad_z @ used_weight
-            grad_weight[:vocab_size] += grad_z.mT @ x_piece
+            if dtype == torch.float32:
+                grad_weight[:vocab_size].addmm_(grad_z.mT, x_piece)
+            else:
+                grad_weight[:vocab_size] += grad_z.mT @ x_piece
         ctx.save_for_backward(grad_x, grad_weight, grad_bias)
         ctx.count = len(x)
         return loss / len(x)
@@ -468,7 +497,7 @@ class CrossEntropyInPieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         share = grad_loss / ctx.count
-        gradients = [None if gradient is None else gradient * share for gradient in ctx.saved_tensors]
+        gradients = [None if gradient is None else gradient.mul_(share) for gradient in ctx.saved_tensors]
         return *gradients, None, None, None, None, None
 
 
@@ -595,7 +624,8 @@ class GPT(nn.Module):
 
     @torch.compiler.disable             # which would take minutes for its many pieces
     def loss_in_pieces(self, x, targets):
-        rows = 256 if x.device.type == "cpu" else 4096
+        logits = PIECE_ON_CPU if x.device.type == "cpu" else PIECE_ON_GPU
+        rows = max(1, logits // self.vocab_size)
         return CrossEntropyInPieces.apply(x, self.head.weight, self.head.bias, targets, self.vocab_size,
                                           self.cfg.logit_cap, rows, torch.is_grad_enabled())
 
@@ -904,25 +934,44 @@ def make_optimizers(model: GPT, cfg: Config, device: str, dtype="float32", map_s
     return optimizers
 
 
-def lr_factor(step: int, cfg: Config, max_iters: int | None) -> float:
+def lr_factor(step: int, cfg: Config, breakpoints: list) -> float:
     """Return the factor that scales every learning rate at update number `step` (from 0): it rises
     over the warm-up, then falls from 1 to min_lr / learning_rate as cfg.schedule says.
 
-    max_iters: the steps of the run. While they are not known (None), the factor does not fall.
+    breakpoints: [(0, end of the run), (step, its end as seen from that step), ...]. A run of known
+    length has one; a run by the clock moves its end as its pace changes. The factor is a continuous
+    function of the step all the same.
     """
     if not cfg.decay_lr:
         return 1.0
-    end = cfg.lr_decay_iters or max_iters
-    height = 1.0 if end is None else schedule_height(step, cfg, end)
     lowest = cfg.min_lr / cfg.learning_rate if cfg.learning_rate else 0.0
-    factor = lowest + (1 - lowest) * height
+    factor = lowest + (1 - lowest) * schedule_height(step, cfg, breakpoints)
     if step < cfg.warmup_iters:
         factor = min(factor, (step + 1) / (cfg.warmup_iters + 1))
     return factor
 
 
-def schedule_height(step: int, cfg: Config, end: int) -> float:
-    """Return how far the schedule still has to fall: 1 at first, 0 from the step `end` on."""
+def schedule_height(step: int, cfg: Config, breakpoints: list) -> float:
+    """Return how far the schedule still has to fall: 1 at first, 0 from the end on.
+
+    After a breakpoint, the schedule is the one with the new end, scaled so that it begins at the height
+    that the old one had reached."""
+    if cfg.lr_decay_iters:
+        return height_of_one(step, cfg, cfg.lr_decay_iters)
+    scale = 1.0
+    end = breakpoints[0][1]
+    for moved_at, new_end in breakpoints[1:]:
+        if step <= moved_at:
+            break
+        reached = scale * height_of_one(moved_at, cfg, end)
+        begins_at = height_of_one(moved_at, cfg, new_end)
+        scale = reached / begins_at if begins_at else 0.0
+        end = new_end
+    return scale * height_of_one(step, cfg, end)
+
+
+def height_of_one(step: int, cfg: Config, end: int) -> float:
+    """Return schedule_height for a schedule whose end does not move."""
     if cfg.schedule == "cosine":
         progress = (step - cfg.warmup_iters) / max(1, end - cfg.warmup_iters)
         return 0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0.0, progress)))
@@ -987,7 +1036,8 @@ class Origin:
 
     checkpoint: the content of last.pt when resuming, or of the checkpoint whose weights to take.
     stored_plan: the entries of that run's Plan that still hold.
-    fit_to_time: max_minutes decides the number of steps, once the pace is known.
+    fit_to_time: max_minutes decides the number of steps.
+    seconds_used: those of max_minutes that earlier processes of the run have taken.
     stamp: last.pt's file stamp when it was read; None if it does not matter.
     """
 
@@ -995,21 +1045,32 @@ class Origin:
     resuming: bool = False
     stored_plan: dict = field(default_factory=dict)
     fit_to_time: bool = False
+    seconds_used: float = 0.0
     stamp: tuple | None = None
 
 
 @dataclass
 class Plan:
     """What the settings left open, decided for this machine. It is stored in last.pt, so a resumed
-    run does not measure precision and compiling again. compile and max_iters may be decided a little
-    later than the rest."""
+    run does not measure precision and compiling again. Compiling is decided a little later than the rest,
+    and, if max_minutes sets the length, so are the end and the evaluations."""
 
     device: str
     dtype: str                          # float32, bfloat16 or float16
     compile: Literal["auto", True, False]   # auto: not decided yet
-    max_iters: int | None               # steps of the whole run; None: not known yet
+    breakpoints: list                   # [[0, steps of the run], ...], see lr_factor; empty: not known yet
     sequences: int                      # of a step, for this process
     micro_batches: int                  # of a step, for this process
+    evaluations: dict                   # see inkling/evaluation.py; empty: not known yet
+
+    @property
+    def max_iters(self) -> int | None:
+        """The steps of the whole run; None: not known yet."""
+        return self.breakpoints[-1][1] if self.breakpoints else None
+
+    @property
+    def eval_interval(self) -> int:
+        return self.evaluations["interval"]
 
 
 @dataclass
@@ -1044,6 +1105,9 @@ class Run:
     first_step: int                     # the step at which this process began
     folder: RunFolder | None = None     # where it is saved; None: nowhere
     compile_seconds: float = 0.0
+    deadline: Deadline = field(default_factory=partial(Deadline, 0))
+    seconds_per_window: float = 0.0     # of an evaluation
+    steps_per_look: int = 1             # how often several processes look together at signals and the clock
 
     @property
     def tokens_per_step(self) -> int:
@@ -1069,11 +1133,14 @@ class Run:
         return get_batch(self.data[split], starts, self.cfg.block_size, self.model.vocab_size, split,
                          self.plan.device)
 
-    def forward_backward(self, model=None):
-        """Run one forward and backward pass over the first micro-batch, and discard the gradients."""
+    def forward_backward(self, model=None, windows: int | None = None):
+        """Run one forward and backward pass over the first micro-batch, or over its first `windows`, and
+        discard the gradients."""
         if model is None:
             model = self.step_model
         x, y = next(self.batches(0))
+        x = x[:windows]
+        y = y[:windows]
         with autocast(self.plan.device, self.plan.dtype):
             loss = model(x, y)[1]
         loss.backward()
@@ -1111,14 +1178,18 @@ def start(cfg: Config, origin: Origin | None = None) -> Run:
     scaler = torch.amp.GradScaler(device_type(device), enabled=plan.dtype == "float16")
     state = State()
     seconds = 0.0
+    pause = 0.0
     if origin.resuming:
         state = State(**{name: origin.checkpoint[name] for name in asdict(state)})
         seconds = origin.checkpoint["seconds"]
+        pause = origin.checkpoint.get("pause", 0.0)
         restore_optimizers(optimizers, scaler, origin.checkpoint)
     run = Run(cfg, plan, state, ranks, data, meta, tokenizer, model, step_model=model,
               optimizers=optimizers, scaler=scaler, first_step=state.step,
               guard=Guard(ranks, optimizers, scaler, device, plan.dtype),
-              stopwatch=Stopwatch(device, seconds))
+              stopwatch=Stopwatch(device, seconds, pause))
+    if plan.breakpoints and not plan.evaluations:
+        decide_evaluations(run)
     if device_type(device) not in ("cpu", "cuda") and ranks.first:
         compare_with_cpu(model, *next(run.batches(0)), device)
     return run
@@ -1171,30 +1242,67 @@ def make_plan(cfg: Config, ranks: Ranks, device: str, tokens: int, origin: Origi
     if cfg.shard and dtype == "float16":    # which a sharded run does not support
         dtype = "float32"
     return Plan(device, ranks.broadcast(dtype), stored.get("compile", cfg.compile),
-                count_steps(cfg, tokens, origin), sequences, micro_batches)
+                choose_breakpoints(cfg, tokens, origin), sequences, micro_batches,
+                origin.stored_plan.get("evaluations", {}))
 
 
-def count_steps(cfg: Config, tokens: int, origin: Origin) -> int | None:
-    """Return the number of steps of the whole run, or None if max_minutes will decide it."""
+def choose_breakpoints(cfg: Config, tokens: int, origin: Origin) -> list:
+    """Return the breakpoints that are known before the run: none, if max_minutes will set the length
+    of a new one."""
+    if "breakpoints" in origin.stored_plan:
+        return [list(pair) for pair in origin.stored_plan["breakpoints"]]
     if origin.fit_to_time:
-        return None
-    if "max_iters" in origin.stored_plan:
-        return origin.stored_plan["max_iters"]
+        return []
+    if cfg.breakpoints:
+        return read_breakpoints(cfg.breakpoints)
     if cfg.max_epochs:
         windows = tokens // cfg.block_size
         windows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps
-        return max(1, int(cfg.max_epochs * windows / windows_per_step))
-    return cfg.max_iters
+        return [[0, max(1, int(cfg.max_epochs * windows / windows_per_step))]]
+    return [[0, cfg.max_iters]]
 
 
-def compile_and_wrap(run: Run, report: Report | None = None, seconds_left: float = math.inf):
-    """Compile the model where torch.compile pays, and wrap it for several processes."""
+def decide_evaluations(run: Run):
+    """Decide how often the run evaluates, and on how many windows; see inkling/evaluation.py."""
+    cfg = run.cfg
+    eval_iters = cfg.eval_iters
+    if cfg.eval_only and eval_iters == "auto":
+        eval_iters = 0
+    evaluations = plan_evaluations(
+        steps=run.plan.max_iters,
+        step_windows=cfg.batch_size * cfg.gradient_accumulation_steps,
+        val_windows=(len(run.data["val"]) - 1) // cfg.block_size,
+        eval_interval=cfg.eval_interval,
+        eval_iters=eval_iters)
+    run.plan.evaluations = asdict(evaluations)
+
+
+def estimate_pace(run: Run, report: Report) -> float:
+    """Return about how many seconds a step takes uncompiled, and report how long that makes the run:
+    before anything that takes long itself, such as compiling."""
+    if not passes_to_come(run):
+        return 0.0
+    windows = run.plan.sequences // run.plan.micro_batches
+    pass_seconds = seconds_of_a_pass(run.forward_backward, windows, run.ranks)
+    seconds_per_step = pass_seconds * run.plan.micro_batches
+    if run.plan.max_iters is not None:
+        report.estimate(seconds_per_step * (run.plan.max_iters - run.state.step), seconds_per_step)
+    return seconds_per_step
+
+
+def compile_and_wrap(run: Run, report: Report | None = None, seconds_per_step: float | None = None):
+    """Compile the model where torch.compile pays, and wrap it for several processes.
+    seconds_per_step: see estimate_pace."""
     plan = run.plan
-    passes = passes_to_come(run)
     note = "off"
-    if passes:
-        plan.compile = compile_pays(plan.compile, run.forward_backward, passes, run.ranks, seconds_left)
-    if passes and plan.compile:
+    if plan.compile == "auto":
+        seconds_left = run.deadline.seconds_left()
+        if plan.max_iters is not None and seconds_per_step is not None:
+            seconds_left = min(seconds_left, seconds_per_step * (plan.max_iters - run.state.step))
+        plan.compile = compile_pays(seconds_left, run.ranks)
+    if not passes_to_come(run):
+        plan.compile = False
+    if plan.compile:
         if report:
             report.compiling()
         began = time.perf_counter()
@@ -1203,7 +1311,7 @@ def compile_and_wrap(run: Run, report: Report | None = None, seconds_left: float
         plan.compile = run.ranks.all_true(compiled)
         if plan.compile:
             run.step_model = compiled_model
-    if passes and plan.compile:
+    if plan.compile:
         for optimizer in run.optimizers:
             optimizer.compile_update()
     if not run.cfg.shard:
@@ -1212,14 +1320,27 @@ def compile_and_wrap(run: Run, report: Report | None = None, seconds_left: float
         report.machine(note)
 
 
-def passes_to_come(run: Run) -> float:
-    """Return how many forward and backward passes this process still has to do; infinite if the
-    number of steps is not known."""
+def decide_length(run: Run, report: Report, seconds_per_step: float):
+    """If max_minutes sets the length of a new run, make a first guess at it, which the training loop
+    refines, and decide on the evaluations. Raises UserError if not one step fits."""
+    seconds_left = run.ranks.broadcast(run.deadline.seconds_left())
+    if run.cfg.max_minutes and not run.plan.breakpoints:
+        if seconds_left < seconds_per_step:
+            raise UserError(
+                f"max_minutes={run.cfg.max_minutes:g} leaves {max(0, seconds_left):.1f} s for training, and a step "
+                f"takes about {seconds_per_step:.1f} s: give more minutes, a smaller --batch_size or a smaller model")
+        # The optimizer, evaluations and saves take the rest.
+        steps = max(1, int(0.7 * seconds_left / max(1e-3, seconds_per_step)))
+        run.plan.breakpoints = [[0, run.state.step + steps]]
+        decide_evaluations(run)
+    report.evaluations()
+
+
+def passes_to_come(run: Run) -> bool:
+    """Return whether any forward and backward pass is still to be done."""
     if run.cfg.eval_only:
-        return 0
-    if run.plan.max_iters is None:
-        return math.inf
-    return max(0, run.plan.max_iters - run.state.step) * run.plan.micro_batches
+        return False
+    return run.plan.max_iters is None or run.plan.max_iters > run.state.step
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1235,7 +1356,7 @@ def update(run: Run, step: int) -> tuple:
     """
     plan = run.plan
     torch.manual_seed(dropout_seed(run.cfg.seed, step, run.ranks.rank))
-    factor = lr_factor(step, run.cfg, plan.max_iters)
+    factor = lr_factor(step, run.cfg, plan.breakpoints)
     for optimizer in run.optimizers:
         optimizer.set_rates(factor, step)
     loss = torch.zeros((), device=plan.device)
@@ -1283,19 +1404,19 @@ def eval_windows(tokens: int, cfg: Config, most: int):
 
 
 @torch.no_grad()
-def estimate_loss(run: Run, stop: Stop | None = None, eval_iters: int | None = None) -> dict | None:
+def estimate_loss(run: Run, stop: Stop | None = None, windows: int | None = None) -> dict | None:
     """Return the mean loss of both splits in nats per token, {"train": ..., "val": ...}, or None if
     `stop` asks to stop.
 
-    It is taken over fixed windows, which the processes share: all of val's and as many of train's, or
-    16 * eval_iters of each. eval_iters: None takes the setting's.
+    It is taken over fixed windows, which the processes share: `windows` of each split, or as many as the
+    plan says.
     """
-    eval_iters = run.cfg.eval_iters if eval_iters is None else eval_iters
-    most = 16 * eval_iters or (len(run.data["val"]) - 1) // run.cfg.block_size
+    if windows is None:
+        windows = run.plan.evaluations["windows"]
     losses = {}
     run.model.eval()
     for split in ("train", "val"):
-        starts = eval_windows(len(run.data[split]), run.cfg, most)
+        starts = eval_windows(len(run.data[split]), run.cfg, windows)
         losses[split] = mean_loss(run, split, starts, stop)
     run.model.train()
     return None if None in losses.values() else losses
@@ -1346,13 +1467,14 @@ def sample_text(run: Run) -> str:
 # The run
 
 
-def train(cfg: Config, out_dir: Path, origin: Origin | None = None) -> int:
-    """Train, evaluate, sample and save to out_dir, as cfg says. Returns the exit code."""
+def train(cfg: Config, out_dir: Path, origin: Origin | None = None, began: float | None = None) -> int:
+    """Train, evaluate, sample and save to out_dir, as cfg says. began: when max_minutes began, by
+    time.monotonic; None: now. Returns the exit code."""
     origin = origin or Origin()
-    trains = not (cfg.dry_run or cfg.eval_only)
-    deadline = Deadline(cfg.max_minutes if trains else 0)
+    deadline = Deadline(0 if cfg.eval_only else cfg.max_minutes, began, origin.seconds_used)
     check_loggers(cfg)
     run = start(cfg, origin)
+    run.deadline = deadline
     report = Report(run, out_dir)
     check_ranks_agree(run, origin)
     try:
@@ -1360,15 +1482,18 @@ def train(cfg: Config, out_dir: Path, origin: Origin | None = None) -> int:
         report.banner()
         if origin.resuming:
             note_threads(report, origin.checkpoint.get("threads"))
-        compile_and_wrap(run, report, deadline.seconds_left())
+        seconds_per_step = estimate_pace(run, report)
+        compile_and_wrap(run, report, seconds_per_step)
+        decide_length(run, report, seconds_per_step)
         if cfg.dry_run:
-            evaluate = partial(estimate_loss, run, eval_iters=1)
+            evaluate = partial(estimate_loss, run, windows=TRIAL_WINDOWS)
             dry_run(run, report, out_dir, update, evaluate, partial(sample_text, run))
             code = 0
         else:
             if not origin.resuming:
                 move_old_run(run)
-            code = train_until_stopped(run, report, deadline)
+            code = train_until_stopped(run, report, StepFitter(deadline, run.stopwatch, run.first_step,
+                                                               only_cuts=not origin.fit_to_time))
     except NotFinite as error:
         report.not_finite(error)
         code = 3
@@ -1381,13 +1506,13 @@ def train(cfg: Config, out_dir: Path, origin: Origin | None = None) -> int:
     return code
 
 
-def train_until_stopped(run: Run, report: Report, deadline: Deadline) -> int:
+def train_until_stopped(run: Run, report: Report, fitter: StepFitter) -> int:
     """The training loop. Returns the exit code; raises NotFinite."""
     report.open()
     run.stopwatch.start()
-    with Stop(deadline) as stop:
+    with Stop() as stop:
         while True:
-            fit_steps_to_time(run, report, deadline)
+            fit_steps_to_time(run, report, fitter)
             evaluate_and_save(run, report, stop)
             if stop.agreed or is_finished(run):
                 break
@@ -1397,6 +1522,8 @@ def train_until_stopped(run: Run, report: Report, deadline: Deadline) -> int:
             report_and_save(run, report, loss, norm, stop)
             if stop.agreed:
                 break
+        if not stop.agreed:
+            evaluate_best(run, report)
     unsaved = run.folder.unsaved if run.folder else {}
     report.finish(stop, unsaved)
     code = 4 if any(unsaved.values()) else 0
@@ -1435,7 +1562,7 @@ def move_old_run(run: Run):
     states = [torch.empty_like(p) for p in run.model.parameters()]      # no optimizer keeps less
     run.forward_backward()
     del states
-    estimate_loss(run, eval_iters=1)
+    estimate_loss(run, windows=1)
     if run.ranks.first:
         run.folder.move_old_run()
 
@@ -1448,13 +1575,19 @@ def note_threads(report: Report, saved_by: int | None):
                              "CPU, results will differ in their last digits")
 
 
-def fit_steps_to_time(run: Run, report: Report, deadline: Deadline):
-    """If max_minutes decides the number of steps, set it as soon as the pace is known."""
-    if run.plan.max_iters is None:
-        steps = deadline.steps_that_fit(run.state.step, run.stopwatch, run.cfg.eval_interval)
-        run.plan.max_iters = run.ranks.broadcast(steps)
-        if run.plan.max_iters is not None:
-            report.label("time", f"for {run.plan.max_iters:,} steps: max_iters={run.plan.max_iters}")
+def fit_steps_to_time(run: Run, report: Report, fitter: StepFitter):
+    """If max_minutes decides the number of steps, move the end of the run where its pace has shown
+    that it needs to be; all processes move it to the same step."""
+    step = run.state.step
+    if not run.cfg.max_minutes or is_last_step(run) or step % run.steps_per_look:
+        return
+    if not run.ranks.broadcast(fitter.is_due(step)):
+        return
+    last_pass_seconds = run.plan.evaluations["at_the_end"] * run.seconds_per_window
+    end = run.ranks.broadcast(fitter.fit(step, run.plan.eval_interval, last_pass_seconds))
+    if end != run.plan.max_iters:
+        run.plan.breakpoints.append([step, end])
+        report.end_moved(step, end)
 
 
 def is_finished(run: Run) -> bool:
@@ -1465,7 +1598,7 @@ def is_finished(run: Run) -> bool:
         return True
     if not cfg.patience or state.evaluated is None:
         return False
-    return state.evaluated - state.best_step >= cfg.patience * cfg.eval_interval
+    return state.evaluated - state.best_step >= cfg.patience * run.plan.eval_interval
 
 
 def is_last_step(run: Run) -> bool:
@@ -1480,7 +1613,7 @@ def evaluation_is_due(run: Run) -> bool:
         return True
     if state.evaluated is not None and state.step <= state.evaluated:
         return False
-    return is_last_step(run) or state.step % cfg.eval_interval == 0
+    return is_last_step(run) or state.step % run.plan.eval_interval == 0
 
 
 def evaluate_and_save(run: Run, report: Report, stop: Stop):
@@ -1495,11 +1628,13 @@ def evaluate_and_save(run: Run, report: Report, stop: Stop):
         if evaluating:
             # Before, since an evaluation can take long, and be interrupted.
             save(run, report, "last.pt", keep=cfg.keep)
+            began = time.perf_counter()
             # Several processes must stop together, so they evaluate to the end.
             losses = estimate_loss(run, stop if run.ranks.world == 1 else None)
             if losses is None:
                 stop.agree(run.ranks)
                 return
+            run.seconds_per_window = (time.perf_counter() - began) / (2 * run.plan.evaluations["windows"])
             record_evaluation(run, report, losses)
         if evaluating and is_finished(run):
             save(run, report, "last.pt")
@@ -1524,6 +1659,48 @@ def record_evaluation(run: Run, report: Report, losses: dict):
         save(run, report, "ckpt.pt")
 
 
+def evaluate_best(run: Run, report: Report):
+    """If the evaluations of the run have read only a part of the val split, evaluate the weights of
+    ckpt.pt on all of it, or on as much as the plan allows."""
+    cfg = run.cfg
+    state = run.state
+    windows = run.plan.evaluations["at_the_end"]
+    if not windows or cfg.eval_only or run.first_step == state.step:
+        return
+    if state.best_step != state.step and not load_best(run):
+        return
+    run.model.eval()
+    with torch.no_grad():
+        loss = mean_loss(run, "val", eval_windows(len(run.data["val"]), cfg, windows), None)
+    report.best(loss, windows)
+
+
+def load_best(run: Run) -> bool:
+    """Load the weights of ckpt.pt into the model; the run is over. Return whether that could be done."""
+    if run.cfg.shard:
+        return False
+    try:
+        content = load_checkpoint(run.folder.path / "ckpt.pt")
+        loaded = content["step"] == run.state.best_step
+    except UserError:                   # it could not be saved, for want of disk space
+        loaded = False
+    if not run.ranks.all_true(loaded):
+        return False
+    run.model.load_state_dict(content["model"])
+    return True
+
+
+def look_at_signals(run: Run, stop: Stop):
+    """Find out whether to stop: at every step, or, since several processes have to agree on it, about
+    once a second."""
+    if run.ranks.world == 1:
+        stop.agree(run.ranks)
+    elif run.state.step % run.steps_per_look == 0:
+        stop.agree(run.ranks)
+        seconds_per_step = run.stopwatch.seconds() / run.state.step
+        run.steps_per_look = run.ranks.broadcast(max(1, round(1 / max(1e-3, seconds_per_step))))
+
+
 def report_and_save(run: Run, report: Report, loss, norm, stop: Stop):
     """After an update: check for bad numbers and for reasons to stop, log, and save last.pt.
 
@@ -1532,14 +1709,13 @@ def report_and_save(run: Run, report: Report, loss, norm, stop: Stop):
     cfg, step = run.cfg, run.state.step
     log_now = step % cfg.log_interval == 0 or is_last_step(run)
     save_now = cfg.save_interval > 0 and step % cfg.save_interval == 0
-    wait_now = log_now or save_now or step % cfg.eval_interval == 0 or run.guard.immediate
-    if wait_now or run.ranks.world == 1:
-        stop.agree(run.ranks)
+    wait_now = log_now or save_now or step % run.plan.eval_interval == 0 or run.guard.immediate
+    look_at_signals(run, stop)
     if wait_now or stop.agreed:         # nothing is saved before this look
         run.guard.verify(step)
     if log_now:
         mean = run.ranks.all_reduce(loss).item() / run.ranks.world
-        lr = cfg.learning_rate * lr_factor(step - 1, cfg, run.plan.max_iters)
+        lr = cfg.learning_rate * lr_factor(step - 1, cfg, run.plan.breakpoints)
         report.step(step, mean, norm.item(), lr)
     if save_now or stop.agreed:
         with run.stopwatch.paused():
@@ -1582,6 +1758,8 @@ def resume_content(run: Run) -> dict:
         "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
         "scaler": run.scaler.state_dict(),
         "threads": torch.get_num_threads(),
+        "pause": run.stopwatch.pause_seconds(),
+        "clock_seconds": run.deadline.seconds_used(),
         "lost": run.folder.unsaved["ckpt.pt"],
     }
 
@@ -1653,7 +1831,7 @@ def find_origin(cfg: Config, parsed: cli.Parsed, out_dir: Path) -> tuple:
     stamp = file_stamp(last) if cfg.init_from in ("auto", "resume") else None
     if cfg.init_from == "resume" or (cfg.init_from == "auto" and stamp):
         return resume_from(last, stamp, parsed)
-    fit_to_time = cfg.max_minutes > 0 and "max_iters" not in parsed.typed
+    fit_to_time = cfg.max_minutes > 0 and "max_iters" not in parsed.typed and not cfg.eval_only
     if cfg.init_from in ("scratch", "auto"):
         return replace(cfg, init_from="scratch"), Origin(fit_to_time=fit_to_time, stamp=stamp)
     content = read_checkpoint(cfg.init_from)
@@ -1675,31 +1853,50 @@ def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
     cli.print_overruled(values, parsed, values.keys() - {"init_from", "out_dir"}, FIXED_FIELDS, last)
     cfg = Config(**values)
     decided_anew = parsed.typed & {"dtype", "compile"}
-    if parsed.typed & {"max_iters", "max_epochs"}:
-        decided_anew.add("max_iters")
+    if parsed.typed & {"max_iters", "max_epochs", "breakpoints"}:
+        decided_anew.add("breakpoints")
+    by_the_clock = cfg.max_minutes > 0 and not parsed.typed & {"max_iters", "max_epochs"}
+    seconds_used = content.get("clock_seconds", 0.0)
+    if "max_minutes" in parsed.typed:
+        seconds_used = 0.0
+        ends = [end for _, end in content["plan"].get("breakpoints", [])]
+        if ends and content["step"] >= ends[-1]:            # it was finished: a new schedule
+            decided_anew.add("breakpoints")
+    if parsed.typed & {"eval_interval", "eval_iters"}:
+        decided_anew.add("evaluations")
+        content["best_val_loss"] = math.inf                 # of other windows
     plan = {name: value for name, value in content["plan"].items() if name not in decided_anew}
-    fit_to_time = False
-    if "max_iters" in plan and plan["max_iters"] is None:   # it stopped before its pace was known
-        fit_to_time = cfg.max_minutes > 0
-        del plan["max_iters"]
-    return cfg, Origin(content, True, plan, fit_to_time, stamp)
+    return cfg, Origin(content, True, plan, by_the_clock, seconds_used, stamp)
 
 
-def main(argv: list) -> int:
+def choose_length(cfg: Config, typed: set) -> Config:
+    """Return cfg with one length of the run: what was typed takes precedence over a config file and
+    the checkpoint, and max_iters over the others. (Typed with max_iters, max_minutes is a limit.)"""
+    if "max_iters" in typed:
+        unwanted = {"max_epochs", "max_minutes"} - typed
+    elif "max_epochs" in typed:
+        unwanted = {"max_minutes"} - typed
+    elif "max_minutes" in typed:
+        unwanted = {"max_epochs"}
+    else:
+        unwanted = set()
+    return replace(cfg, **dict.fromkeys(unwanted, 0.0))
+
+
+def main(argv: list, began: float | None = None) -> int:
+    """Train as a command line says. began: see `train`. Returns the exit code."""
     parsed = cli.parse(Config, argv, __doc__, hint=command_for_training)
-    cfg = Config(**parsed.values)
+    cfg = choose_length(Config(**parsed.values), parsed.typed)
     if not (cfg.eval_only or cfg.dry_run):
         outlive_output()
     name = parsed.files[-1].stem if parsed.files else cfg.dataset
     out_dir = Path(cfg.out_dir or Path("out") / name)
     cfg, origin = find_origin(cfg, parsed, out_dir)
-    if "max_iters" in parsed.typed and "max_epochs" not in parsed.typed:
-        cfg = replace(cfg, max_epochs=0.0)      # a flag beats the config file and the checkpoint
-    cfg = replace(cfg, out_dir=str(out_dir))
+    cfg = replace(choose_length(cfg, parsed.typed), out_dir=str(out_dir))
     cli.check(cfg)
     with explain_failures(out_dir):
-        return train(cfg, out_dir, origin)
+        return train(cfg, out_dir, origin, began)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(partial(main, began=process_start()))

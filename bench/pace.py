@@ -3,13 +3,14 @@
     python bench/pace.py ../before .
     python bench/pace.py ../before . --config=config/shakespeare_char.py --steps=12 --rounds=3
     python bench/pace.py ../before . --compile=False --dtype=float32 --words="--batch_size=8"
+    python bench/pace.py ../before . --vocab=8192 --dtype=float32
 
 Each run is a checkout's train.py as a whole, in a process of its own, so that a checkout may be of
 any age. They take turns: the first checkout, the second, the first again, ... A run's figure is the
 median of its ms a step in log.csv after the first rows, which warm up and compile; evaluations are
 not on that clock. The table has the medians over the rounds, the lowest and highest run, and the
-ratio of the medians. Both checkouts read the same config files and the same random ids of 65
-characters: speed does not depend on them.
+ratio of the medians, and the peak memory of a run. Both checkouts read the same config files and the
+same random ids: speed hardly depends on them.
 """
 
 import re
@@ -43,6 +44,7 @@ class Options:
     steps: PositiveInt = 12             # of a run
     warm_up: Annotated[int, at_least(1)] = 3  # of them, not counted
     rounds: PositiveInt = 3             # runs of each checkout
+    vocab: PositiveInt = 65             # different ids
     words: str = ""                     # more flags for train.py
     # -- machine
     device: str = "auto"                # auto | cpu | cuda
@@ -61,6 +63,17 @@ class Work(NamedTuple):
 class Pace(NamedTuple):
     seconds: float                      # of a step
     tokens_per_second: float
+    peak_bytes: int
+
+
+# Runs a program and prints the most memory that it held, in KB.
+WITH_PEAK = """
+import atexit, os, resource, runpy, sys
+atexit.register(lambda: print("peak KB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def find_checkouts(words: list) -> list:
@@ -102,14 +115,15 @@ def measure_pace(checkout: Path, work: Work, options: Options, folder: Path) -> 
             eval_iters=1,
             sample_tokens=0,
         )
-        output = run_program([checkout / "train.py", work.config, *words, *options.words.split()])
+        output = run_program(["-c", WITH_PEAK, checkout / "train.py", work.config, *words, *options.words.split()])
         if work.compile and "compile on" not in output:
             machine = re.search("compile (?:off|failed).*", output)
             raise UserError(f"{checkout} did not compile: {machine[0] if machine else output[-300:]}", 1)
         rows = [row for row in read_log(Path(out_dir, "log.csv")) if "ms" in row]
     measured = rows[options.warm_up:]
     seconds = median(row["ms"] for row in measured) / 1000
-    return Pace(seconds, median(row["tokens_per_second"] for row in measured))
+    peak_bytes = 1024 * int(re.search(r"peak KB (\d+)", output)[1])
+    return Pace(seconds, median(row["tokens_per_second"] for row in measured), peak_bytes)
 
 
 def measure_work(checkouts: list, work: Work, options: Options, folder: Path) -> list:
@@ -131,7 +145,8 @@ def table_row(work: Work, paces: list) -> list:
         milliseconds = 1000 * median(pace.seconds for pace in runs)
         medians.append(median(rates))
         lowest_to_highest = f"{short(min(rates))}-{short(max(rates))}"
-        cells.append(f"{short(medians[-1])} ({lowest_to_highest}), {milliseconds:,.1f} ms")
+        peak = max(pace.peak_bytes for pace in runs) / 1e9
+        cells.append(f"{short(medians[-1])} ({lowest_to_highest}), {milliseconds:,.1f} ms, {peak:.2f} GB")
     before, after = medians
     way = "compiled" if work.compile else "uncompiled"
     return [work.config.stem, way, *cells, f"{after / before:.3f}"]
@@ -151,7 +166,7 @@ def main(argv: list) -> int:
     figures = []
     with tempfile.TemporaryDirectory(prefix="inkling-bench-") as name:
         folder = Path(name)
-        write_random_set(folder / "set", 65, 1_000_000)
+        write_random_set(folder / "set", options.vocab, 1_000_000)
         for work in works:
             paces = measure_work(checkouts, work, options, folder)
             rows.append(table_row(work, paces))

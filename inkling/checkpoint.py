@@ -26,9 +26,9 @@ ENTRIES = {"config": dict, "tokenizer": dict, "model": dict, "vocab_size": int, 
 RESUME_ENTRIES = {"evaluated": int | None, "best_step": int, "best_val_loss": float, "losses": dict, "seconds": float,
                   "optimizers": list, "scaler": dict}
 LATER_ENTRIES = {"tokens": int, "threads": int, "text": str, "lost": str, "plan": dict,
-                 "start": str}
-PLAN_ENTRIES = {"device": str, "dtype": str, "compile": bool | str, "max_iters": int | None, "sequences": int,
-                "micro_batches": int}
+                 "start": str, "pause": float, "clock_seconds": float}
+PLAN_ENTRIES = {"device": str, "dtype": str, "compile": bool | str, "sequences": int, "micro_batches": int}
+LATER_PLAN_ENTRIES = {"breakpoints": list, "evaluations": dict}
 PLAN_CHOICES = {"dtype": ("float32", "bfloat16", "float16"), "compile": (True, False, "auto")}
 
 
@@ -216,6 +216,7 @@ def load_checkpoint(path: Path, resumable: bool = False) -> dict:
     if resumable and lacking:
         raise UserError(f"{path} cannot be resumed, it lacks {', '.join(lacking)}: start from its weights with "
                         f"--init_from={path}")
+    upgrade_plan(content)
     if reason := why_implausible(content):
         raise UserError(f"{path}: {reason} cannot be what train.py wrote: use another copy")
     upgrade(content)
@@ -281,14 +282,46 @@ def wrong_in_plan(plan: dict) -> list:
     """The names of a plan's entries that train.py cannot have written."""
     if not plan:
         return []
-    if wrong := wrong_types(plan, PLAN_ENTRIES):
+    entries = dict(PLAN_ENTRIES)
+    for name in LATER_PLAN_ENTRIES.keys() & plan.keys():
+        entries[name] = LATER_PLAN_ENTRIES[name]
+    if wrong := wrong_types(plan, entries):
         return wrong
     wrong = [name for name, choices in PLAN_CHOICES.items() if plan[name] not in choices]
+    if "breakpoints" in plan and not are_breakpoints(plan["breakpoints"]):
+        wrong.append("breakpoints")
+    if plan.get("evaluations") and not are_evaluations(plan["evaluations"]):
+        wrong.append("evaluations")
     try:
         torch.device(plan["device"])
     except RuntimeError:
         wrong.append("device")
     return wrong
+
+
+def are_breakpoints(value: list) -> bool:
+    """Whether it is [[step, end], ...], with rising steps from 0 on."""
+    pairs = all(isinstance(pair, list) and [type(number) for number in pair] == [int, int] for pair in value)
+    if not value or not pairs:
+        return False
+    steps = [step for step, _ in value]
+    return steps[0] == 0 and steps == sorted(set(steps)) and all(0 <= end < 2**31 for _, end in value)
+
+
+def are_evaluations(value: dict) -> bool:
+    least = {"interval": 1, "windows": 1, "at_the_end": 0}
+    return value.keys() == least.keys() and all(
+        type(number) is int and least[name] <= number <= 2**31 for name, number in value.items())
+
+
+def upgrade_plan(content: dict):
+    """Plans once had the number of steps in place of breakpoints."""
+    plan = content.get("plan")
+    if not isinstance(plan, dict) or "max_iters" not in plan:
+        return
+    max_iters = plan.pop("max_iters")
+    if max_iters is not None:
+        plan["breakpoints"] = [[0, max_iters]]
 
 
 def upgrade(content: dict):
@@ -301,10 +334,11 @@ def upgrade(content: dict):
         # Before there were plans, the resolved values took the place of the settings.
         config = content["config"]
         max_iters = config.get("max_iters")
-        content["plan"] = {"dtype": config.get("dtype"), "compile": config.get("compile"),
-                           "max_iters": None if max_iters == NOT_KNOWN else max_iters}
+        content["plan"] = {"dtype": config.get("dtype"), "compile": config.get("compile")}
         if max_iters == NOT_KNOWN:
             del config["max_iters"]
+        else:
+            content["plan"]["breakpoints"] = [[0, max_iters]]
 
 
 def tokens_per_step(config: dict) -> int:

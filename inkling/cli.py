@@ -38,7 +38,7 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 from inkling.output import open_streams
 
@@ -96,8 +96,23 @@ def above(low: float) -> Range:
     return Range(low, low_is_open=True)
 
 
+@dataclass(frozen=True)
+class AutoOr:
+    """The rule of a setting that is `auto` or a number in a range."""
+
+    range: Range
+
+    def __contains__(self, value) -> bool:
+        return value == "auto" or value in self.range
+
+    def __str__(self) -> str:
+        return f"auto or {self.range}"
+
+
 PositiveInt = Annotated[int, at_least(1).at_most(2**31)]
 NonNegativeInt = Annotated[int, at_least(0).at_most(2**31)]
+AutoOrPositiveInt = Annotated[Literal["auto"] | int, AutoOr(at_least(1).at_most(2**31))]
+AutoOrNonNegativeInt = Annotated[Literal["auto"] | int, AutoOr(at_least(0).at_most(2**31))]
 PositiveFloat = Annotated[float, above(0).at_most(2**31)]
 NonNegativeFloat = Annotated[float, at_least(0).at_most(2**31)]
 Fraction = Annotated[float, at_least(0).at_most(1)]
@@ -239,13 +254,23 @@ def expected(kind) -> str:
     """What a value of this type looks like, in words."""
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
+    if is_union(kind):
+        return "auto or a whole number"
     return {bool: "True or False", int: "a whole number", float: "a number", str: "text"}.get(kind, "text")
+
+
+def is_union(kind) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
 
 
 def convert(value, kind):
     """Read `value`, a flag's text or an object from a config file, as `kind`. Raises BadValue."""
     if typing.get_origin(kind) is typing.Literal:
         return convert_choice(value, kind)
+    if is_union(kind):                  # Literal["auto"] | int
+        if isinstance(value, str) and value.strip().lower() == "auto":
+            return "auto"
+        return convert_number(value, int)
     if kind is bool:
         return convert_bool(value)
     if kind in (int, float):

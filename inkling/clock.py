@@ -1,8 +1,11 @@
-"""The time of a run: a stopwatch that counts only training, and the deadline that --max_minutes
-sets."""
+"""The time of a run: a stopwatch that counts only training, the deadline that --max_minutes sets,
+and the number of steps that fit before it."""
 
+import math
+import os
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 from inkling.device import synchronize
 
@@ -10,11 +13,13 @@ from inkling.device import synchronize
 class Stopwatch:
     """Seconds of training. It stands still while evaluation, sampling and saving are `paused()`.
 
-    seconds_before: what earlier processes of a resumed run have counted.
+    seconds_before: what earlier processes of a resumed run have counted. pause_before: how long one
+    of their evaluations took.
     """
 
-    def __init__(self, device: str, seconds_before: float = 0.0):
+    def __init__(self, device: str, seconds_before: float = 0.0, pause_before: float = 0.0):
         self.device = device
+        self.pause_before = pause_before
         self.counted = seconds_before
         self.running_since: float | None = None
         self.paused_seconds = 0.0
@@ -43,44 +48,95 @@ class Stopwatch:
             self.paused_seconds += self.running_since - began
 
     def pause_seconds(self) -> float:
-        """Seconds that an evaluation takes, with its saves and its sample: the mean so far, 0
-        before the first."""
-        return self.paused_seconds / max(1, self.evaluations)
+        """Seconds that an evaluation takes, with its saves and its sample: the mean so far; before
+        the first, what an earlier process of the run has measured."""
+        if not self.evaluations:
+            return self.pause_before
+        return self.paused_seconds / self.evaluations
+
+
+def process_start() -> float:
+    """When this process was started, on the clock of time.monotonic: on Linux exactly, elsewhere
+    by the processor time that it has used since."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")        # since the system's start
+        return time.monotonic() - (time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+    except (OSError, ValueError, LookupError, AttributeError):
+        return time.monotonic() - time.process_time()
 
 
 class Deadline:
-    """The end of a run's `minutes` of wall-clock time (0: none), and the number of steps that fit
-    before it."""
+    """The end of a run's `minutes` of wall-clock time (0: none).
 
-    def __init__(self, minutes: float):
-        self.end = time.monotonic() + 60 * minutes if minutes else float("inf")
-        self.began_at: int | None = None                # the first step of this process
-        self.first_measured: tuple | None = None        # (step, seconds of training) after the warm-up
+    began: when they began, by time.monotonic; None: now. used: the seconds of them that earlier
+    processes of a resumed run have taken. now: the clock; None: time.monotonic."""
+
+    def __init__(self, minutes: float, began: float | None = None, used: float = 0.0, now=None):
+        self.now = now or time.monotonic
+        self.began = self.now() if began is None else began
+        self.used = used
+        self.end = self.began + 60 * minutes - used if minutes else math.inf
 
     def seconds_left(self) -> float:
-        return self.end - time.monotonic()
+        return self.end - self.now()
 
-    def steps_that_fit(self, step: int, stopwatch: Stopwatch, eval_interval: int) -> int | None:
-        """The number of steps of the whole run; None as long as the pace is not known.
+    def seconds_used(self) -> float:
+        return self.used + self.now() - self.began
 
-        The pace is measured over ten steps after three of warm-up, or over fewer if they take a
-        twentieth of the time. Evaluations are expected to take what they took so far, and a
-        thirtieth of the time is kept in reserve.
-        """
-        synchronize(stopwatch.device)
-        seconds = stopwatch.seconds()
-        if self.began_at is None:
-            self.began_at = step
-        if step - self.began_at < 3:
-            return None
-        if self.first_measured is None:
-            self.first_measured = step, seconds
-        first_step, first_seconds = self.first_measured
-        steps_measured = step - first_step
-        seconds_measured = seconds - first_seconds
-        if steps_measured == 0 or (steps_measured < 10 and seconds_measured < self.seconds_left() / 20):
-            return None
-        pause = stopwatch.pause_seconds()
-        seconds_per_step = seconds_measured / steps_measured + pause / eval_interval
-        usable = self.seconds_left() * 29 / 30 - pause
-        return step + max(1, int(usable / seconds_per_step))
+
+class StepFitter:
+    """Fits the number of steps to a deadline: as soon as some steps have shown the pace, and again
+    whenever half of the time that was left has gone by. A run that slows down or speeds up meanwhile
+    therefore still ends on time.
+
+    The first two steps warm up, and compile the optimizer, so they are not counted. After each fit the
+    pace is measured anew.
+    """
+
+    WARM_UP = 2
+    STEPS_MEASURED = 8                  # before the first fit, unless they take long
+    EXIT_SECONDS = 1.5                  # for the picture, the summary, and what Python does at exit
+
+    def __init__(self, deadline: Deadline, stopwatch: Stopwatch, first_step: int, only_cuts: bool = False):
+        """only_cuts: the number of steps is given, and the deadline can only end the run earlier."""
+        self.only_cuts = only_cuts
+        self.deadline = deadline
+        self.stopwatch = stopwatch
+        self.first_step = first_step
+        self.mark: tuple | None = None              # (step, seconds of training) from which the pace is measured
+        self.left_at_last_fit: float | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether to fit before update number `step`."""
+        left = self.deadline.seconds_left()
+        if left <= 0:
+            return True
+        if self.only_cuts or step - self.first_step < self.WARM_UP:
+            return False
+        if self.mark is None:
+            synchronize(self.stopwatch.device)
+            self.mark = step, self.stopwatch.seconds()
+            return False
+        steps = step - self.mark[0]
+        if self.left_at_last_fit is None:
+            seconds = self.stopwatch.seconds() - self.mark[1]
+            return steps >= self.STEPS_MEASURED or (steps > 0 and seconds > left / 25)
+        return steps > 0 and left <= self.left_at_last_fit / 2
+
+    def fit(self, step: int, eval_interval: int, last_pass_seconds: float) -> int:
+        """The number of steps of the whole run that fits now; `step` itself if no more do.
+
+        last_pass_seconds: what the last pass over the val split will take."""
+        synchronize(self.stopwatch.device)
+        left = self.deadline.seconds_left()
+        if left <= 0 or self.mark is None:
+            return max(step, self.first_step + 1)
+        first_step, first_seconds = self.mark
+        seconds = self.stopwatch.seconds()
+        seconds_per_step = (seconds - first_seconds) / (step - first_step)
+        self.mark = step, seconds
+        self.left_at_last_fit = left
+        pause = self.stopwatch.pause_seconds()
+        usable = left - pause - last_pass_seconds - self.EXIT_SECONDS
+        return step + max(0, int(usable / (seconds_per_step + pause / eval_interval)))

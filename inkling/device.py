@@ -136,29 +136,32 @@ def compiler_missing(device: str) -> str:
     return f"it is not ready for {kind}"
 
 
-def compile_pays(choice, forward_backward, passes: int, ranks, seconds_left: float) -> bool:
-    """Resolve compile=auto, the same on all ranks: whether torch.compile saves more time than it
-    takes.
+def seconds_of_a_pass(forward_backward, windows: int, ranks) -> float:
+    """About how long a forward and backward pass over `windows` windows takes, the same on all ranks.
+    forward_backward(windows=N): does one over N of them.
 
-    forward_backward: runs one uncompiled forward and backward pass. passes: how many of them are
-    still to come, unless `seconds_left` (infinite without a deadline) ends the run before.
-    """
-    if passes <= 0:
-        return False
-    if choice != "auto":
-        return choice
-    if ranks.broadcast(compiler_missing(ranks.device)):
-        return False
-    times = []
-    for _ in range(3):                  # the first ones warm up
+    One window is tried first. Where all of them would take seconds, its time is multiplied; else they
+    are timed, the second time, since the first warms up."""
+    def seconds_of(count: int) -> float:
         began = time.perf_counter()
-        forward_backward()
+        forward_backward(windows=count)
         synchronize(ranks.device)
-        times.append(ranks.broadcast(time.perf_counter() - began))      # so that all ranks do the same passes
-        if times[-1] * passes > 10 * COMPILE_PAYS_AFTER:
-            break
-    seconds_to_come = min(min(times) * passes, seconds_left)
-    return ranks.broadcast(seconds_to_come > COMPILE_PAYS_AFTER)
+        return ranks.broadcast(time.perf_counter() - began)         # so that all ranks do the same passes
+
+    seconds_of(1)
+    of_one = seconds_of(1)
+    if of_one * windows > 2:
+        return of_one * windows
+    seconds_of(windows)
+    return seconds_of(windows)
+
+
+def compile_pays(seconds_left: float, ranks) -> bool:
+    """Resolve compile=auto, the same on all ranks: whether torch.compile saves more of the seconds
+    that the run would still take uncompiled than compiling takes."""
+    if compiler_missing(ranks.device):
+        return ranks.broadcast(False)
+    return ranks.broadcast(seconds_left > COMPILE_PAYS_AFTER)
 
 
 def compile_model(model, forward_backward, device: str) -> tuple:

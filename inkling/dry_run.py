@@ -31,7 +31,7 @@ def dry_run(run, report, out_dir: Path, update, evaluate, sample):
     trial = measure(run, update, evaluate, sample)
     if not run.ranks.first:
         return
-    work = remaining_work(run, trial)
+    work = remaining_work(run)
     memory = estimate_memory(run, trial)
     times = estimate_time(run, trial, work)
     print_parameters(report, run.model)
@@ -96,14 +96,12 @@ def measure(run, update, evaluate, sample) -> Trial:
 def trial_steps(run) -> int:
     if run.cfg.eval_only:
         return 0
-    if run.plan.max_iters is None:
-        return TRIAL_STEPS
     return max(0, min(TRIAL_STEPS, run.plan.max_iters - run.first_step))
 
 
 def is_complete(run) -> bool:
     """Whether nothing remains to be done, not even the last evaluation."""
-    if run.cfg.eval_only or run.plan.max_iters is None or run.state.evaluated is None:
+    if run.cfg.eval_only or run.state.evaluated is None:
         return False
     return run.state.evaluated >= run.plan.max_iters
 
@@ -169,17 +167,15 @@ class Work:
     samples: int
 
 
-def remaining_work(run, trial: Trial) -> Work:
+def remaining_work(run) -> Work:
     cfg = run.cfg
     max_iters = run.plan.max_iters
-    if max_iters is None:       # about: evaluations take a part of max_minutes
-        max_iters = max(1, int(60 * cfg.max_minutes / max(trial.seconds_per_step, 1e-9)))
     if cfg.eval_only:
         steps = 0
         evaluations = 1
     else:
         steps = max(0, max_iters - run.first_step)
-        evaluations = evaluations_left(max_iters, cfg.eval_interval, run.first_step, run.state.evaluated)
+        evaluations = evaluations_left(max_iters, run.plan.eval_interval, run.first_step, run.state.evaluated)
     samples = evaluations
     if cfg.sample_interval:
         samples = steps // cfg.sample_interval
@@ -369,9 +365,7 @@ def estimate_time(run, trial: Trial, work: Work) -> Times:
 def estimate_evaluation(run, trial: Trial) -> float:
     """Seconds of one evaluation of the run. In the trial's, one process computed TRIAL_WINDOWS of
     each split, or all there are."""
-    evaluated = count_windows(run, "val")               # of either split
-    if run.cfg.eval_iters:
-        evaluated = TRIAL_WINDOWS * run.cfg.eval_iters
+    evaluated = run.plan.evaluations["windows"]         # of either split
     factors = []
     for split in ("train", "val"):
         windows = count_windows(run, split)
@@ -426,7 +420,7 @@ def setting_doubts(run, work: Work) -> list:
         *data_doubts(run),
         *length_doubts(run, max_iters),
         *schedule_doubts(cfg, max_iters),
-        *evaluation_doubts(cfg, max_iters),
+        *evaluation_doubts(cfg, run.plan.eval_interval, max_iters),
         *vocabulary_doubts(cfg, run.model.vocab_size, run.plan.device),
     ]
 
@@ -477,12 +471,12 @@ def schedule_doubts(cfg, max_iters: int) -> list:
     return doubts
 
 
-def evaluation_doubts(cfg, max_iters: int) -> list:
+def evaluation_doubts(cfg, eval_interval: int, max_iters: int) -> list:
     doubts = []
-    if cfg.eval_interval > max_iters > 0:
-        doubts.append(f"eval_interval={cfg.eval_interval:,} is above max_iters={max_iters:,}: only the first and the "
+    if eval_interval > max_iters > 0:
+        doubts.append(f"eval_interval={eval_interval:,} is above max_iters={max_iters:,}: only the first and the "
                       "last step are evaluated; ckpt.pt is the better one")
-    if cfg.patience and cfg.patience * cfg.eval_interval >= max_iters > 0:
+    if cfg.patience and cfg.patience * eval_interval >= max_iters > 0:
         doubts.append(f"patience={cfg.patience} covers the whole run, so early stopping never happens")
     return doubts
 
@@ -507,7 +501,7 @@ def time_doubts(times: Times) -> list:
     if times.evaluations <= 0.5 * times.total or times.total <= 60:
         return []
     share = 100 * times.evaluations / times.total
-    return [f"evaluations take {share:.0f}% of the time: raise --eval_interval, or set a smaller --eval_iters"]
+    return [f"evaluations take {share:.0f}% of the time: --eval_interval=auto --eval_iters=auto bounds them"]
 
 
 def file_doubts(run, out_dir: Path, memory: Memory) -> list:

@@ -20,6 +20,14 @@ def duration(seconds: float) -> str:
     return f"{seconds}s"
 
 
+def rough_duration(seconds: float) -> str:
+    """64800 seconds as 18 hours: one unit, for an estimate."""
+    for unit, name in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= 1.5 * unit:
+            return f"{seconds / unit:.0f} {name}s"
+    return counted(max(1, round(seconds)), "second")
+
+
 def milliseconds(seconds: float) -> str:
     """0.0123 seconds as 12.3; no decimals from 100 ms on."""
     if seconds < 0.1:

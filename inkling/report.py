@@ -21,8 +21,9 @@ import torch
 
 from inkling.cli import UserError, printable, printable_text
 from inkling.device import device_type
+from inkling.evaluation import Evaluations, cost_of
 from inkling.files import atomic_write
-from inkling.format import duration, fit_line, milliseconds, short, size, terminal_width
+from inkling.format import duration, fit_line, milliseconds, rough_duration, short, size, terminal_width
 from inkling.plots import plot_run, read_log, why
 
 TIMINGS = ["ms", "tokens_per_second", "seconds"]        # what differs between two runs of the same command
@@ -287,6 +288,49 @@ class Report:
             text += f"; the first loss should be near ln {vocab_size} = {math.log(vocab_size):.3f}"
         return text
 
+    def estimate(self, seconds: float, seconds_per_step: float):
+        """Say about how long the run takes, before anything else does; above an hour, what would take
+        less."""
+        steps = f"{self.run.plan.max_iters - self.run.state.step:,} steps of {milliseconds(seconds_per_step)} ms"
+        text = f"about {rough_duration(seconds)} of training on this machine, uncompiled: {steps}"
+        if seconds > 3600:
+            self.warn(f"{text}. For less: --max_minutes=60 makes as many steps as fit; a smaller --n_layer, --n_embd "
+                      "or --batch_size makes each of them faster")
+        else:
+            self.label("pace", text)
+
+    def evaluations(self):
+        """Say how often the run evaluates, and on how much; and if the user's settings make that
+        expensive."""
+        run = self.run
+        if run.cfg.eval_only:
+            return
+        evaluations = Evaluations(**run.plan.evaluations)
+        of_val = (len(run.data["val"]) - 1) // run.cfg.block_size
+        windows = "all" if evaluations.windows == of_val else f"{evaluations.windows:,} of"
+        text = f"every {evaluations.interval:,} steps, on {windows} {of_val:,} windows of val and as many of train"
+        if evaluations.at_the_end:
+            last = "all" if evaluations.at_the_end == of_val else f"{evaluations.at_the_end:,}"
+            text += f"; at the end on {last} of val"
+        step_windows = run.cfg.batch_size * run.cfg.gradient_accumulation_steps
+        share = cost_of(evaluations, run.plan.max_iters, step_windows)
+        if share > 0.2 and (run.cfg.eval_interval != "auto" or run.cfg.eval_iters != "auto"):
+            text += (f"; that costs {100 * share:.0f}% of what training does: --eval_iters=auto "
+                     "--eval_interval=auto bound it at 8%")
+        self.label("evaluate", text)
+
+    def end_moved(self, step: int, end: int):
+        """The clock has moved the end of the run."""
+        self.label("time", f"at step {step:,}: the time is enough for {end:,} steps in all")
+
+    def best(self, loss: float, windows: int):
+        """The loss of the weights in ckpt.pt on more windows than the evaluations so far read."""
+        self.best_on_all = loss
+        of_val = (len(self.run.data["val"]) - 1) // self.run.cfg.block_size
+        read = "all" if windows == of_val else f"{windows:,} of"
+        self.label("final", f"val {loss:.4f} on {read} {of_val:,} windows, {loss * self.bits_per_byte:.3f} bits per "
+                            f"byte: the weights of ckpt.pt, of step {self.run.state.best_step:,}")
+
     def compiling(self):
         self.label("compile", "up to a minute on two cores, plus the first step; faster when cached ...")
 
@@ -362,17 +406,13 @@ class Report:
     def place(self, step: int) -> str:
         """STEP/MAX_ITERS, equally wide at every step."""
         max_iters = self.run.plan.max_iters
-        if max_iters is None:
-            return f"{step}/?"
         return f"{step:{len(str(max_iters))}}/{max_iters}"
 
     def time_left(self, step: int, seconds_per_step: float) -> str:
         """How long the rest of the run takes if its steps and evaluations keep this pace."""
         run = self.run
         max_iters = run.plan.max_iters
-        if max_iters is None:
-            return f"{run.cfg.max_minutes:g} min"
-        evaluations = evaluations_left(max_iters, run.cfg.eval_interval, step, run.state.evaluated)
+        evaluations = evaluations_left(max_iters, run.plan.eval_interval, step, run.state.evaluated)
         return duration(seconds_per_step * (max_iters - step) + run.stopwatch.pause_seconds() * evaluations)
 
     def utilization(self, tokens_per_second: float) -> str:
@@ -480,11 +520,7 @@ class Report:
         """The run ended between two evaluations."""
         step = self.run.state.step
         max_iters = self.run.plan.max_iters
-        place = f"step {step}"
-        if max_iters is not None:
-            place += f" of {max_iters}"
-        if not stop.signal:
-            place += f" (time limit max_minutes={self.run.cfg.max_minutes:g} reached)"
+        place = f"step {step} of {max_iters}"
         rest = "continues"
         if step == max_iters:
             rest = "runs its last evaluation"
@@ -509,7 +545,26 @@ class Report:
                                "smaller model. If the train loss has risen, too, lower --learning_rate")
         files = [f"{name} ({purpose})" for name, purpose in PURPOSES.items() if (self.out_dir / name).exists()]
         self.label("files", f"{self.out_dir}/: {', '.join(files)}")
+        if len(run.plan.breakpoints) > 1 or run.cfg.max_minutes:
+            self.say(f"repeat   {self.repeat_command()}")
         self.say(f"next     python sample.py --out_dir={shlex.quote(str(self.out_dir))}")     # whole, to be copied
+
+    def repeat_command(self) -> str:
+        """The command that makes the same steps again, whatever the clock says."""
+        run = self.run
+        plan = run.plan
+        decided = {
+            "max_iters": plan.max_iters,
+            "breakpoints": ",".join(f"{step}:{end}" for step, end in plan.breakpoints),
+            "dtype": plan.dtype,
+            "compile": plan.compile,
+        }
+        words = [f"--{name}={value}" for name, value in decided.items()]
+        for setting in changed_settings(run.cfg):
+            name = setting.partition("=")[0]
+            if name not in decided and name not in ("max_minutes", "init_from"):
+                words.append(f"--{setting}")
+        return shlex.join(["python", "train.py", *words])
 
     def cut_short(self) -> str:
         """Of how many steps, if patience ended the run before all of them."""
@@ -517,8 +572,6 @@ class Report:
         if self.run.state.step == max_iters:
             return ""
         reason = f"patience={self.run.cfg.patience}"
-        if max_iters is None:
-            return f" ({reason})"
         return f" of {max_iters:,} ({reason})"
 
     def describe_speed(self, tokens: int, seconds: float) -> str:

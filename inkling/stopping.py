@@ -1,4 +1,4 @@
-"""What ends a run early: signals, the deadline, non-finite numbers, running out of memory, lost
+"""What ends a run early: signals, non-finite numbers, running out of memory, lost
 processes."""
 
 import contextlib
@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from inkling.cli import UserError
-from inkling.clock import Deadline
 from inkling.device import device_type
 from inkling.distributed import Ranks
 
@@ -70,19 +69,17 @@ class Guard:
 
 
 class Stop:
-    """A request to stop after the step in progress: SIGINT, SIGTERM, SIGHUP or the deadline. A
-    second SIGINT stops at once. A signal that was ignored before is no request, as SIGHUP under
+    """A request to stop after the step in progress: SIGINT, SIGTERM or SIGHUP. A second SIGINT stops
+    at once. A signal that was ignored before is no request, as SIGHUP under
     nohup.
 
     asked: whether this process has noticed a reason. agreed: whether all processes have agreed on
-    it. Several processes on NVIDIA GPUs do so at the next step that logs, saves or evaluates.
+    it. Several processes do so about once a second.
     """
 
-    def __init__(self, deadline: Deadline):
-        self.deadline = deadline
+    def __init__(self):
         self.signal = 0
         self.interrupts = 0                             # SIGINTs that this process has received
-        self.time_is_over = False
         self.agreed = False
         self.handlers_before = {}
 
@@ -107,22 +104,18 @@ class Stop:
 
     @property
     def asked(self) -> bool:
-        if self.deadline.seconds_left() < 0:
-            self.time_is_over = True
-        return self.time_is_over or self.signal != 0
+        return self.signal != 0
 
     def agree(self, ranks: Ranks):
         """Take over the reasons of all ranks, so that all stop at the same step and with the same
         exit code. All ranks must call it."""
-        reasons = [self.asked and self.time_is_over, *(self.signal == number for number in SIGNALS)]
+        received = [self.signal == number for number in SIGNALS]
         if ranks.world > 1:
-            counts = torch.tensor(reasons, dtype=torch.float32, device=ranks.device)
-            reasons = ranks.all_reduce(counts).tolist()
-        time_is_over, *received = map(bool, reasons)
-        self.time_is_over = time_is_over
+            counts = torch.tensor(received, dtype=torch.float32, device=ranks.device)
+            received = [count > 0 for count in ranks.all_reduce(counts).tolist()]
         if any(received):               # the same one on all ranks
             self.signal = SIGNALS[received.index(True)]
-        self.agreed = time_is_over or any(received)
+        self.agreed = any(received)
 
     @property
     def exit_code(self) -> int:

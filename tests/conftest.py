@@ -162,7 +162,7 @@ def contents(path) -> dict:
         return {place: value}
 
     # What differs without mattering: the time, the place, and the rates, which each step computes anew.
-    ignored = re.compile(r"\.seconds|\.config\.out_dir|.*\.param_groups\.\d+\.(lr|momentum)")
+    ignored = re.compile(r"\.seconds|\.pause|\.clock_seconds|\.config\.out_dir|.*\.param_groups\.\d+\.(lr|momentum)")
     found = flat(torch.load(path, weights_only=True), "")
     return {place: value for place, value in found.items() if not ignored.fullmatch(place)}
 

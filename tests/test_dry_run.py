@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,7 @@ from inkling.dry_run import (
     setting_doubts,
     time_doubts,
 )
+from inkling.evaluation import plan_evaluations
 from inkling.format import size
 from inkling.report import Report
 from train import GPT, AdamW, Config
@@ -50,6 +52,9 @@ def make_run(tmp_path):
         state = {"step": 0, "evaluated": None, "best_step": 0, "best_val_loss": math.inf, "losses": {}} | (state or {})
         state.setdefault("tokens", state["step"] * cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size)
         plan = {"device": "cpu", "dtype": "float32", "compile": False, "max_iters": cfg.max_iters,
+                "evaluations": asdict(plan_evaluations(cfg.max_iters, cfg.batch_size, 62, cfg.eval_interval,
+                                                       cfg.eval_iters)),
+                "eval_interval": cfg.eval_interval,
                 "sequences": cfg.batch_size * cfg.gradient_accumulation_steps // world,
                 "micro_batches": cfg.gradient_accumulation_steps} | (plan or {})
         tokens = {"train": 18_000, "val": 2_000} | (tokens or {})
@@ -152,7 +157,8 @@ def test_its_evaluation_is_a_small_one(start, monkeypatch):
     monkeypatch.setattr(train, "get_batch", count)
     assert start("run", "--dry_run", max_iters=1000, eval_iters=0, log_interval=7, save_interval=1).returncode == 0
     assert [count for split, count in windows if split == "val"] == [16]
-    assert sum(count for split, count in windows if split == "train") == 4 + 3 * 4 + 16     # trace, steps, evaluation
+    trial = 4 + 3 * 4 + 16                              # trace, steps, evaluation
+    assert sum(count for split, count in windows if split == "train") == 4 * 4 + trial      # the pace, from four passes
 
 
 @pytest.mark.parametrize("settings", [
@@ -227,7 +233,6 @@ def test_a_resumed_run_is_as_if_there_had_been_no_dry_run(start, tmp_path):
 
 @pytest.mark.parametrize(("settings", "calls"), [
     ({"max_iters": 1000}, [0, 1, 2, "evaluate", "sample"]),
-    ({"plan": {"max_iters": None}, "max_minutes": 5.0}, [0, 1, 2, "evaluate", "sample"]),
     ({"max_iters": 2, "sample_tokens": 0}, [0, 1, "evaluate"]),
     ({"max_iters": 0}, ["evaluate", "sample"]),
     ({"eval_only": True}, ["evaluate", "sample"]),
@@ -370,24 +375,22 @@ def test_the_time_adds_up(make_run, tmp_path, capsys, monkeypatch):
 
 
 def test_what_remains_of_a_run(make_run):
-    trial = Trial(None, step_seconds=[9.0, 0.5, 0.25])
     run = make_run(max_iters=100, eval_interval=30, state={"step": 40, "evaluated": 30})
-    assert remaining_work(run, trial) == Work(100, steps=60, evaluations=3, samples=3)
+    assert remaining_work(run) == Work(100, steps=60, evaluations=3, samples=3)
     run.cfg.sample_interval = 25
-    assert remaining_work(run, trial) == Work(100, steps=60, evaluations=3, samples=2)
+    assert remaining_work(run) == Work(100, steps=60, evaluations=3, samples=2)
     run.cfg.eval_only = True
-    assert remaining_work(run, trial) == Work(100, steps=0, evaluations=1, samples=0)
-    by_the_clock = make_run(plan={"max_iters": None}, max_minutes=2.0, eval_interval=100)
-    assert remaining_work(by_the_clock, trial) == Work(480, steps=480, evaluations=6, samples=6)
+    assert remaining_work(run) == Work(100, steps=0, evaluations=1, samples=0)
 
 
 @pytest.mark.parametrize(("eval_iters", "world", "seconds"), [
     (0, 1, 4 * (160 / 16 + 160 / 16) / 2),      # of both splits as many windows as val has
     (3, 1, 4 * (48 / 16 + 48 / 16) / 2),
-    (99, 1, 4 * (500 / 16 + 160 / 16) / 2),     # all there are
     (0, 2, 4 * (5 + 5) / 2), (1, 2, 4)])        # 16 windows go to one process
 def test_an_evaluation_takes_as_long_as_its_windows(make_run, eval_iters, world, seconds):
-    run = make_run(eval_iters=eval_iters, world=world, tokens={"train": 500 * 32 + 1, "val": 160 * 32 + 1})
+    windows = min(160, 16 * eval_iters or 160)
+    run = make_run(plan={"evaluations": {"windows": windows}}, world=world,
+                   tokens={"train": 500 * 32 + 1, "val": 160 * 32 + 1})
     assert estimate_evaluation(run, Trial(None, evaluation_seconds=4.0)) == pytest.approx(seconds)
 
 
@@ -399,7 +402,7 @@ TOKENS = {"train": 100_000, "val": 10_000}
 
 def doubts_about(make_run, tokens=None, plan=None, **settings) -> list:
     run = make_run(tokens=TOKENS | (tokens or {}), plan=plan, **SOUND | settings)
-    return setting_doubts(run, remaining_work(run, Trial(None)))
+    return setting_doubts(run, remaining_work(run))
 
 
 def test_sound_settings_raise_no_doubts(make_run):
@@ -455,7 +458,7 @@ def test_long_evaluations_are_warned_of():
 
     assert doubts(60, 40) == []
     assert doubts(5, 40) == []                          # a short run
-    assert doubts(40, 60) == ["evaluations take 60% of the time: raise --eval_interval, or set a smaller --eval_iters"]
+    assert doubts(40, 60) == ["evaluations take 60% of the time: --eval_interval=auto --eval_iters=auto bounds them"]
 
 
 def test_files_that_cannot_be_written_are_warned_of(make_run, tmp_path, monkeypatch):

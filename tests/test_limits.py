@@ -2,17 +2,21 @@
 
 import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import log_rows, one_line_error
+from conftest import ROOT, inside, log_rows, one_line_error
 
 import train
+from inkling import cli
 from inkling.clock import Deadline
-from inkling.device import compare_with_cpu, compile_pays
+from inkling.device import compare_with_cpu, compile_pays, seconds_of_a_pass
 from inkling.distributed import Ranks
 from train import GPT
 
@@ -45,9 +49,9 @@ def paced(clock, monkeypatch):
         clock.now += 10 if step == 0 else clock.seconds_of_step(step)
         return update(run, step)
 
-    def timed_estimate_loss(*args):
+    def timed_estimate_loss(*args, **settings):
         clock.now += 5
-        return estimate_loss(*args)
+        return estimate_loss(*args, **settings)
 
     monkeypatch.setattr(train, "update", timed_update)
     monkeypatch.setattr(train, "estimate_loss", timed_estimate_loss)
@@ -68,19 +72,40 @@ MINUTES = dict(max_minutes=2, max_iters=None, eval_interval=20)
 
 # ---- minutes
 
-def test_max_minutes_fit_the_steps_to_the_time_once(start, paced, tmp_path):
+def rates(folder) -> list:
+    return [float(row["lr"]) for row in log_rows(folder) if row["lr"]]
+
+
+@pytest.mark.parametrize(("slow", "fast"), [(1.0, 1.0), (1.0, 2.0), (2.0, 1.0), (0.5, 3.0)])
+def test_a_run_by_the_clock_ends_on_time_and_cooled_down(start, paced, tmp_path, slow, fast):
+    """Also when its pace halves or doubles on the way."""
     began = paced.now
+    paced.seconds_of_step = lambda step: slow if paced.now - began < 60 else fast
     done = start("run", **MINUTES)
     assert done.returncode == 0, done.stderr
-    line, = [line for line in done.stdout.splitlines() if line.startswith("time ")]
-    count = int(re.search(r"max_iters=(\d+)", line)[1])
-    assert last_step(tmp_path / "run") == count == last(tmp_path / "run")["plan"]["max_iters"]
-    assert 120 * 0.9 < paced.now - began <= 120
-    rates = [float(row["lr"]) for row in log_rows(tmp_path / "run") if row["lr"]]
-    assert rates[0] == rates[count // 10] == max(rates)     # flat, then down to nearly nothing: fitted to the count
-    assert rates[-1] < 0.02 * rates[0]
-    assert f"{count}/{count}" in done.stdout
-    assert "/?" in done.stdout                              # before the count was known
+    assert 120 * 0.9 < paced.now - began <= 120 * 1.03
+    plan = last(tmp_path / "run")["plan"]
+    assert last_step(tmp_path / "run") == plan["breakpoints"][-1][1]
+    moved = [line for line in done.stdout.splitlines() if re.match(r"time     at step", line)]
+    assert len(moved) == len(plan["breakpoints"]) - 1
+    lrs = rates(tmp_path / "run")
+    assert lrs[0] == max(lrs)
+    assert lrs[-1] < 0.15 * lrs[0]
+    losses = [row for row in log_rows(tmp_path / "run") if row["val_loss"]]
+    assert int(losses[-1]["step"]) == last_step(tmp_path / "run")       # the last evaluation always happens
+
+
+def test_the_printed_command_repeats_a_run_by_the_clock(start, paced, tmp_path, data_dir):
+    paced.seconds_of_step = lambda step: 1.0 if step < 30 else 2.0
+    done = start("run", **MINUTES)
+    command, = [line for line in done.stdout.splitlines() if line.startswith("repeat ")]
+    typed = shlex.split(command)[3:]
+    assert any("breakpoints=0:" in word and "," in word for word in typed)
+    again = inside(train.main, *typed, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'again'}")
+    assert again.returncode == 0, again.stderr
+    first = last(tmp_path / "run")["model"]
+    second = last(tmp_path / "again")["model"]
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def interrupt_after(paced, seconds: float):
@@ -94,73 +119,91 @@ def interrupt_after(paced, seconds: float):
     paced.seconds_of_step = seconds_of_step
 
 
-@pytest.mark.parametrize("seconds", [40, 80])
-def test_a_run_cut_after_its_length_is_known_resumes_to_that_length(start, paced, tmp_path, seconds):
-    """It comes to the same steps and weights as a run of the same pace that nobody cut."""
-    assert start("whole", **MINUTES).returncode == 0
+@pytest.mark.parametrize("seconds", [19, 40, 80])
+def test_a_run_that_was_cut_gets_the_time_that_was_left(start, paced, tmp_path, seconds):
     interrupt_after(paced, seconds)
-    assert start("cut", **MINUTES, save_interval=10).returncode == 130
-    paced.seconds_of_step = lambda step: 1.0
-    done = start("cut", init_from="resume", max_iters=None, eval_interval=20)
-    assert done.returncode == 0, done.stderr
-    assert "time     for" not in done.stdout
-    whole, resumed = last(tmp_path / "whole"), last(tmp_path / "cut")
-    assert resumed["plan"]["max_iters"] == whole["plan"]["max_iters"] == resumed["step"]
-    assert all(torch.equal(resumed["model"][name], whole["model"][name]) for name in whole["model"])
-
-
-def test_a_run_cut_before_its_length_is_known_measures_again(start, paced, tmp_path):
-    interrupt_after(paced, 19)
     assert start("cut", **MINUTES, save_interval=1).returncode == 130
-    assert last(tmp_path / "cut")["plan"]["max_iters"] is None
+    saved = last(tmp_path / "cut")
     paced.seconds_of_step = lambda step: 1.0
     began = paced.now
     done = start("cut", init_from="resume", max_iters=None, eval_interval=20)
     assert done.returncode == 0, done.stderr
-    assert "time     for" in done.stdout
-    saved = last(tmp_path / "cut")
-    assert saved["step"] <= saved["plan"]["max_iters"]      # it has not seen yet how long an evaluation takes
-    assert 120 * 0.9 < paced.now - began <= 125
+    left = 120 - saved["clock_seconds"]
+    assert left * 0.85 < paced.now - began <= left + 3
+    resumed = last(tmp_path / "cut")["plan"]["breakpoints"]
+    assert resumed[:len(saved["plan"]["breakpoints"])] == saved["plan"]["breakpoints"]
+    assert rates(tmp_path / "cut")[-1] < 0.1 * rates(tmp_path / "cut")[0]
 
 
-def test_a_run_that_slows_down_is_stopped_when_its_time_is_over(start, paced, tmp_path):
-    began = paced.now
-    paced.seconds_of_step = lambda step: 1.0 if step < 40 else 4.0
-    done = start("run", **MINUTES)
-    assert done.returncode == 0
-    assert 120 <= paced.now - began < 130
-    saved = last(tmp_path / "run")
-    assert saved["step"] == last_step(tmp_path / "run") < saved["plan"]["max_iters"]
-    assert "max_minutes=2" in done.stdout
-    assert "--init_from=resume" in done.stdout
-    paced.seconds_of_step = lambda step: 1.0
-    assert start("run", init_from="resume", max_iters=None, eval_interval=20).returncode == 0
-    assert last_step(tmp_path / "run") == saved["plan"]["max_iters"]
+def test_a_finished_run_with_new_minutes_gets_a_new_schedule(start, paced, tmp_path):
+    assert start("run", **MINUTES).returncode == 0
+    steps = last_step(tmp_path / "run")
+    assert start("run", **MINUTES | {"max_minutes": 1}, init_from="resume").returncode == 0
+    assert last_step(tmp_path / "run") > steps + 20
+    assert rates(tmp_path / "run")[steps + 5] > 0.1 * rates(tmp_path / "run")[0]
+    assert rates(tmp_path / "run")[-1] < 0.1 * rates(tmp_path / "run")[0]
 
 
 def test_typed_max_iters_stand_and_the_time_only_stops(start, paced, tmp_path):
     done = start("run", max_minutes=5, max_iters=7)
     assert last_step(tmp_path / "run") == 7
-    assert "time     for" not in done.stdout
+    assert "time     at step" not in done.stdout
     began = paced.now
     assert start("long", max_minutes=2, max_iters=1000, eval_interval=1000).returncode == 0
     assert paced.now - began < 130
-    assert last(tmp_path / "long")["plan"]["max_iters"] == 1000
+    end = last(tmp_path / "long")["plan"]["breakpoints"][-1][1]
+    assert end == last_step(tmp_path / "long") < 1000
+    assert [row["step"] for row in log_rows(tmp_path / "long") if row["val_loss"]] == ["0", str(end)]
 
 
-def test_the_time_may_end_before_the_pace_is_known(start, paced, tmp_path):
+def test_a_step_longer_than_the_whole_time_is_made_once(start, paced, tmp_path):
     paced.seconds_of_step = lambda step: 50.0
     assert start("run", max_minutes=1, max_iters=None).returncode == 0
-    saved = last(tmp_path / "run")
-    assert saved["step"] >= 1
-    assert saved["plan"]["max_iters"] is None
+    assert last(tmp_path / "run")["step"] in (1, 2)
 
 
-def test_time_that_ends_between_evaluations_names_the_weights_of_now(start, paced):
-    done = start("run", max_minutes=2, max_iters=1000, eval_interval=1000)
-    stopped, = [line for line in done.stdout.splitlines() if line.startswith("stopped ")]
-    assert "max_minutes=2" in stopped
-    assert "last.pt" in stopped
+def test_a_time_in_which_no_step_fits_is_refused_with_how_long_one_takes(start, clock, monkeypatch, tmp_path):
+    forward = GPT.forward
+
+    def slow(*args):
+        clock.now += 30
+        return forward(*args)
+    monkeypatch.setattr(GPT, "forward", slow)
+    one_line_error(start("run", max_minutes=1, max_iters=None), "max_minutes=1", "a step takes about 120.0 s")
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["--max_minutes=2"], {"max_minutes": 2.0, "max_epochs": 0.0}),
+    (["--max_iters=7"], {"max_minutes": 0.0, "max_epochs": 0.0, "max_iters": 7}),
+    (["--max_epochs=2"], {"max_minutes": 0.0, "max_epochs": 2.0}),
+    (["--max_iters=7", "--max_minutes=2"], {"max_minutes": 2.0, "max_iters": 7})])
+@pytest.mark.parametrize("in_file", ["max_epochs = 3", "max_minutes = 9", "max_iters = 5"])
+def test_a_typed_length_wins_over_that_of_a_file(words, expected, in_file, tmp_path):
+    (tmp_path / "lengths.py").write_text(in_file)
+    parsed = cli.parse(train.Config, [str(tmp_path / "lengths.py"), *words], train.__doc__)
+    cfg = train.choose_length(train.Config(**parsed.values), parsed.typed)
+    assert {name: getattr(cfg, name) for name in expected} == expected
+    assert not cli.problems(cfg)
+
+
+@pytest.mark.parametrize("text", ["", "0:5", "0:5,3:9"])
+def test_breakpoints_are_read(text):
+    assert not cli.problems(train.Config(breakpoints=text))
+
+
+@pytest.mark.parametrize("text", ["5", "1:5", "0:5,0:6", "0:5,9:3,4:2", "0:x", "0:5,"])
+def test_breakpoints_of_another_form_are_refused(text):
+    assert "breakpoints" in cli.problems(train.Config(breakpoints=text))[0]
+
+
+def test_the_clock_of_a_program_begins_when_its_process_does():
+    began = time.monotonic()
+    program = ("import time; time.sleep(0.5); from inkling.clock import process_start; import torch; "
+               "print(time.monotonic() - process_start())")
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    age = float(output.stdout)
+    assert 0.5 < age <= time.monotonic() - began + 0.02
 
 
 def test_two_lengths_are_refused(start):
@@ -172,11 +215,19 @@ def test_max_iters_without_end_is_refused(start):
 
 
 @pytest.mark.parametrize(("minutes", "pays"), [(0, True), (1, False), (30, True)])
-def test_compiling_must_pay_within_the_minutes(clock, minutes, pays):
-    def forward_backward():
-        clock.now += 1
-    seconds_left = Deadline(minutes).seconds_left()
-    assert compile_pays("auto", forward_backward, 1000, Ranks(), seconds_left) == pays
+def test_compiling_must_pay_within_the_minutes(minutes, pays):
+    assert compile_pays(Deadline(minutes).seconds_left(), Ranks()) == pays
+
+
+@pytest.mark.parametrize(("seconds", "passes"), [(0.01, [1, 1, 8, 8]), (1.0, [1, 1])])
+def test_a_pass_that_takes_long_is_timed_in_part(clock, seconds, passes):
+    calls = []
+
+    def forward_backward(windows):
+        calls.append(windows)
+        clock.now += seconds * windows
+    assert seconds_of_a_pass(forward_backward, 8, Ranks()) == pytest.approx(8 * seconds)
+    assert calls == passes
 
 
 # ---- numbered checkpoints
@@ -228,7 +279,7 @@ def test_out_of_memory_is_one_line_and_keeps_the_last_checkpoint(start, monkeypa
 
     def full(model, *args):
         calls.append(model.training)
-        if sum(calls) > 4:
+        if sum(calls) > 8:
             raise type(error)(*error.args)
         return forward(model, *args)
     monkeypatch.setattr(GPT, "forward", full)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import pairwise, perturbed
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from train import GPT, OPTIMIZERS, AdamW, Config, Muon, lr_factor, make_optimizers, orthogonalize, start, update
 
@@ -274,7 +276,7 @@ def test_found_inf_of_0_changes_nothing(optimizer):
 
 def factors(count, **settings) -> list:
     cfg = Config(**settings)
-    return [lr_factor(step, cfg, cfg.max_iters) for step in range(count)]
+    return [lr_factor(step, cfg, [[0, cfg.max_iters]]) for step in range(count)]
 
 
 def nanogpt_rate(it, learning_rate, warmup_iters, lr_decay_iters, min_lr):
@@ -337,16 +339,53 @@ def test_decay_lr_false_is_the_full_rate_at_every_step(schedule):
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_schedules_are_pure_functions_of_the_step(schedule):
     cfg = Config(schedule=schedule, warmup_iters=10)
-    forward = {step: lr_factor(step, cfg, 50) for step in range(60)}
-    backward = {step: lr_factor(step, cfg, 50) for step in reversed(range(60))}
+    forward = {step: lr_factor(step, cfg, [[0, 50], [30, 55]]) for step in range(60)}
+    backward = {step: lr_factor(step, cfg, [[0, 50], [30, 55]]) for step in reversed(range(60))}
     assert forward == backward
     assert cfg == Config(schedule=schedule, warmup_iters=10)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-def test_a_length_that_is_not_known_yet_keeps_the_full_rate(schedule):
-    cfg = Config(schedule=schedule, warmup_iters=3)
-    assert [lr_factor(step, cfg, None) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+@st.composite
+def moving_ends(draw_from):
+    """Breakpoints of a run by the clock: each end lies behind its step."""
+    steps = sorted(draw_from(st.sets(st.integers(1, 100), max_size=5)))
+    breakpoints = [[0, draw_from(st.integers(1, 200))]]
+    for step in steps:
+        if step >= breakpoints[-1][1]:
+            break
+        breakpoints.append([step, step + draw_from(st.integers(1, 200))])
+    return breakpoints
+
+
+@given(moving_ends(), st.sampled_from(["linear", "cosine", "constant"]), st.sampled_from([0.0, 0.3, 1.0]),
+       st.sampled_from([0, 7]))
+def test_a_moving_end_makes_no_jump_and_is_cooled_down_to(breakpoints, schedule, cooldown, warmup):
+    """The factor never rises after the warm-up, and is 0 at the last end."""
+    assume(all(end > warmup for _, end in breakpoints))
+    cfg = Config(schedule=schedule, cooldown=cooldown, warmup_iters=warmup)
+    end = breakpoints[-1][1]
+    ours = [lr_factor(step, cfg, breakpoints) for step in range(end + 2)]
+    assert all(0 <= factor <= 1 for factor in ours)
+    for step in range(warmup, end):
+        assert ours[step + 1] <= ours[step] + 1e-12
+    if schedule != "constant":
+        assert ours[end] == 0
+    for step, new_end in breakpoints[1:]:
+        before = lr_factor(step, cfg, [pair for pair in breakpoints if pair[0] < step])
+        assert ours[step] == pytest.approx(before)          # the breakpoint itself changes nothing
+        if schedule == "linear" and cooldown and before < 1 and step >= warmup:
+            later = [pair[0] for pair in breakpoints if pair[0] > step]
+            until = min([new_end, *later])
+            for at in range(step, until):                   # a straight line to the new end
+                flat_until = (1 - cooldown) * new_end
+                if step >= flat_until:
+                    assert ours[at] == pytest.approx(before * (new_end - at) / (new_end - step))
+
+
+def test_one_end_is_the_schedule_of_max_iters():
+    cfg = Config(schedule="linear", cooldown=0.5)
+    assert [lr_factor(step, cfg, [[0, 50], [10, 50]]) for step in range(60)] == [
+        lr_factor(step, cfg, [[0, 50]]) for step in range(60)]
 
 
 def test_a_rate_of_0_is_no_error():

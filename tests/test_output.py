@@ -19,7 +19,6 @@ from conftest import ROOT, TOY, ZYGOTE, flags, log_rows, same_runs
 
 from inkling import output, stopping
 from inkling.checkpoint import load_checkpoint
-from inkling.clock import Deadline
 from inkling.output import Messages, Output, outlive_output
 from inkling.plots import read_log
 from inkling.stopping import SIGNALS, Stop
@@ -156,9 +155,9 @@ def test_sighup_saves_and_ends_with_129(data_dir, tmp_path):
     (0, signal.SIGHUP, 129), (0, signal.SIGTERM, 143), (signal.SIGHUP, signal.SIGINT, 129), (0, 0, 0)])
 def test_all_processes_end_for_the_signal_of_one(mine, others, code):
     def add_the_others(reasons):
-        return reasons + torch.tensor([0, *(number == others for number in SIGNALS)])
+        return reasons + torch.tensor([float(number == others) for number in SIGNALS])
 
-    stop = Stop(Deadline(0))
+    stop = Stop()
     stop.signal = mine
     stop.agree(SimpleNamespace(world=2, device="cpu", all_reduce=add_the_others))
     assert stop.agreed == bool(code)
@@ -171,7 +170,7 @@ def test_sighup_is_taken_only_where_it_was_not_ignored(monkeypatch):
     try:
         for handler in (signal.SIG_IGN, signal.SIG_DFL):
             signal.signal(signal.SIGHUP, handler)
-            with Stop(Deadline(0)) as stop:
+            with Stop() as stop:
                 assert (signal.getsignal(signal.SIGHUP) == stop.receive) == (handler == signal.SIG_DFL)
             assert signal.getsignal(signal.SIGHUP) == handler
     finally:
@@ -181,7 +180,7 @@ def test_sighup_is_taken_only_where_it_was_not_ignored(monkeypatch):
 def test_windows_has_no_sighup(monkeypatch):
     monkeypatch.setattr(stopping, "SIGHUP", None)
     monkeypatch.setattr(stopping, "SIGNALS", [signal.SIGTERM, signal.SIGINT])
-    with Stop(Deadline(0)) as stop:
+    with Stop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked
     stop.agree(SimpleNamespace(world=1))

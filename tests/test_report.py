@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -24,7 +25,6 @@ from inkling.report import COLUMNS, LogFile, Report, check_loggers, evaluations_
 from train import GPT, Config
 
 NOT_STOPPED = SimpleNamespace(signal=0)
-OUT_OF_TIME = SimpleNamespace(signal=0)
 TERMINATED = SimpleNamespace(signal=15)
 
 
@@ -49,7 +49,9 @@ def make_run(tmp_path):
         cfg = Config(**TOY | {"out_dir": str(tmp_path)} | settings)
         state = {"step": 0, "evaluated": None, "best_step": 0, "best_val_loss": math.inf, "losses": {}} | (state or {})
         state.setdefault("tokens", 128 * state["step"])
-        plan = {"device": "cpu", "dtype": "float32", "compile": False, "max_iters": cfg.max_iters} | (plan or {})
+        plan = {"device": "cpu", "dtype": "float32", "compile": False, "max_iters": cfg.max_iters,
+                "breakpoints": [[0, cfg.max_iters]], "eval_interval": cfg.eval_interval,
+                "evaluations": {"interval": cfg.eval_interval, "windows": 16, "at_the_end": 0}} | (plan or {})
         split = {"tokens": 1001, "bytes": 2002}
         return SimpleNamespace(
             cfg=cfg, state=SimpleNamespace(**state), plan=SimpleNamespace(**plan),
@@ -73,7 +75,7 @@ def test_lines_tell_what_was_asked_and_what_came_of_it(toy_run):
     assert process.returncode == 0, process.stderr
     said = process.stdout
     lines = said.splitlines()
-    assert [line.split()[0] for line in lines[:6]] == ["data", "model", "steps", "settings", "writes", "machine"]
+    assert [line.split()[0] for line in lines[:6]] == ["data", "model", "steps", "settings", "writes", "pace"]
     assert "settings dataset=toy" in said
     assert "learning_rate=0.005" in said
     vocabulary = int(lines[0].rpartition(" ")[2])
@@ -192,18 +194,33 @@ def test_the_settings_are_those_the_user_changed(make_run, tmp_path, capsys):
     assert "settings " not in capsys.readouterr().out
 
 
-def test_a_run_by_the_clock_does_not_know_its_steps_yet(make_run, tmp_path, capsys):
-    run = make_run(plan={"max_iters": None}, max_minutes=5.0)
+def test_a_run_by_the_clock_says_where_its_end_moves(make_run, tmp_path, capsys):
+    run = make_run(plan={"max_iters": None, "breakpoints": []}, max_minutes=5.0)
     report = Report(run, tmp_path)
     report.banner()
-    report.step(12, 2.0, 0.5, 0.01)
-    report.evaluation(12, {"train": 2.0, "val": 2.0}, True)
+    assert "steps    as many as 5 min allow, of 128 tokens" in capsys.readouterr().out
+    report.end_moved(12, 340)
+    assert capsys.readouterr().out == "time     at step 12: the time is enough for 340 steps in all\n"
+
+
+def test_a_run_by_the_clock_ends_with_the_command_that_repeats_it(make_run, tmp_path, capsys):
+    plan = {"max_iters": 6, "breakpoints": [[0, 9], [4, 6]]}
+    said = finished(make_run(state=DONE, plan=plan, max_minutes=5.0), tmp_path, capsys)
+    command, = [line for line in said.splitlines() if line.startswith("repeat ")]
+    words = shlex.split(command)[1:]
+    assert words[:2] == ["python", "train.py"]
+    assert {"--max_iters=6", "--breakpoints=0:9,4:6", "--dtype=float32", "--compile=False", "--n_layer=2"} <= {*words}
+    assert not any("max_minutes" in word for word in words)
+
+
+@pytest.mark.parametrize(("seconds", "said"), [
+    (40, "pace     about 40 seconds of training"), (600, "pace     about 10 minutes"),
+    (64_800, "warning  about 18 hours of training on this machine, uncompiled: 6 steps of 2,000 ms.")])
+def test_how_long_it_takes_is_said_first(make_run, tmp_path, capsys, seconds, said):
+    Report(make_run(), tmp_path).estimate(seconds, 2.0)
     out = capsys.readouterr().out
-    assert "steps    as many as 5 min allow, of 128 tokens" in out
-    step_line, eval_line = out.splitlines()[-2:]
-    assert step_line.startswith("step 12/? | loss 2.000 | lr 1.0e-02 | norm  0.50 | ")
-    assert step_line.endswith(" | 5 min left")
-    assert eval_line.startswith("eval 12/? | train 2.0000 | val 2.0000 | ")
+    assert out.startswith(said)
+    assert ("--max_minutes=60" in out) == (seconds > 3600)
 
 
 def test_compiling_is_announced_before_the_machine_is_described(make_run, tmp_path, capsys):
@@ -464,7 +481,6 @@ def test_overfitting_is_said_at_the_end(make_run, tmp_path, capsys, last, overfi
 @pytest.mark.parametrize(("state", "stop", "said"), [
     ({"step": 4, "evaluated": 3}, TERMINATED, "step 4 of 6: the same command with --init_from=resume continues; "),
     ({"step": 4, "evaluated": None}, TERMINATED, "step 4 of 6: the same"),
-    ({"step": 4, "evaluated": 3}, OUT_OF_TIME, "step 4 of 6 (time limit max_minutes=5 reached): the same command"),
     ({"step": 6, "evaluated": 3}, TERMINATED, "step 6 of 6: the same command with --init_from=resume runs its last "
                                               "evaluation; ")])
 def test_a_stopped_run_says_what_resuming_does(make_run, tmp_path, capsys, state, stop, said):
@@ -472,11 +488,6 @@ def test_a_stopped_run_says_what_resuming_does(make_run, tmp_path, capsys, state
     assert out.startswith(f"stopped  at {said}")
     assert out.endswith(f"; python sample.py --ckpt={tmp_path}/last.pt samples from the current weights\n")
     assert out.count("\n") == 1
-
-
-def test_a_run_stopped_before_its_length_was_known(make_run, tmp_path, capsys):
-    run = make_run(state={"step": 2, "evaluated": 0}, plan={"max_iters": None}, max_minutes=5.0)
-    assert finished(run, tmp_path, capsys, TERMINATED).startswith("stopped  at step 2: the same command")
 
 
 def test_a_run_that_was_complete_when_it_was_stopped_says_so(make_run, tmp_path, capsys):
