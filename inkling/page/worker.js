@@ -74,9 +74,9 @@ function mix(number) {
 // An id drawn from softmax(logits / temperature) among the topK largest (0: all); at temperature 0 the
 // likeliest. random: the number to draw with.
 function draw(logits, temperature, topK, random) {
-  const likeliest = largest(logits, temperature === 0 ? 1 : topK);
-  if (temperature === 0) return likeliest[0];
-  const ids = likeliest.length > 0 ? likeliest : Array.from(logits.keys());
+  if (temperature === 0) return largest(logits, 1)[0];
+  const isCut = topK > 0 && topK < logits.length;
+  const ids = isCut ? largest(logits, topK) : Array.from(logits.keys());
   const most = logits.reduce((a, b) => Math.max(a, b), -Infinity);
   const p = Float64Array.from(ids, (id) => (logits[id] - most) / temperature);
   softmax(p);
