@@ -48,7 +48,7 @@ from inkling.cli import (
     at_least,
 )
 from inkling.clock import Deadline, Stopwatch
-from inkling.dataset import check_ids, open_data, random_order, windows_at_once
+from inkling.dataset import check_ids, data_folder, open_data, random_order, windows_at_once
 from inkling.device import (
     autocast,
     choose_device,
@@ -60,12 +60,12 @@ from inkling.device import (
 )
 from inkling.distributed import Ranks, gradient_sync
 from inkling.dry_run import dry_run
-from inkling.hints import command_for_training
+from inkling.hints import command_for_training, sets_in
 from inkling.output import outlive_output
 from inkling.report import Report, check_loggers
 from inkling.stopping import Guard, NotFinite, Stop, explain_failures
 from inkling.tokenizer import Tokenizer, prompt_ids, start_of_texts, stored_tokenizer, typed_prompt
-from prepare import ensure_set
+from prepare import SETS, ensure_set
 
 # --------------------------------------------------------------------------------------------------
 # Settings. `python train.py --help` prints these lines; config files and --key=value set them.
@@ -213,6 +213,7 @@ class Config(ModelConfig):
         }
 
 
+FIRST_IN_HELP = ("dataset", "out_dir", "init_from", "max_iters", "max_minutes", "n_layer", "n_embd", "dry_run")
 MODEL_FIELDS = {model_field.name for model_field in fields(ModelConfig)}
 FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer"}          # what a resumed run cannot change
 
@@ -1694,8 +1695,18 @@ def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
     return cfg, Origin(content, True, plan, fit_to_time, stamp)
 
 
+def note_own_sets(cfg: Config, parsed: cli.Parsed):
+    """Say which data sets of the user's own are there, if the command names none."""
+    if parsed.files or "dataset" in parsed.values or cfg.init_from != "scratch" or os.environ.get("RANK", "0") != "0":
+        return
+    folder = data_folder(cfg.dataset, cfg.data_dir).parent
+    if own := sorted(set(sets_in(folder)) - set(SETS)):
+        names = ", ".join(f"--dataset={name}" for name in own[:4])
+        print(f"note     this trains on {cfg.dataset}; your own in {folder}/: {names}", flush=True)
+
+
 def main(argv: list) -> int:
-    parsed = cli.parse(Config, argv, __doc__, hint=command_for_training)
+    parsed = cli.parse(Config, argv, __doc__, hint=command_for_training, first=FIRST_IN_HELP)
     cfg = Config(**parsed.values)
     if not (cfg.eval_only or cfg.dry_run):
         outlive_output()
@@ -1706,6 +1717,7 @@ def main(argv: list) -> int:
         cfg = replace(cfg, max_epochs=0.0)      # a flag beats the config file and the checkpoint
     cfg = replace(cfg, out_dir=str(out_dir))
     cli.check(cfg)
+    note_own_sets(cfg, parsed)
     with explain_failures(out_dir):
         return train(cfg, out_dir, origin)
 
