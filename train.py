@@ -51,7 +51,7 @@ from inkling.cli import (
     at_least,
 )
 from inkling.clock import Deadline, StepFitter, Stopwatch, process_start
-from inkling.dataset import check_ids, open_data, random_order, windows_at_once
+from inkling.dataset import check_ids, data_folder, open_data, random_order, windows_at_once
 from inkling.device import (
     autocast,
     choose_device,
@@ -65,12 +65,12 @@ from inkling.device import (
 from inkling.distributed import Ranks, gradient_sync
 from inkling.dry_run import TRIAL_WINDOWS, dry_run
 from inkling.evaluation import plan_evaluations
-from inkling.hints import command_for_training
+from inkling.hints import command_for_training, sets_in
 from inkling.output import outlive_output
 from inkling.report import Report, check_loggers
 from inkling.stopping import Guard, NotFinite, Stop, explain_failures
 from inkling.tokenizer import Tokenizer, prompt_ids, start_of_texts, stored_tokenizer, typed_prompt
-from prepare import ensure_set
+from prepare import SETS, ensure_set
 
 # --------------------------------------------------------------------------------------------------
 # Settings. `python train.py --help` prints these lines; config files and --key=value set them.
@@ -234,6 +234,8 @@ def read_breakpoints(text: str) -> list | None:
     return pairs
 
 
+# The settings that most people want first.
+FIRST_IN_HELP = ("dataset", "out_dir", "init_from", "max_iters", "max_minutes", "n_layer", "n_embd", "dry_run")
 MODEL_FIELDS = {model_field.name for model_field in fields(ModelConfig)}
 FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer"}          # what a resumed run cannot change
 
@@ -1883,9 +1885,19 @@ def choose_length(cfg: Config, typed: set) -> Config:
     return replace(cfg, **dict.fromkeys(unwanted, 0.0))
 
 
+def note_own_sets(cfg: Config, parsed: cli.Parsed):
+    """Say which data sets of the user's own are there, if the command names none."""
+    if parsed.files or "dataset" in parsed.values or cfg.init_from != "scratch" or os.environ.get("RANK", "0") != "0":
+        return
+    folder = data_folder(cfg.dataset, cfg.data_dir).parent
+    if own := sorted(set(sets_in(folder)) - set(SETS)):
+        names = ", ".join(f"--dataset={name}" for name in own[:4])
+        print(f"note     this trains on {cfg.dataset}; your own in {folder}/: {names}", flush=True)
+
+
 def main(argv: list, began: float | None = None) -> int:
     """Train as a command line says. began: see `train`. Returns the exit code."""
-    parsed = cli.parse(Config, argv, __doc__, hint=command_for_training)
+    parsed = cli.parse(Config, argv, __doc__, hint=command_for_training, first=FIRST_IN_HELP)
     cfg = choose_length(Config(**parsed.values), parsed.typed)
     if not (cfg.eval_only or cfg.dry_run):
         outlive_output()
@@ -1894,6 +1906,7 @@ def main(argv: list, began: float | None = None) -> int:
     cfg, origin = find_origin(cfg, parsed, out_dir)
     cfg = replace(choose_length(cfg, parsed.typed), out_dir=str(out_dir))
     cli.check(cfg)
+    note_own_sets(cfg, parsed)
     with explain_failures(out_dir):
         return train(cfg, out_dir, origin, began)
 
