@@ -57,6 +57,7 @@ from inkling.device import (
     choose_device,
     choose_dtype,
     compare_with_cpu,
+    compile_function,
     compile_model,
     compile_pays,
     device_type,
@@ -839,9 +840,9 @@ class Muon(ScheduledOptimizer, torch.optim.Optimizer):
         return {"average": (len(group["params"]), *p.shape)}
 
     def compile_update(self):
-        self.nesterov = torch.compile(nesterov, dynamic=False)
-        self.orthogonalize = torch.compile(orthogonalize, dynamic=False)
-        self.apply_update = torch.compile(apply_update, dynamic=False)
+        self.nesterov = compile_function(nesterov)
+        self.orthogonalize = compile_function(orthogonalize)
+        self.apply_update = compile_function(apply_update)
 
     def working_bytes(self):
         # Up to nine tensors of the size of a group's matrices.
@@ -1484,6 +1485,7 @@ def train(cfg: Config, out_dir: Path, origin: Origin | None = None, began: float
         report.banner()
         if origin.resuming:
             note_threads(report, origin.checkpoint.get("threads"))
+            note_step_size(run, report, origin.checkpoint["config"])
         seconds_per_step = estimate_pace(run, report)
         compile_and_wrap(run, report, seconds_per_step)
         decide_length(run, report, seconds_per_step)
@@ -1510,7 +1512,7 @@ def train(cfg: Config, out_dir: Path, origin: Origin | None = None, began: float
 
 def train_until_stopped(run: Run, report: Report, fitter: StepFitter) -> int:
     """The training loop. Returns the exit code; raises NotFinite."""
-    report.open()
+    open_report(run, report)
     run.stopwatch.start()
     with Stop() as stop:
         while True:
@@ -1567,6 +1569,28 @@ def move_old_run(run: Run):
     estimate_loss(run, windows=1)
     if run.ranks.first:
         run.folder.move_old_run()
+
+
+def open_report(run: Run, report: Report):
+    """Open log.csv and the loggers. If that fails, nothing has been saved yet, and an old run gets its name
+    back."""
+    try:
+        report.open()
+    except UserError:
+        if run.folder:
+            run.folder.take_back()
+        raise
+
+
+def note_step_size(run: Run, report: Report, config: dict):
+    """Say so if the resumed run, with the settings `config`, made steps of another size: a step's batch is
+    found by its number (see window_starts)."""
+    cfg = run.cfg
+    before = config["batch_size"] * config["gradient_accumulation_steps"]
+    now = cfg.batch_size * cfg.gradient_accumulation_steps
+    if now != before and cfg.sampling != "random":
+        report.label("note", f"a step reads {now:,} windows, before it read {before:,}: the run continues at another "
+                             "place of the text, so this epoch reads some of it twice, or not at all")
 
 
 def note_threads(report: Report, saved_by: int | None):
