@@ -786,6 +786,10 @@ class AdamW(ScheduledOptimizer, torch.optim.AdamW):
     def state_shapes(self, p, group):
         return {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
 
+    @torch.no_grad()
+    def step(self):
+        inspect.unwrap(torch.optim.AdamW.step)(self)        # as above: it would import the compiler
+
 
 def orthogonalize(m, steps: int = 5):
     """Bring the singular values of each matrix of m (n, rows, cols) near 1, to 0.65-1.2, by a
@@ -1209,7 +1213,8 @@ def configure_torch(device: str):
     """Set PyTorch's switches for the whole process."""
     torch.set_float32_matmul_precision("high")          # TF32, for what stays in float32 on a GPU
     # On a CPU only. Without it, threads add up the gradients of embeddings in random order.
-    torch.use_deterministic_algorithms(device_type(device) == "cpu")
+    # (use_deterministic_algorithms would import the compiler for its sake; compile_model calls it.)
+    torch.set_deterministic_debug_mode("error" if device_type(device) == "cpu" else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False
     if device_type(device) == "cpu":
         cpu.keep_freed_memory()
