@@ -498,8 +498,9 @@ def test_every_switch_of_the_model_is_accounted_for():
     sizes = {name for known in convert.SIZES.values() for name in known}
     by_name = {"mlp", "norm_eps", "tie_weights", "rope_theta", "pad_vocab_to", *convert.OPTIONAL}
     scaling = {"rope_scaling", *(ours for known in convert.ROPE_FIELDS.values() for ours in known.values())}
-    unread = {"learned": {"rope_fraction", "rope_theta", "ngram_rows"} | scaling,
-              "rope": {"ngram_rows", "head_dim"} | scaling}         # llama_fields reads these but for the n-grams'
+    unread = {"learned": {"rope_fraction", "rope_theta", "ngram_rows", "ngram_edges"} | scaling,
+              # llama_fields reads these but for the n-grams'
+              "rope": {"ngram_rows", "ngram_edges", "head_dim"} | scaling}
     for fixed in convert.FIXED.values():
         assert sizes | by_name | set(fixed) | unread[fixed["positions"]] == train.MODEL_FIELDS
 
@@ -1529,6 +1530,8 @@ def test_train_takes_a_hugging_face_folder(saved, tmp_path):
     (sample, "my book.txt", "python sample.py --start='FILE:my book.txt'"),
     (sample, "there", "python sample.py --ckpt=there"),
     (sample, "old/ckpt.pt", "python sample.py --ckpt=old/ckpt.pt"),
+    (sample, "old", "python sample.py --out_dir=old"),
+    (sample, "The fox", "python sample.py --start='The fox'"),
 ])
 def test_a_word_that_is_no_config_file_gets_the_command_that_was_meant(saved, tmp_path, program, word, command):
     saved()
@@ -1537,7 +1540,7 @@ def test_a_word_that_is_no_config_file_gets_the_command_that_was_meant(saved, tm
     Path("my book.txt").write_text(TEXT, encoding="utf-8")
     write_set(tmp_path / "sets" / "tale", [Path("my book.txt")], "byte", 0.1)
     one_line_error(inside(program.main, word), "neither a config file", command)
-    assert "you may want" not in inside(program.main, "no such file.txt").stderr
+    assert "you may want" not in inside(train.main, "no such file.txt").stderr
 
 
 # -- --init_from=gpt2 ------------------------------------------------------------------------------------------------
