@@ -14,6 +14,7 @@ output that goes away. Exit codes: 0 done, 2 wrong input, 3 a loss that is not f
 save failed, 129, 130 and 143 stopped. README.zh.md: 中文说明
 """
 
+import inspect
 import math
 import os
 import re
@@ -625,7 +626,9 @@ class GPT(nn.Module):
             return F.cross_entropy(self.logits(x), targets)
         return self.loss_in_pieces(x, targets)
 
-    @torch.compiler.disable             # which would take minutes for its many pieces
+    # Not to be compiled: that would take minutes for its many pieces. This is torch.compiler.disable,
+    # except that it does not import the compiler (1.5 s) until the first call.
+    @torch._disable_dynamo
     def loss_in_pieces(self, x, targets):
         logits = PIECE_ON_CPU if x.device.type == "cpu" else PIECE_ON_GPU
         rows = max(1, logits // self.vocab_size)
@@ -755,6 +758,13 @@ class ScheduledOptimizer:
 
     found_inf = None
 
+    # PyTorch's own, without their decorator, which would import the compiler: 1.5 s, even where nothing
+    # is compiled.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
     def set_rates(self, factor: float, step: int):
         """Set what changes over time, for update number `step`: scale every base_lr by `factor`."""
         for group in self.param_groups:
@@ -778,6 +788,10 @@ class AdamW(ScheduledOptimizer, torch.optim.AdamW):
 
     def state_shapes(self, p, group):
         return {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+
+    @torch.no_grad()
+    def step(self):
+        inspect.unwrap(torch.optim.AdamW.step)(self)        # as above: it would import the compiler
 
 
 def orthogonalize(m, steps: int = 5):
@@ -1202,7 +1216,8 @@ def configure_torch(device: str):
     """Set PyTorch's switches for the whole process."""
     torch.set_float32_matmul_precision("high")          # TF32, for what stays in float32 on a GPU
     # On a CPU only. Without it, threads add up the gradients of embeddings in random order.
-    torch.use_deterministic_algorithms(device_type(device) == "cpu")
+    # (use_deterministic_algorithms would import the compiler for its sake; compile_model calls it.)
+    torch.set_deterministic_debug_mode("error" if device_type(device) == "cpu" else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False
     if device_type(device) == "cpu":
         cpu.keep_freed_memory()

@@ -172,6 +172,7 @@ def compile_model(model, forward_backward, device: str) -> tuple:
         return model, False, f"off: {why}"
     began = time.perf_counter()
     try:
+        torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())    # the compiler, too
         compiled = torch.compile(model, dynamic=False)
         forward_backward(compiled)
         synchronize(device)
