@@ -66,7 +66,7 @@ from inkling.device import (
 )
 from inkling.distributed import Ranks, gradient_sync
 from inkling.dry_run import TRIAL_WINDOWS, dry_run
-from inkling.evaluation import plan_evaluations
+from inkling.evaluation import choose_interval, plan_evaluations
 from inkling.hints import command_for_training, sets_in
 from inkling.output import outlive_output
 from inkling.report import Report, check_loggers
@@ -1178,6 +1178,7 @@ def start(cfg: Config, origin: Origin | None = None) -> Run:
     data, meta = open_data(folder, cfg.block_size)
     tokenizer = stored_tokenizer(folder, meta)
     if tokenizer.eot is None:
+        check_ids(data["train"][:10**6], tokenizer.vocab_size, "train")
         tokenizer.start = start_of_texts(tokenizer, meta.get("joiner"), data["train"])
     check_origin(origin, cfg, tokenizer, meta)
     sample_prompt(cfg, tokenizer)       # a wrong prompt fails now, not later
@@ -1300,9 +1301,12 @@ def estimate_pace(run: Run, report: Report) -> float:
     before anything that takes long itself, such as compiling."""
     if not passes_to_come(run):
         return 0.0
-    windows = run.plan.sequences // run.plan.micro_batches
-    pass_seconds = seconds_of_a_pass(run.forward_backward, windows, run.ranks)
-    seconds_per_step = pass_seconds * run.plan.micro_batches
+    if run.state.step and run.stopwatch.seconds():      # a resumed run knows it
+        seconds_per_step = run.ranks.broadcast(run.stopwatch.seconds() / run.state.step)
+    else:
+        windows = run.plan.sequences // run.plan.micro_batches
+        pass_seconds = seconds_of_a_pass(run.forward_backward, windows, run.ranks)
+        seconds_per_step = pass_seconds * run.plan.micro_batches
     if run.plan.max_iters is not None:
         report.estimate(seconds_per_step * (run.plan.max_iters - run.state.step), seconds_per_step)
     return seconds_per_step
@@ -1343,12 +1347,14 @@ def decide_length(run: Run, report: Report, seconds_per_step: float):
     refines, and decide on the evaluations. Raises UserError if not one step fits."""
     seconds_left = run.ranks.broadcast(run.deadline.seconds_left())
     if run.cfg.max_minutes and not run.plan.breakpoints:
-        if seconds_left < seconds_per_step:
+        # The estimate may be far off where other programs compute, too.
+        if seconds_left <= 0 or seconds_per_step > 3 * seconds_left:
             raise UserError(
                 f"max_minutes={run.cfg.max_minutes:g} leaves {max(0, seconds_left):.1f} s for training, and a step "
                 f"takes about {seconds_per_step:.1f} s: give more minutes, a smaller --batch_size or a smaller model")
-        # The optimizer, evaluations and saves take the rest.
-        steps = max(1, int(0.7 * seconds_left / max(1e-3, seconds_per_step)))
+        # The optimizer, evaluations and saves take the rest. The first fit must come before the end.
+        steps = max(StepFitter.WARM_UP + StepFitter.STEPS_MEASURED + 1,
+                    int(0.7 * seconds_left / max(1e-3, seconds_per_step)))
         run.plan.breakpoints = [[0, run.state.step + steps]]
         decide_evaluations(run)
     report.evaluations()
@@ -1542,7 +1548,7 @@ def train_until_stopped(run: Run, report: Report, fitter: StepFitter) -> int:
             if stop.agreed:
                 break
         if not stop.agreed:
-            evaluate_best(run, report)
+            evaluate_best(run, report, stop)
     unsaved = run.folder.unsaved if run.folder else {}
     report.finish(stop, unsaved)
     code = 4 if any(unsaved.values()) else 0
@@ -1626,9 +1632,12 @@ def fit_steps_to_time(run: Run, report: Report, fitter: StepFitter):
         return
     last_pass_seconds = run.plan.evaluations["at_the_end"] * run.seconds_per_window
     end = run.ranks.broadcast(fitter.fit(step, run.plan.eval_interval, last_pass_seconds))
-    if end != run.plan.max_iters:
-        run.plan.breakpoints.append([step, end])
-        report.end_moved(step, end)
+    if end == run.plan.max_iters:
+        return
+    if len(run.plan.breakpoints) == 1 and run.cfg.eval_interval == "auto":      # the first guess may have been far off
+        run.plan.evaluations["interval"] = choose_interval(end)
+    run.plan.breakpoints.append([step, end])
+    report.end_moved(step, end)
 
 
 def is_finished(run: Run) -> bool:
@@ -1700,7 +1709,7 @@ def record_evaluation(run: Run, report: Report, losses: dict):
         save(run, report, "ckpt.pt")
 
 
-def evaluate_best(run: Run, report: Report):
+def evaluate_best(run: Run, report: Report, stop: Stop):
     """If the evaluations of the run have read only a part of the val split, evaluate the weights of
     ckpt.pt on all of it, or on as much as the plan allows."""
     cfg = run.cfg
@@ -1712,8 +1721,10 @@ def evaluate_best(run: Run, report: Report):
         return
     run.model.eval()
     with torch.no_grad():
-        loss = mean_loss(run, "val", eval_windows(len(run.data["val"]), cfg, windows), None)
-    report.best(loss, windows)
+        loss = mean_loss(run, "val", eval_windows(len(run.data["val"]), cfg, windows),
+                         stop if run.ranks.world == 1 else None)
+    if loss is not None:
+        report.best(loss, windows)
 
 
 def load_best(run: Run) -> bool:
@@ -1731,12 +1742,12 @@ def load_best(run: Run) -> bool:
     return True
 
 
-def look_at_signals(run: Run, stop: Stop):
+def look_at_signals(run: Run, stop: Stop, wait_now: bool):
     """Find out whether to stop: at every step, or, since several processes have to agree on it, about
-    once a second."""
+    once a second and where they wait anyway."""
     if run.ranks.world == 1:
         stop.agree(run.ranks)
-    elif run.state.step % run.steps_per_look == 0:
+    elif wait_now or run.state.step % run.steps_per_look == 0:
         stop.agree(run.ranks)
         seconds_per_step = run.stopwatch.seconds() / run.state.step
         run.steps_per_look = run.ranks.broadcast(max(1, round(1 / max(1e-3, seconds_per_step))))
@@ -1751,7 +1762,7 @@ def report_and_save(run: Run, report: Report, loss, norm, stop: Stop):
     log_now = step % cfg.log_interval == 0 or is_last_step(run)
     save_now = cfg.save_interval > 0 and step % cfg.save_interval == 0
     wait_now = log_now or save_now or step % run.plan.eval_interval == 0 or run.guard.immediate
-    look_at_signals(run, stop)
+    look_at_signals(run, stop, wait_now)
     if wait_now or stop.agreed:         # nothing is saved before this look
         run.guard.verify(step)
     report.advance(step)
@@ -1904,9 +1915,12 @@ def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
         ends = [end for _, end in content["plan"].get("breakpoints", [])]
         if ends and content["step"] >= ends[-1]:            # it was finished: a new schedule
             decided_anew.add("breakpoints")
-    if parsed.typed & {"eval_interval", "eval_iters"}:
+    evaluations = content["plan"].get("evaluations")
+    if "eval_iters" in changed:
         decided_anew.add("evaluations")
         content["best_val_loss"] = math.inf                 # of other windows
+    elif evaluations and "eval_interval" in changed and cfg.eval_interval != "auto":
+        evaluations["interval"] = cfg.eval_interval
     plan = {name: value for name, value in content["plan"].items() if name not in decided_anew}
     return cfg, Origin(content, True, plan, by_the_clock, seconds_used, stamp)
 

@@ -6,8 +6,8 @@
 For each size last.pt (weights, optimizer state) and ckpt.pt (weights) of a run are saved `saves`
 times over the same files. The medians are printed, beside writing and flushing as many bytes alone.
 By default a run saves at every evaluation, once last.pt and, when the loss is the best so far,
-ckpt.pt: `pause` is both. Its share of the interval is that of eval_interval steps of the size's
-config, whose time is measured here: one micro-batch forward and backward, times their number, and
+ckpt.pt: `pause` is both. Its share of the interval is that of the steps between evaluations in the
+size's config, whose time is measured here: one micro-batch forward and backward, times their number, and
 the rest of an update. On a slow machine the share is small for that reason alone; --step_seconds
 gives another machine's.
 """
@@ -137,8 +137,8 @@ def measure(size_name: str, optimizer: str, options: Options, folder: Path) -> l
         f"{megabytes / bytes_seconds:,.0f}",
         f"{ckpt_seconds:.3f}",
         f"{pause:.3f}",
-        f"{cfg.eval_interval:,} x {step:.3f} s",
-        f"{100 * pause / (cfg.eval_interval * step):.2f}%",
+        f"{measured_run.plan.eval_interval:,} x {step:.3f} s",
+        f"{100 * pause / (measured_run.plan.eval_interval * step):.2f}%",
     ]
 
 

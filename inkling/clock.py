@@ -90,8 +90,8 @@ class StepFitter:
     whenever half of the time that was left has gone by. A run that slows down or speeds up meanwhile
     therefore still ends on time.
 
-    The first two steps warm up, and compile the optimizer, so they are not counted. After each fit the
-    pace is measured anew.
+    The first two steps warm up, and compile the optimizer, so they are not counted, unless they take so
+    long that few more fit. After each fit the pace is measured anew.
     """
 
     WARM_UP = 2
@@ -112,17 +112,19 @@ class StepFitter:
         left = self.deadline.seconds_left()
         if left <= 0:
             return True
-        if self.only_cuts or step - self.first_step < self.WARM_UP:
+        if self.only_cuts:
             return False
         if self.mark is None:
+            self.mark = step, self.stopwatch.seconds()
+        steps = step - self.mark[0]
+        if self.left_at_last_fit is not None:
+            return steps > 0 and left <= self.left_at_last_fit / 2
+        seconds = self.stopwatch.seconds() - self.mark[1]
+        if step - self.first_step == self.WARM_UP and seconds < left / 10:
             synchronize(self.stopwatch.device)
             self.mark = step, self.stopwatch.seconds()
             return False
-        steps = step - self.mark[0]
-        if self.left_at_last_fit is None:
-            seconds = self.stopwatch.seconds() - self.mark[1]
-            return steps >= self.STEPS_MEASURED or (steps > 0 and seconds > left / 25)
-        return steps > 0 and left <= self.left_at_last_fit / 2
+        return steps >= self.STEPS_MEASURED or (steps > 0 and seconds > left / 10)
 
     def fit(self, step: int, eval_interval: int, last_pass_seconds: float) -> int:
         """The number of steps of the whole run that fits now; `step` itself if no more do.
@@ -130,7 +132,7 @@ class StepFitter:
         last_pass_seconds: what the last pass over the val split will take."""
         synchronize(self.stopwatch.device)
         left = self.deadline.seconds_left()
-        if left <= 0 or self.mark is None:
+        if left <= 0 or self.mark is None or step == self.mark[0]:
             return max(step, self.first_step + 1)
         first_step, first_seconds = self.mark
         seconds = self.stopwatch.seconds()

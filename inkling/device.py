@@ -140,20 +140,25 @@ def seconds_of_a_pass(forward_backward, windows: int, ranks) -> float:
     """About how long a forward and backward pass over `windows` windows takes, the same on all ranks.
     forward_backward(windows=N): does one over N of them.
 
-    One window is tried first. Where all of them would take seconds, its time is multiplied; else they
-    are timed, the second time, since the first warms up."""
+    One window is tried first. Unless that takes long already, as many are tried then as should take a
+    second or two, and the time of all follows from those of one and of several: a part of it is the same
+    for any number. Of two tries the shorter counts, since the first warms up."""
     def seconds_of(count: int) -> float:
         began = time.perf_counter()
         forward_backward(windows=count)
         synchronize(ranks.device)
         return ranks.broadcast(time.perf_counter() - began)         # so that all ranks do the same passes
 
-    seconds_of(1)
     of_one = seconds_of(1)
-    if of_one * windows > 2:
+    if windows == 1 or of_one > 5:
         return of_one * windows
-    seconds_of(windows)
-    return seconds_of(windows)
+    of_one = min(of_one, seconds_of(1))
+    several = min(windows, max(2, int(2 / max(1e-3, of_one))))
+    of_several = seconds_of(several)
+    if of_several < 1:
+        of_several = min(of_several, seconds_of(several))
+    of_each_more = max(0.0, of_several - of_one) / (several - 1)
+    return of_several + of_each_more * (windows - several)
 
 
 def compile_pays(seconds_left: float, ranks) -> bool:

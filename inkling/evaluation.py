@@ -36,6 +36,8 @@ def plan_evaluations(steps: int, step_windows: int, val_windows: int, eval_inter
         return Evaluations(interval, val_windows, 0)
     at_the_end = max(1, min(val_windows, int(budget / 3)))
     windows = int((budget - at_the_end) / (2 * count))
+    if windows > BATCH:
+        windows -= windows % BATCH      # so that eval_iters can say it
     return Evaluations(interval, max(1, min(windows, val_windows)), at_the_end)
 
 

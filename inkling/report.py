@@ -21,7 +21,7 @@ import torch
 
 from inkling.cli import UserError, printable, printable_text
 from inkling.device import device_type
-from inkling.evaluation import Evaluations, cost_of
+from inkling.evaluation import BATCH, Evaluations, cost_of
 from inkling.files import atomic_write
 from inkling.format import duration, fit_line, milliseconds, rough_duration, short, size, terminal_width
 from inkling.plots import plot_run, read_log, why
@@ -322,6 +322,8 @@ class Report:
         if share > 0.2 and (run.cfg.eval_interval != "auto" or run.cfg.eval_iters != "auto"):
             text += (f"; that costs {100 * share:.0f}% of what training does: --eval_iters=auto "
                      "--eval_interval=auto bound it at 8%")
+        if run.state.evaluated is not None and run.state.best_val_loss == math.inf:
+            text += "; the windows are others than before, so the best is chosen anew"
         self.label("evaluate", text)
 
     def end_moved(self, step: int, end: int):
@@ -596,7 +598,11 @@ class Report:
             "breakpoints": ",".join(f"{step}:{end}" for step, end in plan.breakpoints),
             "dtype": plan.dtype,
             "compile": plan.compile,
+            "eval_interval": plan.eval_interval,
         }
+        windows = plan.evaluations["windows"]
+        if windows % BATCH == 0:
+            decided["eval_iters"] = windows // BATCH
         words = [f"--{name}={value}" for name, value in decided.items()]
         for setting in changed_settings(run.cfg):
             name = setting.partition("=")[0]

@@ -260,6 +260,7 @@ def test_pace_compares_two_checkouts_in_turn(load, tmp_path):
     words = ["--config=config/lecture.py", "--steps=6", "--rounds=2", "--words=--batch_size=2"]
     pace = load("pace")
     printed = run_script(pace, tmp_path / "before", tmp_path / "after", *words)
+    printed = re.sub(r", [\d.]+ GB", "", printed)       # of memory
     assert "| lecture | uncompiled | 20k (20k-20k), 50.0 ms | 25k (25k-25k), 40.0 ms | 1.250 |" in printed
     assert "| lecture | compiled | 20k (20k-20k), 50.0 ms | 25k (25k-25k), 40.0 ms | 1.250 |" in printed
     turns = (tmp_path / "turns.txt").read_text(encoding="utf-8").split("\n")
@@ -278,7 +279,7 @@ def test_pace_runs_todays_train_py(load, tmp_path):
     printed = run_script(load("pace"), tmp_path / "other", ROOT, "--config=config/shakespeare_char.py", "--steps=4",
                          "--rounds=1", "--compile=False", "--dtype=float32", "--device=cpu",
                          "--words=" + " ".join(flags(**TINY)))
-    assert re.search(r"\| shakespeare_char \| uncompiled \| 20k .* ms \| [\d.]+k? .* ms \| [\d.]+ \|", printed)
+    assert re.search(r"\| shakespeare_char \| uncompiled \| 20k .* GB \| [\d.]+k? .* GB \| [\d.]+ \|", printed)
 
 
 # -- the rest ------------------------------------------------------------------------------------------------------

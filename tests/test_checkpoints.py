@@ -229,7 +229,7 @@ def test_a_signal_saves_and_leaves_with_its_code(tmp_path, data_dir, number, cod
 def test_a_second_interrupt_stops_in_the_middle_of_a_step(tmp_path, data_dir):
     """A step of 20,000 micro-batches, which no machine finishes before the second signal."""
     with process(tmp_path, data_dir, gradient_accumulation_steps=20_000) as child:
-        wait_for(child, "eval")
+        wait_for(child, "eval ")
         sent = 0
         while child.poll() is None:                     # a busy machine may merge two signals into one
             child.send_signal(signal.SIGINT)
@@ -626,8 +626,8 @@ def test_a_changed_learning_rate_is_accepted_printed_and_used(start, stopped):
     assert "learning_rate" in changed
     rates = {row["step"]: float(row["lr"]) for row in log_rows(stopped) if row["lr"]}
     cfg = train.Config()
-    assert rates["4"] == pytest.approx(0.02 * train.lr_factor(3, cfg, 6))
-    assert rates["5"] == pytest.approx(0.003 * train.lr_factor(4, cfg, 6))
+    assert rates["4"] == pytest.approx(0.02 * train.lr_factor(3, cfg, [[0, 6]]))
+    assert rates["5"] == pytest.approx(0.003 * train.lr_factor(4, cfg, [[0, 6]]))
 
 
 def test_rates_of_zero_on_resume_leave_the_weights_where_they_are(start, stopped):
@@ -884,10 +884,15 @@ def spoiled(monkeypatch):
     def spoiled(which, change):
         real, calls = F.cross_entropy, []
         start, runs = train.start, []
+        update, updates = train.update, []
+
+        def noted_update(*args):
+            updates.append(args)
+            return update(*args)
 
         def cross_entropy(*args, **kwargs):
             loss = real(*args, **kwargs)
-            if not torch.is_grad_enabled():             # an evaluation
+            if not (updates and torch.is_grad_enabled()):       # the pace is measured, or an evaluation
                 return loss
             calls.append(which)
             return change(loss) if len(calls) == which else loss
@@ -898,6 +903,7 @@ def spoiled(monkeypatch):
 
         monkeypatch.setattr(F, "cross_entropy", cross_entropy)
         monkeypatch.setattr(train, "start", noted_start)
+        monkeypatch.setattr(train, "update", noted_update)
         return runs
     return spoiled
 

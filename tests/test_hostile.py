@@ -273,7 +273,8 @@ def hostile(good: dict, tokens: str):
                   ("optimizers", 0, "state", 0, "step"), ("optimizers", 0, "param_groups"),
                   ("optimizers", 0, "param_groups", 0), ("optimizers", 0, "param_groups", 0, "params"),
                   ("optimizers", 0, "param_groups", 0, "lr"), ("optimizers", 0, "param_groups", 0, "betas"),
-                  ("optimizers", 1, "state", 0, "average"), ("plan",), ("plan", "max_iters"), ("plan", "dtype"),
+                  ("optimizers", 1, "state", 0, "average"), ("plan",), ("plan", "breakpoints"),
+                  ("plan", "evaluations"), ("plan", "dtype"),
                   ("plan", "compile"), ("plan", "device"), ("plan", "sequences")]:
         for value in (None, -1, 2**62, float("nan"), "\x1b[2J", nested(50), {}, torch.zeros(3), "missing"):
             yield (place, value), changed(good, place, value)
@@ -310,7 +311,7 @@ def test_sampling_opens_no_path_that_a_checkpoint_names(home, tmp_path):
     target.write_text("the")
     needed = {f".tokenizer.{key}" for key in ("kind", "ranks", "pattern")} | {f".config.{name}" for name in (
         "sampling", "positions", "rope_scaling", "norm", "mlp", "qkv_bias", "init", "optimizer", "schedule", "dtype",
-        "compile", "backend")} | {".plan.dtype", ".plan.device"}
+        "compile", "backend", "breakpoints")} | {".plan.dtype", ".plan.device"}
     for prefix in ("", "FILE:"):
         good = torch.load(home / "bpe" / "last.pt")
         torch.save(named(good, f"{prefix}{target}"), tmp_path / "ckpt.pt")

@@ -19,7 +19,8 @@ WITHOUT_TORCH = ["inkling.output", "inkling.hints", "inkling.cli", "inkling.form
                  "inkling.files", "inkling.dataset", "inkling.sniff", "inkling.remarks", "inkling.download",
                  "inkling.archives", "inkling.inputs", "inkling.records", "inkling.readers", "inkling.tokenizer_json",
                  "inkling.tokenizer", "inkling.split", "inkling.encode", "prepare"]
-ORDER = [*WITHOUT_TORCH, "inkling.device", "inkling.cpu", "inkling.clock", "inkling.evaluation", "inkling.checkpoint", "inkling.distributed",
+ORDER = [*WITHOUT_TORCH, "inkling.device", "inkling.cpu", "inkling.clock", "inkling.evaluation", "inkling.checkpoint",
+         "inkling.distributed",
          "inkling.stopping", "inkling.plots", "inkling.report", "inkling.dry_run", "inkling.huggingface",
          "inkling.js_regex", "convert", "train", "inkling.web_page", "sample"]
 # A checkpoint's tokenizer is read with torch, a Hugging Face folder's by what makes Tokenizers of it; a page is made of

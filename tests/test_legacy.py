@@ -110,7 +110,7 @@ def test_its_settings_are_those_it_was_started_with(folder, name):
     assert typed <= old.keys()
     resume(folder, name, *TYPED.get(name, []))
     new = stored(folder / name / "last.pt")["config"]
-    ignored = {"out_dir", "data_dir", "init_from"} | ({"max_iters"} if name == "minutes" else set())
+    ignored = {"out_dir", "data_dir", "init_from"} | ({"max_iters", "max_minutes"} if name == "minutes" else set())
     assert {key: new[key] for key in old.keys() - ignored} == {key: old[key] for key in old.keys() - ignored}
 
 

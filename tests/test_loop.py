@@ -118,8 +118,8 @@ def measured(data_dir, monkeypatch, tmp_path):
 
 def test_the_plan_is_stored_beside_the_settings(measured):
     content = last(measured)
-    assert content["plan"] == dict(device="cpu", dtype="bfloat16", compile=False, max_iters=6, sequences=4,
-                                   micro_batches=1)
+    assert content["plan"] == dict(device="cpu", dtype="bfloat16", compile=False, breakpoints=[[0, 6]], sequences=4,
+                                   micro_batches=1, evaluations=dict(interval=3, windows=16, at_the_end=0))
     assert (content["config"]["dtype"], content["config"]["compile"]) == ("auto", "auto")
 
 
@@ -128,17 +128,19 @@ def test_a_resume_takes_the_plan(measured, data_dir):
     done = trained(data_dir, measured, init_from="resume", max_iters=8, dtype=None, compile=None)
     assert done.returncode == 0, done.stderr
     assert "cpu, 1 threads; bfloat16; compile off" in done.stdout
-    assert last(measured)["plan"] == dict(device="cpu", dtype="bfloat16", compile=False, max_iters=8, sequences=4,
-                                          micro_batches=1)
+    plan = last(measured)["plan"]
+    assert (plan["device"], plan["dtype"], plan["compile"]) == ("cpu", "bfloat16", False)
+    assert plan["breakpoints"] == [[0, 8]]
 
 
-def test_what_is_typed_at_a_resume_wins_over_the_plan(measured, data_dir):
+def test_what_is_typed_at_a_resume_wins_over_the_plan(measured, data_dir, monkeypatch):
     done = trained(data_dir, measured, init_from="resume", max_iters=8, dtype="float32", compile=None)
     assert done.returncode == 0, done.stderr
     assert "cpu, 1 threads; float32; compile off" in done.stdout
     assert last(measured)["plan"]["dtype"] == "float32"
     with pytest.raises(AssertionError, match="measured again"):
         trained(data_dir, measured, init_from="resume", max_iters=10, dtype="auto", compile=None)
+    monkeypatch.setattr(train, "compile_pays", never)
     with pytest.raises(AssertionError, match="measured again"):
         trained(data_dir, measured, init_from="resume", max_iters=10, dtype=None, compile="auto")
 

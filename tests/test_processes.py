@@ -227,13 +227,17 @@ def test_what_cannot_be_sharded_is_refused(data_dir, tmp_path, changes, words):
 @pytest.mark.parametrize("settings", [dict(), ADAMW, ADAMW | dict(shard=True)], ids=["muon", "adamw", "sharded"])
 def test_a_loss_of_nan_in_one_process_stops_all_before_the_update(tmp_path, data_dir, settings):
     def before(rank):
-        forward, calls = train.GPT.forward, []
+        forward, update, steps = train.GPT.forward, train.update, []
+
+        def noted_update(run, step):
+            steps.append(step)
+            return update(run, step)
 
         def spoiled(model, *args):
             logits, loss = forward(model, *args)
-            calls.append(model.training)
-            return logits, loss * (float("nan") if rank == 1 and sum(calls) > 4 else 1)     # in the third step
+            return logits, loss * (float("nan") if rank == 1 and 2 in steps else 1)
         train.GPT.forward = spoiled
+        train.update = noted_update
 
     assert together(data_dir, tmp_path / "run", 2, before, **SHORT | settings) == [3, 3]
     assert numbers(tmp_path / "run", "loss") == pytest.approx(numbers(tmp_path / "run", "loss"))    # none is NaN
