@@ -7,6 +7,7 @@
     python prepare.py chats.jsonl --text_column=messages.text
     python prepare.py --check book              # every count, checksum and id
     python prepare.py --decode book > book.txt  # its text, train and then val
+    python prepare.py --anchors book            # measure what a model has to beat
     python prepare.py --adopt FOLDER --tokenizer=gpt2   # nanoGPT's .bin files
 
 The built-in sets are fables and fables_zh (in Chinese), which are part of the repository,
@@ -33,6 +34,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+from inkling.anchors import anchor_lines, measure_anchors
 from inkling.cli import FilePath, NonNegativeInt, UserError, at_least, check, parse, quoted, run, unescape
 from inkling.dataset import (
     SPLITS,
@@ -47,10 +49,11 @@ from inkling.dataset import (
     remove_unfinished,
     split_files,
     token_dtype,
+    write_meta,
 )
 from inkling.download import DownloadFailed, download, fetch_address, is_address
 from inkling.encode import SplitWriter, cores, encode_pieces
-from inkling.files import ROOT, atomic_write, hold_folder, sha256
+from inkling.files import ROOT, hold_folder, sha256
 from inkling.format import counted, shell_word
 from inkling.inputs import describe_source, expand, is_stream, plain_name, spool
 from inkling.output import outlive_output
@@ -166,6 +169,8 @@ class Options:
     check: bool = False             # verify the sets that are named: counts, types, checksums and
                                     # every id
     decode: bool = False            # write the text of the sets that are named to standard output
+    anchors: bool = False           # measure the anchors of the sets that are named, which new sets
+                                    # get anyway: how well simple means predict val
     adopt: bool = False             # take over folders with a train.bin and val.bin of uint16 ids
                                     # but no meta.json
 
@@ -480,6 +485,20 @@ def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction:
         remove_unfinished(folder)       # nothing, once the new set has been committed
     report(folder, meta, options.tokenizer or "char", len(corpus.survey.characters_seen()), used)
     report_documents(corpus, writers, tokenizer, joiner)
+    return add_anchors(folder, meta, tokenizer)
+
+
+def add_anchors(folder: Path, meta: dict, tokenizer: Tokenizer) -> dict:
+    """Measure the anchors of the set in `folder`, which `meta` describes, print them, and add them to
+    meta.json; returns its new content. Only by a process that holds the folder."""
+    data = {split: open_split(folder, meta, split) for split in SPLITS}
+    anchors = measure_anchors(data, meta, tokenizer)
+    if not anchors:
+        return meta
+    meta = meta | {"anchors": anchors}
+    write_meta(folder, meta)
+    for line in anchor_lines(anchors):
+        print(line, flush=True)
     return meta
 
 
@@ -688,6 +707,16 @@ def check_set(folder: Path):
                                 f"stand for {of_documents:,}: prepare {folder.name} again")
 
 
+def renew_anchors(folder: Path):
+    """--anchors: measure the anchors of a prepared set and add them to its meta.json."""
+    read_meta(folder)                                   # before a folder that is none is made
+    with hold_folder(folder):
+        meta = read_meta(folder)
+        if not all(meta["splits"][split]["bytes"] for split in SPLITS):
+            raise UserError(f"{folder}: anchors need text in train and in val: raise --val_fraction or give --val")
+        add_anchors(folder, meta, stored_tokenizer(folder, meta))
+
+
 def text_between(tokenizer: Tokenizer, joiner: str | None) -> bytes:
     """What stands between documents: the joiner, or the end-of-text token."""
     if joiner is None:
@@ -742,8 +771,7 @@ def adopt_set(folder: Path, options: Options):
         "tokenizer": tokenizer.stored,
         "sources": [],
     }
-    with atomic_write(folder / "meta.json") as file:
-        file.write(json.dumps(meta, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace"))
+    write_meta(folder, meta)
     report(folder, meta, options.tokenizer, 0, used)
     beginning = tokenizer.decode(np.fromfile(folder / "train.bin", np.uint16, 30))[:60]
     print(f"  it begins {quoted(beginning)}: if that is not text, the ids are another tokenizer's\n"
@@ -777,7 +805,7 @@ def main(argv: list):
     check(options)
     if not parsed.words:
         raise UserError(f"name a built-in set ({', '.join(SETS)}) or text files; see --help")
-    if not (options.check or options.decode):
+    if not (options.check or options.decode or options.anchors):
         outlive_output()
     try:
         follow(parsed.words, options, typed={name: getattr(options, name) for name in parsed.values})
@@ -793,6 +821,9 @@ def follow(words: list, options: Options, typed: dict):
     elif options.check:
         for word in words:
             check_set(data_folder(word, options.data_dir))
+    elif options.anchors:
+        for word in words:
+            renew_anchors(data_folder(word, options.data_dir))
     elif options.decode:
         for word in words:
             decode_set(data_folder(word, options.data_dir))

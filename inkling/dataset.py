@@ -110,6 +110,18 @@ def check_entry(entry: dict):
         raise ValueError("the tokens of the shards do not add up")
 
 
+def encode_meta(meta: dict) -> bytes:
+    """The content of meta.json. Half a surrogate in a file's name (a byte that is not UTF-8) is written
+    as JSON's \\ud800."""
+    return json.dumps(meta, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace")
+
+
+def write_meta(folder: Path, meta: dict):
+    """Replace meta.json alone. Only by a process that holds the folder."""
+    with atomic_write(folder / "meta.json") as file:
+        file.write(encode_meta(meta))
+
+
 def split_files(meta: dict, split: str) -> list:
     """[(name, tokens, SHA-256)] of the files of a split: one, or its shards in order."""
     entry = meta["splits"][split]
@@ -152,11 +164,9 @@ def remove_unfinished(folder: Path):
 def commit_replacement(folder: Path, meta: dict):
     """Make the set that `meta` describes, whose token files are there as NAME.bin.tmp and synced, the
     one in `folder`."""
-    # Half a surrogate in a file's name (a byte that is not UTF-8) is written as JSON's \ud800.
-    content = json.dumps(meta, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace")
     sync_folder(folder)
     with atomic_write(folder / COMMITTED, temporary=folder / "meta.json.tmp") as file:
-        file.write(content)
+        file.write(encode_meta(meta))
     finish_replacement(folder)
 
 
