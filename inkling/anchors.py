@@ -114,17 +114,28 @@ def strongest(anchors: dict) -> str:
     return ", ".join(f"{NAMES[name]} {anchors[name]:.2f}" for name in ("ngram", "xz") if name in anchors)
 
 
+def in_nats(anchors: dict, bits_per_nat: float) -> dict:
+    """{label: loss in nats per token}, for a picture of losses. bits_per_nat: bits per byte at a loss of
+    1 nat per token."""
+    if not bits_per_nat:
+        return {}
+    return {NAMES[name]: bits / bits_per_nat for name, bits in anchors.items()}
+
+
 def judge(bits: float, anchors: dict) -> str:
-    """What a model's bits per byte mean beside the anchors, in a sentence; "" without anchors."""
-    beaten = [f"{NAMES[name]} {value:.2f}" for name, value in anchors.items() if bits < value]
-    if not anchors:
+    """What a model's bits per byte mean beside the anchors, in words; "" without anchors."""
+    if "ngram" not in anchors or "tokens" not in anchors:
         return ""
     place = f"{bits:.2f} bits per byte"
-    if "ngram" in anchors and bits < anchors["ngram"]:
+    ngram = f"{NAMES['ngram']} ({anchors['ngram']:.2f})"
+    if bits < anchors["ngram"]:
         saved = 100 * (1 - bits / anchors["ngram"])
-        return (f"{place}, {saved:.0f}% less than the {NAMES['ngram']} ({anchors['ngram']:.2f}): the model uses more "
-                "of the text than the last characters and what often follows them")
-    if "tokens" in anchors and bits < anchors["tokens"]:
-        return (f"{place}, better than single tokens ({anchors['tokens']:.2f}), worse than counting what follows the "
-                f"last characters ({NAMES['ngram']} {anchors['ngram']:.2f}): more steps or a larger model should help")
-    return f"{place}: no better than {beaten[0] if beaten else 'guessing'}: the model has learned next to nothing"
+        return (f"{place}, {saved:.0f}% less than the {ngram}: the model has learned more than which characters often "
+                "follow the last few")
+    if bits < anchors.get("xz", 0):
+        return (f"{place}, better than xz ({anchors['xz']:.2f}), which finds repetitions, and not yet as good as the "
+                f"{ngram}, which counts what follows the last characters")
+    if bits < anchors["tokens"]:
+        return (f"{place}, better than the frequencies of single tokens ({anchors['tokens']:.2f}), and not yet as good "
+                f"as the {ngram}, which counts what follows the last characters")
+    return f"{place}, no better than the frequencies of single tokens ({anchors['tokens']:.2f}): it has learned no text"
