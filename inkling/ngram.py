@@ -87,9 +87,12 @@ def interpolate(p: np.ndarray, order: Order, numbers: np.ndarray, contexts: np.n
 
 def estimate_discounts(counts: np.ndarray) -> np.ndarray:
     """(4,) what is taken from counts of 0, 1, 2, and of 3 or more."""
+    usual = np.array([0, 0.5, 0.5, 0.5])
     having = np.bincount(np.minimum(counts, 5), minlength=6)        # how many n-grams have a count of 0, 1, 2 ...
     if not having[1:5].all():
-        return np.array([0, 0.5, 0.5, 0.5])                         # too few n-grams to tell
+        return usual                                                # too few n-grams to tell
     share = having[1] / (having[1] + 2 * having[2])
     discounts = [count - (count + 1) * share * having[count + 1] / having[count] for count in (1, 2, 3)]
-    return np.clip([0, *discounts], 0, [0, 1, 2, 3])
+    if min(discounts) <= 0:
+        return usual                # nothing would be left for symbols that do not follow a context in train
+    return np.array([0, *discounts])
