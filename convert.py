@@ -1,10 +1,12 @@
 """Models of other programs: a Hugging Face directory of GPT-2 or Llama, or nanoGPT's ckpt.pt, to a
-checkpoint of Inkling; and a checkpoint to a Hugging Face directory.
+checkpoint of Inkling; and a checkpoint to a Hugging Face directory, or to one web page that runs
+it.
 
     python convert.py import gpt2       # or gpt2-medium, gpt2-large, gpt2-xl
     python convert.py import path/to/folder --out=out/llama
     python convert.py import nanoGPT/out/ckpt.pt --out=out/nano
     python convert.py export out/book/ckpt.pt --out=book
+    python convert.py page out/book/ckpt.pt --out=book.html
 
 The folder to import holds config.json, model.safetensors and tokenizer.json; transformers loads the
 folder that an export writes, tokenizer included. Weights keep their bytes in both directions:
@@ -21,7 +23,7 @@ import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -48,10 +50,11 @@ EXPORTED = {"config.json", "generation_config.json", "model.safetensors", "token
 class Options:
     # -- what is written
     out: FilePath = ""                  # import: folder of the run, empty: out/NAME; export: the
-                                        # directory to write
+                                        # directory to write; page: the file
     tokenizer: FilePath = ""            # import: the model's tokenizer, if it is not in the
                                         # directory: byte, a name that tiktoken knows, or the path
                                         # of a meta.json or ckpt.pt of Inkling
+    bits: Literal[8, 16] = 8            # page: of each weight
 
 
 # -- architectures ---------------------------------------------------------------------------------
@@ -275,8 +278,8 @@ def refuse_switches(kind: str, config: dict):
     if refused:
         named = ", ".join(f"{name}={config[name]}" for name in refused)
         raise ValueError(f"{TITLES[kind]} (positions={config['positions']}) has no counterpart of "
-                         f"{named}; a model trained with config/shakespeare_char_nanogpt.py has "
-                         "none of these")
+                         f"{named}: a web page has (python convert.py page CKPT.pt --out=NAME.html), and a model "
+                         "trained with config/shakespeare_char_nanogpt.py has none of these")
 
 
 def gpt2_fields(config: dict, width: int) -> dict:
@@ -884,18 +887,32 @@ def write_folder(out: Path, files: dict, tensors: dict):
         shutil.rmtree(beside, ignore_errors=True)
 
 
+# -- page ------------------------------------------------------------------------------------------
+
+def export_page(source: str, options: Options):
+    """The command: a checkpoint to a web page."""
+    if not options.out:
+        raise UserError(f"say where to: python convert.py page {source} --out=NAME.html")
+    from inkling.web_page import write_page  # imports train.py, which imports this module
+
+    write_page(source, options.out, options.bits)
+
+
 # -- commands --------------------------------------------------------------------------------------
 
-COMMANDS = {"import": import_folder, "export": export_folder}
+COMMANDS = {"import": import_folder, "export": export_folder, "page": export_page}
+FLAGS = {"import": {"out", "tokenizer"}, "export": {"out"}, "page": {"out", "bits"}}
 
 
 def main(argv: list):
     parsed = parse(Options, argv, __doc__, takes="words")
     if len(parsed.words) != 2 or parsed.words[0] not in COMMANDS:
-        raise UserError("say what to convert: python convert.py import DIR_OR_NAME, or export "
-                        "CKPT.pt --out=DIR; see --help")
-    outlive_output()
+        raise UserError("say what to convert: python convert.py import DIR_OR_NAME, export CKPT.pt --out=DIR, or "
+                        "page CKPT.pt --out=NAME.html; see --help")
     command, source = parsed.words
+    if unused := sorted(parsed.typed - FLAGS[command]):
+        raise UserError(f"--{', --'.join(unused)} would change nothing in {command} (see --help): leave it out")
+    outlive_output()
     COMMANDS[command](source, Options(**parsed.values))
 
 

@@ -480,26 +480,28 @@ def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction:
         }
         meta |= {key: value for key, value in origin.items() if key not in meta}
         meta |= describe_text(corpus, joiner)
+        if anchors := find_anchors(folder, meta, tokenizer, ".tmp"):
+            meta["anchors"] = anchors
         commit_replacement(folder, meta)
     finally:
         remove_unfinished(folder)       # nothing, once the new set has been committed
     report(folder, meta, options.tokenizer or "char", len(corpus.survey.characters_seen()), used)
     report_documents(corpus, writers, tokenizer, joiner)
-    return add_anchors(folder, meta, tokenizer)
-
-
-def add_anchors(folder: Path, meta: dict, tokenizer: Tokenizer) -> dict:
-    """Measure the anchors of the set in `folder`, which `meta` describes, print them, and add them to
-    meta.json; returns its new content. Only by a process that holds the folder."""
-    data = {split: open_split(folder, meta, split) for split in SPLITS}
-    anchors = measure_anchors(data, meta, tokenizer)
-    if not anchors:
-        return meta
-    meta = meta | {"anchors": anchors}
-    write_meta(folder, meta)
-    for line in anchor_lines(anchors):
-        print(line, flush=True)
+    print_anchors(anchors)
     return meta
+
+
+def find_anchors(folder: Path, meta: dict, tokenizer: Tokenizer, suffix: str = "") -> dict:
+    """The anchors of the set in `folder`, which `meta` describes; empty if a split is. suffix: as
+    `open_split` takes it."""
+    data = {split: open_split(folder, meta, split, suffix) for split in SPLITS}
+    return measure_anchors(data, meta, tokenizer)
+
+
+def print_anchors(anchors: dict):
+    """What a model has to beat, in one block; nothing without anchors."""
+    if anchors:
+        print("\n".join(anchor_lines(anchors)), flush=True)
 
 
 def choose_joiner(corpus: Corpus, tokenizer: Tokenizer, options: Options) -> str | None:
@@ -712,9 +714,11 @@ def renew_anchors(folder: Path):
     read_meta(folder)                                   # before a folder that is none is made
     with hold_folder(folder):
         meta = read_meta(folder)
-        if not all(meta["splits"][split]["bytes"] for split in SPLITS):
+        anchors = find_anchors(folder, meta, stored_tokenizer(folder, meta))
+        if not anchors:
             raise UserError(f"{folder}: anchors need text in train and in val: raise --val_fraction or give --val")
-        add_anchors(folder, meta, stored_tokenizer(folder, meta))
+        write_meta(folder, meta | {"anchors": anchors})
+    print_anchors(anchors)
 
 
 def text_between(tokenizer: Tokenizer, joiner: str | None) -> bytes:

@@ -21,7 +21,7 @@ except ImportError:                     # a Python built without it
 
 ORDER = 8                               # of the n-gram model
 MOST = {"train": 1 << 20, "val": 1 << 17}       # characters; tinyshakespeare fits
-MOST_TOKENS = 1 << 22                   # whose frequencies are counted
+MOST_TOKENS = 1 << 20                   # whose frequencies are counted
 XZ_DICTIONARY = 1 << 22                 # bytes of the past that xz searches; it takes twelve times as much memory
 NAMES = {"uniform": "uniform", "tokens": "single tokens", "xz": "xz", "ngram": f"{ORDER}-gram"}
 
@@ -44,8 +44,8 @@ def measure_anchors(data: dict, meta: dict, tokenizer: Tokenizer) -> dict:
     val = decode_ids(tokenizer, ids["val"])
     tokens_per_byte = entries["val"]["tokens"] / entries["val"]["bytes"]
     frequent = sample_ids(data["train"], MOST_TOKENS)
-    with ThreadPoolExecutor(2) as pool:                 # xz leaves the interpreter free for the n-grams
-        xz = pool.submit(xz_bits, train, val, pool)
+    with ThreadPoolExecutor(1) as pool:                 # xz leaves the interpreter free for the n-grams
+        xz = pool.submit(xz_bits, train, val)
         anchors = {
             "uniform": float(np.log2(meta["vocab_size"])) * tokens_per_byte,
             "tokens": token_bits(frequent, ids["val"], meta["vocab_size"]) * tokens_per_byte,
@@ -75,13 +75,11 @@ def text_bits(train: bytes, val: bytes, in_bytes: bool) -> float:
     return float(losses.sum() / np.log(2) / len(val))
 
 
-def xz_bits(train: bytes, val: bytes, pool: ThreadPoolExecutor) -> float | None:
-    """Bits that a byte of val adds to the compressed train; None without xz. Runs in `pool`, and needs
-    one more of its threads."""
+def xz_bits(train: bytes, val: bytes) -> float | None:
+    """Bits that a byte of val adds to the compressed train; None without xz."""
     if lzma is None:
         return None
-    train_size = pool.submit(xz_size, train)
-    return 8 * (xz_size(train + val) - train_size.result()) / len(val)
+    return 8 * (xz_size(train + val) - xz_size(train)) / len(val)
 
 
 def xz_size(text: bytes) -> int:

@@ -234,13 +234,13 @@ def map_ids(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(content, dtype)
 
 
-def open_split(folder: Path, meta: dict, split: str) -> "np.ndarray | Shards":
+def open_split(folder: Path, meta: dict, split: str, suffix: str = "") -> "np.ndarray | Shards":
     """The token ids (tokens,) of a split, memory-mapped. The size of each file is checked against
-    `meta`."""
+    `meta`. suffix: what follows the files' names, .tmp for a set that is not committed yet."""
     dtype = np.dtype(meta["dtype"])
     arrays = []
     for name, count, _ in split_files(meta, split):
-        path = folder / name
+        path = folder / f"{name}{suffix}"
         if not path.is_file():
             raise UserError(f"{path} is missing: {again(folder)}")
         size = path.stat().st_size

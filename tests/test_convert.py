@@ -498,8 +498,9 @@ def test_every_switch_of_the_model_is_accounted_for():
     sizes = {name for known in convert.SIZES.values() for name in known}
     by_name = {"mlp", "norm_eps", "tie_weights", "rope_theta", "pad_vocab_to", *convert.OPTIONAL}
     scaling = {"rope_scaling", *(ours for known in convert.ROPE_FIELDS.values() for ours in known.values())}
-    unread = {"learned": {"rope_fraction", "rope_theta", "ngram_rows"} | scaling,
-              "rope": {"ngram_rows", "head_dim"} | scaling}         # llama_fields reads these but for the n-grams'
+    unread = {"learned": {"rope_fraction", "rope_theta", "ngram_rows", "ngram_edges"} | scaling,
+              # llama_fields reads these but for the n-grams'
+              "rope": {"ngram_rows", "ngram_edges", "head_dim"} | scaling}
     for fixed in convert.FIXED.values():
         assert sizes | by_name | set(fixed) | unread[fixed["positions"]] == train.MODEL_FIELDS
 

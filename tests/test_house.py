@@ -21,10 +21,11 @@ WITHOUT_TORCH = ["inkling.output", "inkling.cli", "inkling.format", "inkling.pro
                  "inkling.split", "inkling.encode", "inkling.texts", "inkling.ngram", "inkling.anchors", "prepare"]
 ORDER = [*WITHOUT_TORCH, "inkling.device", "inkling.cpu", "inkling.clock", "inkling.checkpoint", "inkling.distributed",
          "inkling.stopping", "inkling.plots", "inkling.report", "inkling.dry_run", "inkling.huggingface",
-         "inkling.hints", "convert", "train", "sample"]
-# A checkpoint's tokenizer is read with torch, a Hugging Face folder's by what makes Tokenizers of it: the ways back,
-# inside functions.
-WAYS_BACK = {("inkling.tokenizer", "inkling.checkpoint"), ("inkling.tokenizer", "inkling.huggingface")}
+         "inkling.hints", "inkling.js_regex", "convert", "train", "inkling.web_page", "sample"]
+# A checkpoint's tokenizer is read with torch, a Hugging Face folder's by what makes Tokenizers of it; a page is made of
+# a model of train.py, which itself may need convert.py: the ways back, inside functions.
+WAYS_BACK = {("inkling.tokenizer", "inkling.checkpoint"), ("inkling.tokenizer", "inkling.huggingface"),
+             ("convert", "inkling.web_page")}
 
 
 @cache
