@@ -7,6 +7,7 @@
     python prepare.py chats.jsonl --text_column=messages.text
     python prepare.py --check book              # every count, checksum and id
     python prepare.py --decode book > book.txt  # its text, train and then val
+    python prepare.py --anchors book            # measure what a model has to beat
     python prepare.py --adopt FOLDER --tokenizer=gpt2   # nanoGPT's .bin files
 
 The built-in sets are fables, fables_zh (in Chinese, a token per character) and fables_zh_cl100k
@@ -34,6 +35,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+from inkling.anchors import anchor_lines, measure_anchors
 from inkling.cli import FilePath, NonNegativeInt, UserError, at_least, check, parse, quoted, run, unescape
 from inkling.dataset import (
     SPLITS,
@@ -48,10 +50,11 @@ from inkling.dataset import (
     remove_unfinished,
     split_files,
     token_dtype,
+    write_meta,
 )
 from inkling.download import DownloadFailed, download, fetch_address, is_address
 from inkling.encode import SplitWriter, cores, encode_pieces
-from inkling.files import ROOT, atomic_write, hold_folder, sha256
+from inkling.files import ROOT, hold_folder, sha256
 from inkling.format import counted, shell_word
 from inkling.hints import files_near, sets_in, there_is
 from inkling.inputs import describe_source, expand, is_stream, plain_name, spool
@@ -169,6 +172,8 @@ class Options:
     check: bool = False             # verify the sets that are named: counts, types, checksums and
                                     # every id
     decode: bool = False            # write the text of the sets that are named to standard output
+    anchors: bool = False           # measure the anchors of the sets that are named, which new sets
+                                    # get anyway: how well simple means predict val
     adopt: bool = False             # take over folders with a train.bin and val.bin of uint16 ids
                                     # but no meta.json
 
@@ -482,13 +487,29 @@ def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction:
         }
         meta |= {key: value for key, value in origin.items() if key not in meta}
         meta |= describe_text(corpus, joiner)
+        if anchors := find_anchors(folder, meta, tokenizer, ".tmp"):
+            meta["anchors"] = anchors
         commit_replacement(folder, meta)
     finally:
         remove_unfinished(folder)       # nothing, once the new set has been committed
     report(folder, meta, options.tokenizer or "char", len(corpus.survey.characters_seen()), used)
     print_next(folder, meta)
     report_documents(corpus, writers, tokenizer, joiner)
+    print_anchors(anchors)
     return meta
+
+
+def find_anchors(folder: Path, meta: dict, tokenizer: Tokenizer, suffix: str = "") -> dict:
+    """The anchors of the set in `folder`, which `meta` describes; empty if a split is. suffix: as
+    `open_split` takes it."""
+    data = {split: open_split(folder, meta, split, suffix) for split in SPLITS}
+    return measure_anchors(data, meta, tokenizer)
+
+
+def print_anchors(anchors: dict):
+    """What a model has to beat, in one block; nothing without anchors."""
+    if anchors:
+        print("\n".join(anchor_lines(anchors)), flush=True)
 
 
 def choose_joiner(corpus: Corpus, tokenizer: Tokenizer, options: Options) -> str | None:
@@ -707,6 +728,18 @@ def check_set(folder: Path):
                                 f"stand for {of_documents:,}: prepare {folder.name} again")
 
 
+def renew_anchors(folder: Path):
+    """--anchors: measure the anchors of a prepared set and add them to its meta.json."""
+    read_meta(folder)                                   # before a folder that is none is made
+    with hold_folder(folder):
+        meta = read_meta(folder)
+        anchors = find_anchors(folder, meta, stored_tokenizer(folder, meta))
+        if not anchors:
+            raise UserError(f"{folder}: anchors need text in train and in val: raise --val_fraction or give --val")
+        write_meta(folder, meta | {"anchors": anchors})
+    print_anchors(anchors)
+
+
 def text_between(tokenizer: Tokenizer, joiner: str | None) -> bytes:
     """What stands between documents: the joiner, or the end-of-text token."""
     if joiner is None:
@@ -761,8 +794,7 @@ def adopt_set(folder: Path, options: Options):
         "tokenizer": tokenizer.stored,
         "sources": [],
     }
-    with atomic_write(folder / "meta.json") as file:
-        file.write(json.dumps(meta, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace"))
+    write_meta(folder, meta)
     report(folder, meta, options.tokenizer, 0, used)
     beginning = tokenizer.decode(np.fromfile(folder / "train.bin", np.uint16, 30))[:60]
     print(f"  it begins {quoted(beginning)}: if that is not text, the ids are another tokenizer's\n"
@@ -796,7 +828,7 @@ def main(argv: list):
     check(options)
     if not parsed.words:
         raise UserError(f"name a built-in set ({', '.join(SETS)}) or text files; see --help")
-    if not (options.check or options.decode):
+    if not (options.check or options.decode or options.anchors):
         outlive_output()
     try:
         follow(parsed.words, options, typed={name: getattr(options, name) for name in parsed.values})
@@ -812,6 +844,9 @@ def follow(words: list, options: Options, typed: dict):
     elif options.check:
         for word in words:
             check_set(data_folder(word, options.data_dir))
+    elif options.anchors:
+        for word in words:
+            renew_anchors(data_folder(word, options.data_dir))
     elif options.decode:
         for word in words:
             decode_set(data_folder(word, options.data_dir))

@@ -114,6 +114,18 @@ def check_entry(entry: dict):
         raise ValueError("the tokens of the shards do not add up")
 
 
+def encode_meta(meta: dict) -> bytes:
+    """The content of meta.json. Half a surrogate in a file's name (a byte that is not UTF-8) is written
+    as JSON's \\ud800."""
+    return json.dumps(meta, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace")
+
+
+def write_meta(folder: Path, meta: dict):
+    """Replace meta.json alone. Only by a process that holds the folder."""
+    with atomic_write(folder / "meta.json") as file:
+        file.write(encode_meta(meta))
+
+
 def split_files(meta: dict, split: str) -> list:
     """[(name, tokens, SHA-256)] of the files of a split: one, or its shards in order."""
     entry = meta["splits"][split]
@@ -156,11 +168,9 @@ def remove_unfinished(folder: Path):
 def commit_replacement(folder: Path, meta: dict):
     """Make the set that `meta` describes, whose token files are there as NAME.bin.tmp and synced, the
     one in `folder`."""
-    # Half a surrogate in a file's name (a byte that is not UTF-8) is written as JSON's \ud800.
-    content = json.dumps(meta, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace")
     sync_folder(folder)
     with atomic_write(folder / COMMITTED, temporary=folder / "meta.json.tmp") as file:
-        file.write(content)
+        file.write(encode_meta(meta))
     finish_replacement(folder)
 
 
@@ -228,13 +238,13 @@ def map_ids(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(content, dtype)
 
 
-def open_split(folder: Path, meta: dict, split: str) -> "np.ndarray | Shards":
+def open_split(folder: Path, meta: dict, split: str, suffix: str = "") -> "np.ndarray | Shards":
     """The token ids (tokens,) of a split, memory-mapped. The size of each file is checked against
-    `meta`."""
+    `meta`. suffix: what follows the files' names, .tmp for a set that is not committed yet."""
     dtype = np.dtype(meta["dtype"])
     arrays = []
     for name, count, _ in split_files(meta, split):
-        path = folder / name
+        path = folder / f"{name}{suffix}"
         if not path.is_file():
             raise UserError(f"{path} is missing: {again(folder)}")
         size = path.stat().st_size

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 
-LEAST_IMPORTANT_FIRST = ("norm", "lr", "mfu", "ms", "rate", "bits", "left", "train")
+LEAST_IMPORTANT_FIRST = ("norm", "lr", "mfu", "ms", "rate", "anchors", "bits", "left", "train")
 
 
 def duration(seconds: float) -> str:

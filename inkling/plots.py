@@ -54,15 +54,18 @@ def read_log(path: Path) -> list:
 
 # -- one run ---------------------------------------------------------------------------------------
 
-def plot_run(rows: list, path: Path, title: str, tokens_per_step: int, tokens_per_epoch: int):
-    """Draw the losses in a log's rows against steps, tokens and epochs as a PNG.
-    tokens_per_step: of the steps to come. Raises ImportError without matplotlib."""
+def plot_run(rows: list, path: Path, title: str, tokens_per_step: int, tokens_per_epoch: int,
+             anchors: dict | None = None):
+    """Draw the losses in a log's rows against steps, tokens and epochs as a PNG. tokens_per_step: of the
+    steps to come. anchors: {label: loss}, drawn as lines. Raises ImportError without matplotlib."""
     figure, axes = new_figure(title)
     updates = [row for row in rows if "loss" in row]
     axes.plot([row["step"] for row in updates], [row["loss"] for row in updates],
               color="0.75", lw=1, label="one step's batch")
-    evaluations = [row for row in rows if "val_loss" in row]
-    plot_evaluations(axes, evaluations)
+    set_losses_in_view(axes, rows, anchors or {})
+    # A straight line from a loss far above to the next evaluation would hide how the loss fell.
+    top = axes.get_ylim()[1]
+    plot_evaluations(axes, [row for row in rows if "val_loss" in row and not row["val_loss"] > top])
     last_step = max([1, *(row["step"] for row in rows)])
     axes.set(xlabel="steps", xlim=(-0.03 * last_step, 1.03 * last_step))
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -72,8 +75,56 @@ def plot_run(rows: list, path: Path, title: str, tokens_per_step: int, tokens_pe
     tokens_axis.xaxis.set_major_formatter(lambda tokens, _: short(tokens) if tokens >= 1 else "0")
     epochs_axis = add_axis(axes, -0.15, steps, tokens / tokens_per_epoch)
     epochs_axis.set_xlabel("epochs")
-    axes.legend()
+    axes.legend(loc="upper right")
     save_figure(figure, path)
+
+
+def set_losses_in_view(axes, rows: list, anchors: dict):
+    """Let the vertical axis show what happens after the first tenth of the run, and the anchors near
+    that. What it leaves out is written into the picture."""
+    low, high = losses_after_a_tenth(rows)
+    if low is None:
+        return
+    shown = {}
+    span = max(high - low, 0.05 * high)
+    for label, loss in sorted(anchors.items(), key=lambda anchor: abs(anchor[1] - high)):
+        if low - span <= loss <= high + span:
+            shown[label] = loss
+    low = min([low, *shown.values()])
+    high = max([high, *shown.values()])
+    margin = 0.06 * max(high - low, span)
+    axes.set_ylim(low - margin, high + margin)
+    for label, loss in shown.items():
+        axes.axhline(loss, color="tab:green", ls=":", lw=1.2)
+        axes.annotate(f"{label} {loss:.3f}", (0.01, loss), xycoords=("axes fraction", "data"), xytext=(0, 2),
+                      textcoords="offset points", color="tab:green", fontsize=9)
+    if notes := outside(rows, anchors, low - margin, high + margin):
+        axes.text(0.01, 0.015, "\n".join(notes), transform=axes.transAxes, fontsize=8, color="0.35")
+
+
+def losses_after_a_tenth(rows: list) -> tuple:
+    """(lowest, highest) finite loss after the first tenth of the steps so far; None where there is
+    none."""
+    begin = 0.1 * max([0, *(row["step"] for row in rows)])
+    losses = [row[name] for row in rows for name in ("loss", "train_loss", "val_loss")
+              if name in row and row["step"] >= begin and np.isfinite(row[name])]
+    if not losses:
+        return None, None
+    return min(losses), max(losses)
+
+
+def outside(rows: list, anchors: dict, low: float, high: float) -> list:
+    """Lines that say which losses and anchors lie outside the vertical axis."""
+    notes = []
+    above = [row for row in rows if max(row.get("loss", low), row.get("val_loss", low)) > high]
+    if above:
+        loss = above[0].get("loss", above[0].get("val_loss"))
+        until = f" to {above[-1]['step']:,.0f}" if len(above) > 1 else ""
+        notes.append(f"left out above: step {above[0]['step']:,.0f}{until}, loss {loss:.3f} at first")
+    others = [f"{label} {loss:.3f}" for label, loss in anchors.items() if not low <= loss <= high]
+    if others:
+        notes.append(f"left out: {', '.join(others)}")
+    return notes
 
 
 def plot_evaluations(axes, evaluations: list):

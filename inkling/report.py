@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from inkling.anchors import in_nats, judge, strongest, usable_anchors
 from inkling.cli import UserError, printable, printable_text
 from inkling.device import device_type
 from inkling.evaluation import BATCH, Evaluations, cost_of
@@ -112,6 +113,20 @@ def evaluations_left(max_iters: int, eval_interval: int, step: int, evaluated: i
     multiples_before = math.ceil(next_step / eval_interval)             # those below next_step
     multiples = math.ceil(max_iters / eval_interval)                    # those below max_iters
     return multiples - multiples_before + 1
+
+
+def memorizing(cfg, state, train_then: float, losses: dict) -> str:
+    """What the note says when train and val have parted. train_then: the train loss at the best
+    evaluation."""
+    remedies = []
+    if not cfg.patience:
+        remedies.append("--patience=3 ends a run that gets no better")
+    remedies += [
+        f"--dropout={min(0.5, cfg.dropout + 0.1):.2g} (now {cfg.dropout:g})",
+        f"--weight_decay={2 * cfg.weight_decay or 0.1:.2g} (now {cfg.weight_decay:g})",
+    ]
+    return (f"memorizing since step {state.best_step:,}: train {train_then:.4f} -> {losses['train']:.4f}, val "
+            f"{state.best_val_loss:.4f} -> {losses['val']:.4f}. More text helps most, then {', '.join(remedies)}")
 
 
 # -- loggers ---------------------------------------------------------------------------------------
@@ -227,6 +242,8 @@ class Report:
         self.first_seconds = self.last_seconds
         self.loss_width = len(f"{math.log(run.meta['vocab_size']):.3f}")        # of the largest loss to expect
         val = run.meta["splits"]["val"]
+        self.anchors = usable_anchors(run.meta)
+        self.parting_said = False           # that the run memorizes
         self.bits_per_byte = val["tokens"] / max(1, val["bytes"]) / math.log(2)     # at a loss of 1 nat per token
 
     # -- plain lines
@@ -462,13 +479,27 @@ class Report:
             "train": f"train {losses['train']:{width}.4f}",
             "val": f"val {losses['val']:{width}.4f}",
             "bits": f"{bits_per_byte:.3f} bits per byte",
+            "anchors": strongest(self.anchors),
             "best": best,
         }, terminal_width()))
         self.log(step, train_loss=losses["train"], val_loss=losses["val"], val_bits_per_byte=bits_per_byte)
+        self.say_parting(losses)
         # At step 0 it would be a picture of one point. A run by the clock draws it all the same,
         # since the pace of its evaluations counts what a picture takes.
         if step or self.run.cfg.max_minutes:
             self.draw_losses()
+
+    def say_parting(self, losses: dict):
+        """Say, once, that train and val have parted since the best evaluation, and what helps."""
+        state = self.run.state
+        if self.parting_said or not self.log_file or losses["val"] < state.best_val_loss + 0.01:
+            return
+        rows = read_log(self.out_dir / "log.csv")
+        train_then = [row["train_loss"] for row in rows if row["step"] == state.best_step and "train_loss" in row]
+        if not train_then or losses["train"] > train_then[-1] - 0.01:
+            return
+        self.parting_said = True
+        self.label("note", memorizing(self.run.cfg, state, train_then[-1], losses))
 
     def draw_losses(self):
         """loss.png; a run never ends for want of a picture."""
@@ -477,7 +508,7 @@ class Report:
         path = self.out_dir / "loss.png"
         try:
             plot_run(read_log(self.out_dir / "log.csv"), path, str(self.out_dir),
-                     self.run.tokens_per_step, self.run.tokens_per_epoch)
+                     self.run.tokens_per_step, self.run.tokens_per_epoch, in_nats(self.anchors, self.bits_per_byte))
         except ImportError:                     # no matplotlib: the figures are in log.csv
             pass
         except OSError as error:
@@ -562,6 +593,8 @@ class Report:
             self.label("note", "nothing was left to do: a larger --max_iters trains longer")
         self.label("done", f"{state.step:,} steps{self.cut_short()} in {duration(seconds)} of training; "
                            f"best val loss {state.best_val_loss:.4f} at step {state.best_step}")
+        if words := judge(state.best_val_loss * self.bits_per_byte, self.anchors):
+            self.label("compared", words)
         self.label("speed", self.describe_speed(state.tokens, seconds))
         self.say_whether_compiling_paid()
         last_val_loss = state.losses.get("val", -math.inf)

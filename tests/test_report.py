@@ -856,3 +856,56 @@ def test_a_comparison_that_cannot_be_written_is_a_users_mistake(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     write_log(tmp_path / "run", [4.0, 3.0])
     one_line_error(inside(plots.main, "run", "--out=missing/compare.png"), "cannot write missing/compare.png")
+
+
+# -- anchors and memorizing
+
+ANCHORS = {"uniform": 6.0, "tokens": 4.8, "xz": 2.75, "ngram": 2.19}
+
+
+def test_an_evaluation_and_the_summary_say_where_the_model_stands(make_run, tmp_path, capsys):
+    run = make_run(state=DONE)
+    run.meta["anchors"] = ANCHORS
+    report = Report(run, tmp_path)
+    report.open()
+    report.evaluation(3, {"train": 1.0, "val": 1.25}, True)
+    report.finish(None, {})
+    said = capsys.readouterr().out
+    assert "bits per byte | 8-gram 2.19, xz 2.75 | best so far" in said
+    assert "less than the 8-gram (2.19)" in " ".join(said.split())
+
+
+def test_memorizing_is_said_once_with_figures_and_ways_out(make_run, tmp_path, capsys):
+    run = make_run(dropout=0.1)
+    report = Report(run, tmp_path)
+    report.open()
+    run.state.best_step, run.state.best_val_loss = 3, 1.5
+    report.evaluation(3, {"train": 1.4, "val": 1.5}, True)
+    report.evaluation(4, {"train": 1.5, "val": 1.6}, False)      # both have risen: not that
+    assert "memorizing" not in capsys.readouterr().out
+    for step in (5, 6):
+        report.evaluation(step, {"train": 1.1, "val": 1.6}, False)
+    said = " ".join(capsys.readouterr().out.split())
+    report.close()
+    assert said.count("memorizing since step 3: train 1.4000 -> 1.1000, val 1.5000 -> 1.6000") == 1
+    assert "--patience=3" in said
+    assert "--dropout=0.2 (now 0.1)" in said
+
+
+def test_the_picture_shows_the_losses_after_the_first_tenth_and_the_anchors_near_them(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("inkling.plots.save_figure", lambda figure, path: drawn.append(figure))
+    steps = range(0, 101, 5)
+    rows = [{"step": step, "tokens": 100 * step, "train_loss": 1 + 3 * 0.8**step, "val_loss": 1.1 + 3 * 0.8**step}
+            for step in steps]
+    plot_run(rows, tmp_path / "loss.png", "a run", 100, 5000, {"uniform": 4.1, "8-gram": 1.3})
+    axes = drawn[0].axes[0]
+    low, high = axes.get_ylim()
+    assert low < 1.0
+    assert 1.3 < high < 2
+    val, = [line for line in axes.get_lines() if line.get_label() == "val, evaluated"]
+    assert min(val.get_xdata()) == 10                                   # no line comes down from far above
+    words = " ".join(text.get_text() for text in axes.texts)
+    assert "8-gram 1.300" in words
+    assert "left out: uniform 4.100" in words
+    assert "left out above: step 0 to 5, loss 4.100 at first" in words
