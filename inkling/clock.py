@@ -87,8 +87,8 @@ class Deadline:
 
 class StepFitter:
     """Fits the number of steps to a deadline: as soon as some steps have shown the pace, and again
-    whenever half of the time that was left has gone by. A run that slows down or speeds up meanwhile
-    therefore still ends on time.
+    whenever half of the time or of the steps that were left have gone by. A run that slows down or speeds
+    up meanwhile therefore still ends on time.
 
     The first two steps warm up, and compile the optimizer, so they are not counted, unless they take so
     long that few more fit. After each fit the pace is measured anew.
@@ -106,6 +106,7 @@ class StepFitter:
         self.first_step = first_step
         self.mark: tuple | None = None              # (step, seconds of training) from which the pace is measured
         self.left_at_last_fit: float | None = None
+        self.halfway: int | None = None             # the step in the middle between the last fit and the end
 
     def is_due(self, step: int) -> bool:
         """Whether to fit before update number `step`."""
@@ -118,13 +119,13 @@ class StepFitter:
             self.mark = step, self.stopwatch.seconds()
         steps = step - self.mark[0]
         if self.left_at_last_fit is not None:
-            return steps > 0 and left <= self.left_at_last_fit / 2
+            return steps > 0 and (left <= self.left_at_last_fit / 2 or step >= self.halfway)
         seconds = self.stopwatch.seconds() - self.mark[1]
-        if step - self.first_step == self.WARM_UP and seconds < left / 10:
+        if step - self.first_step == self.WARM_UP and seconds < left / 5:
             synchronize(self.stopwatch.device)
             self.mark = step, self.stopwatch.seconds()
             return False
-        return steps >= self.STEPS_MEASURED or (steps > 0 and seconds > left / 10)
+        return steps >= self.STEPS_MEASURED or (steps > 0 and seconds > left / 5)
 
     def fit(self, step: int, eval_interval: int, last_pass_seconds: float) -> int:
         """The number of steps of the whole run that fits now; `step` itself if no more do.
@@ -141,4 +142,6 @@ class StepFitter:
         self.left_at_last_fit = left
         pause = self.stopwatch.pause_seconds()
         usable = left - pause - last_pass_seconds - self.EXIT_SECONDS
-        return step + max(0, int(usable / (seconds_per_step + pause / eval_interval)))
+        steps_left = max(0, int(usable / (seconds_per_step + pause / eval_interval)))
+        self.halfway = step + max(1, steps_left // 2)
+        return step + steps_left

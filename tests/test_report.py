@@ -186,9 +186,9 @@ def test_the_first_loss_is_promised_only_where_it_is_known(make_run, tmp_path, c
 
 def test_the_settings_are_those_the_user_changed(make_run, tmp_path, capsys):
     run = make_run()
-    run.cfg = Config(dataset="toy", n_layer=2, out_dir="somewhere", dry_run=True)
+    run.cfg = Config(dataset="toy", n_layer=3, out_dir="somewhere", dry_run=True)
     Report(run, tmp_path).banner()
-    assert "settings dataset=toy, n_layer=2 (all others at their defaults)\n" in capsys.readouterr().out
+    assert "settings dataset=toy, n_layer=3 (all others at their defaults)\n" in capsys.readouterr().out
     run.cfg = Config()
     Report(run, tmp_path).banner()
     assert "settings " not in capsys.readouterr().out
@@ -209,7 +209,8 @@ def test_a_run_by_the_clock_ends_with_the_command_that_repeats_it(make_run, tmp_
     command, = [line for line in said.splitlines() if line.startswith("repeat ")]
     words = shlex.split(command)[1:]
     assert words[:2] == ["python", "train.py"]
-    assert {"--max_iters=6", "--breakpoints=0:9,4:6", "--dtype=float32", "--compile=False", "--n_layer=2"} <= {*words}
+    expected = {"--max_iters=6", "--breakpoints=0:9,4:6", "--dtype=float32", "--compile=False", "--block_size=32"}
+    assert expected <= {*words}
     assert not any("max_minutes" in word for word in words)
 
 
