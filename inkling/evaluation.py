@@ -1,5 +1,6 @@
 """How often a run evaluates, and on how many windows, where eval_interval and eval_iters leave it
-open: arithmetic and nothing measured, so that a resumed run does the same.
+open: arithmetic, so that a resumed run does the same. (By the clock, the first fit of the steps to the
+time sets the steps between evaluations anew; see inkling/clock.py.)
 
 A forward pass is a third of a training step's work, so an evaluated token costs a third of a trained
 one. All evaluations of a run together may cost SHARE of its training.
