@@ -1631,11 +1631,16 @@ def fit_steps_to_time(run: Run, report: Report, fitter: StepFitter):
     if not run.ranks.broadcast(fitter.is_due(step)):
         return
     last_pass_seconds = run.plan.evaluations["at_the_end"] * run.seconds_per_window
-    end = run.ranks.broadcast(fitter.fit(step, run.plan.eval_interval, last_pass_seconds))
+    # The first guess may have been far off, so the first fit also sets the steps between evaluations.
+    is_first = len(run.plan.breakpoints) == 1 and run.cfg.eval_interval == "auto"
+
+    def interval_for(steps, times):
+        return choose_interval(steps, times) if is_first else run.plan.eval_interval
+
+    end, interval = run.ranks.broadcast(fitter.fit(step, interval_for, last_pass_seconds))
     if end == run.plan.max_iters:
         return
-    if len(run.plan.breakpoints) == 1 and run.cfg.eval_interval == "auto":      # the first guess may have been far off
-        run.plan.evaluations["interval"] = choose_interval(end)
+    run.plan.evaluations["interval"] = interval
     run.plan.breakpoints.append([step, end])
     report.end_moved(step, end)
 

@@ -96,6 +96,7 @@ class StepFitter:
 
     WARM_UP = 2
     STEPS_MEASURED = 8                  # before the first fit, unless they take long
+    PAUSES = 0.05                       # at most 2.5 times this share of the time goes into evaluations
     EXIT_SECONDS = 1.5                  # for the picture, the summary, and what Python does at exit
 
     def __init__(self, deadline: Deadline, stopwatch: Stopwatch, first_step: int, only_cuts: bool = False):
@@ -127,14 +128,17 @@ class StepFitter:
             return False
         return steps >= self.STEPS_MEASURED or (steps > 0 and seconds > left / 5)
 
-    def fit(self, step: int, eval_interval: int, last_pass_seconds: float) -> int:
-        """The number of steps of the whole run that fits now; `step` itself if no more do.
+    def fit(self, step: int, choose_interval, last_pass_seconds: float) -> tuple:
+        """(the number of steps of the whole run that fits now, the steps between its evaluations). The
+        number is `step` itself if no more fit.
 
-        last_pass_seconds: what the last pass over the val split will take."""
+        choose_interval(steps, times): the steps between evaluations of a run of `steps`, of which at
+        least `times` fit into the time. last_pass_seconds: what the last pass over the val split takes."""
         synchronize(self.stopwatch.device)
         left = self.deadline.seconds_left()
         if left <= 0 or self.mark is None or step == self.mark[0]:
-            return max(step, self.first_step + 1)
+            end = max(step, self.first_step + 1)
+            return end, choose_interval(end, 1)
         first_step, first_seconds = self.mark
         seconds = self.stopwatch.seconds()
         seconds_per_step = (seconds - first_seconds) / (step - first_step)
@@ -142,6 +146,10 @@ class StepFitter:
         self.left_at_last_fit = left
         pause = self.stopwatch.pause_seconds()
         usable = left - pause - last_pass_seconds - self.EXIT_SECONDS
-        steps_left = max(0, int(usable / (seconds_per_step + pause / eval_interval)))
+        times = int(self.PAUSES * left / max(1e-3, pause))
+        interval = choose_interval(step + max(0, int(usable / seconds_per_step)), min(10, max(1, times)))
+        steps_left = max(0, int(usable / (seconds_per_step + pause / interval)))
+        if steps_left < interval:       # none but the last comes
+            steps_left = max(0, min(interval - 1, int(usable / seconds_per_step)))
         self.halfway = step + max(1, steps_left // 2)
-        return step + steps_left
+        return step + steps_left, interval

@@ -1,5 +1,6 @@
 """How often a run evaluates, and on how many windows, where eval_interval and eval_iters leave it
-open: arithmetic and nothing measured, so that a resumed run does the same.
+open: arithmetic, so that a resumed run does the same. (By the clock, the first fit of the steps to the
+time sets the steps between evaluations anew; see inkling/clock.py.)
 
 A forward pass is a third of a training step's work, so an evaluated token costs a third of a trained
 one. All evaluations of a run together may cost SHARE of its training.
@@ -30,6 +31,17 @@ def plan_evaluations(steps: int, step_windows: int, val_windows: int, eval_inter
     interval = choose_interval(steps) if eval_interval == "auto" else eval_interval
     if eval_iters != "auto":
         return Evaluations(interval, min(val_windows, BATCH * eval_iters or val_windows), 0)
+    if eval_interval != "auto":
+        return choose_windows(steps, step_windows, val_windows, interval)
+    for most in (10, 5, 2, 1):          # rather few evaluations than some that say nothing
+        evaluations = choose_windows(steps, step_windows, val_windows, choose_interval(steps, most))
+        if evaluations.windows >= min(BATCH, val_windows):
+            break
+    return evaluations
+
+
+def choose_windows(steps: int, step_windows: int, val_windows: int, interval: int) -> Evaluations:
+    """The evaluations every `interval` steps that SHARE allows; the arguments are plan_evaluations's."""
     budget = SHARE * steps * step_windows / COST                # in windows
     count = count_evaluations(steps, interval)
     if count * 2 * val_windows <= budget:
@@ -41,9 +53,9 @@ def plan_evaluations(steps: int, step_windows: int, val_windows: int, eval_inter
     return Evaluations(interval, max(1, min(windows, val_windows)), at_the_end)
 
 
-def choose_interval(steps: int) -> int:
-    """The largest round number, such as 20, 25, 50 or 100, that a run has at least ten times."""
-    most = max(1, steps // 10)
+def choose_interval(steps: int, times: int = 10) -> int:
+    """The largest round number, such as 20, 25, 50 or 100, that a run has at least so many times."""
+    most = max(1, steps // times)
     if most < 10:
         return most
     unit = 10 ** (len(str(most)) - 1)

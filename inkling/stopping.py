@@ -1,5 +1,4 @@
-"""What ends a run early: signals, non-finite numbers, running out of memory, lost
-processes."""
+"""What ends a run early: signals, non-finite numbers, running out of memory, lost processes."""
 
 import contextlib
 import os
