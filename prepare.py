@@ -55,6 +55,7 @@ from inkling.download import DownloadFailed, download, fetch_address, is_address
 from inkling.encode import SplitWriter, cores, encode_pieces
 from inkling.files import ROOT, hold_folder, sha256
 from inkling.format import counted, shell_word
+from inkling.hints import files_near, sets_in, there_is
 from inkling.inputs import describe_source, expand, is_stream, plain_name, spool
 from inkling.output import outlive_output
 from inkling.readers import Reader, cut_pieces
@@ -199,6 +200,9 @@ class Options:
                 if field.name in names and getattr(self, field.name) != field.default}
 
 
+FIRST_IN_HELP = ("name", "tokenizer", "val_fraction", "text_column", "encoding", "limit", "check", "decode")
+
+
 def is_unicode(text: str) -> bool:
     """Whether a text typed on the command line is one; bytes that are not UTF-8 arrive as half
     surrogate pairs."""
@@ -297,8 +301,9 @@ def ensure_set(name: str, data_dir: str, ranks) -> Path:
     if not missing:
         return folder
     if name not in SETS:
+        there = sorted({*sets_in(folder.parent), *SETS})
         raise UserError(f"no data set in {folder}: python prepare.py YOUR_TEXT_FILE --name={name} "
-                        f"makes it; the built-in sets are {', '.join(SETS)}")
+                        f"makes it{there_is(name, there, most=len(there))}")
     if ranks.first:
         try:
             prepare_named(name, data_dir)
@@ -486,6 +491,7 @@ def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction:
     finally:
         remove_unfinished(folder)       # nothing, once the new set has been committed
     report(folder, meta, options.tokenizer or "char", len(corpus.survey.characters_seen()), used)
+    print_next(folder, meta)
     report_documents(corpus, writers, tokenizer, joiner)
     print_anchors(anchors)
     return meta
@@ -630,6 +636,17 @@ def report(folder: Path, meta: dict, tokenizer_name: str, distinct: int, used: f
     for split, way_out in ways_out.items():
         if not splits[split]["tokens"]:
             print(f"note     {split} is empty, and train.py needs both: {way_out}")
+
+
+def print_next(folder: Path, meta: dict):
+    """Print the command that trains on this set."""
+    if not all(meta["splits"][split]["tokens"] for split in SPLITS):
+        return
+    place = folder.resolve()
+    elsewhere = ""
+    if place.parent != ROOT / "data":
+        elsewhere = f" --data_dir={shell_word(str(place.parent))}"
+    print(f"next     python train.py --dataset={place.name}{elsewhere}", flush=True)
 
 
 def files_in_words(split: str, entry: dict) -> str:
@@ -802,7 +819,7 @@ def count_adopted(folder: Path, tokenizer: Tokenizer) -> tuple:
 # -- the command -----------------------------------------------------------------------------------
 
 def main(argv: list):
-    parsed = parse(Options, argv, __doc__, takes="words")
+    parsed = parse(Options, argv, __doc__, takes="words", first=FIRST_IN_HELP)
     options = Options(**parsed.values)
     options.separator = unescape(options.separator)
     options.delimiter = unescape(options.delimiter)
@@ -857,7 +874,8 @@ def check_inputs(words: list, options: Options):
     for word in words:
         is_glob = any(mark in word for mark in "*?[")
         if not (word == "-" or is_address(word) or os.path.lexists(word) or is_glob):
-            raise UserError(f"no file {word}; the built-in sets are {', '.join(SETS)}")
+            there = there_is(word, files_near(word))
+            raise UserError(f"no file {word}{there}; the built-in sets are {', '.join(SETS)}")
 
 
 def choose_name(words: list, options: Options) -> str:

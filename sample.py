@@ -46,7 +46,7 @@ from inkling.cli import (
     unescape,
 )
 from inkling.device import choose_device, choose_dtype, compile_step, compiler_missing
-from inkling.hints import command_for_sampling
+from inkling.hints import command_for_sampling, runs_in, there_is
 from inkling.huggingface import NAMES
 from inkling.readers import to_newlines
 from inkling.sniff import marked_encoding
@@ -68,7 +68,7 @@ class Options:
                                         # downloaded to it; or a Hugging Face folder, or a
                                         # checkpoint
     # -- prompts
-    start: str = ""                     # the prompt, where \n, \t, \r and \\ are read; or
+    start: str = ""                     # the prompt, in quotes: --start="The fox"; where \n, \t, \r and \\ are read; or
                                         # FILE:path, or - for standard input, taken as they stand;
                                         # empty: a text begins, as in the training set
     prompts: FilePath = ""              # file with one prompt per line, taken as it stands, instead
@@ -109,6 +109,9 @@ class Options:
     def rules(self) -> dict:
         modes = [name for name in ("prompts", "interactive", "score") if getattr(self, name)]
         return {f"--{' and --'.join(modes)} exclude each other: choose one": len(modes) <= 1}
+
+
+FIRST_IN_HELP = ("start", "out_dir", "ckpt", "max_new_tokens", "num_samples", "temperature", "interactive", "score")
 
 
 # -- choosing tokens -------------------------------------------------------------------------------
@@ -641,7 +644,8 @@ def find_checkpoint(options: Options) -> Path | str:
         last = path.with_name("last.pt")
         if os.path.isfile(last):
             raise UserError(f"no {path}, but {last} is there: --ckpt={last}")
-        raise UserError(f"no {path}: train one first with python train.py")
+        runs = there_is(str(path.parent), runs_in())
+        raise UserError(f"no {path}{runs}" if runs else f"no {path}: train one first with python train.py")
     purpose = "scoring with" if options.score else "sampling from"
     print(f"{purpose} {path}", file=sys.stderr, flush=True)
     return path
@@ -666,7 +670,7 @@ def compile_if_asked(model, options: Options, device: str):
 
 
 def main(argv: list) -> int:
-    parsed = parse(Options, argv, __doc__, hint=command_for_sampling)
+    parsed = parse(Options, argv, __doc__, hint=command_for_sampling, first=FIRST_IN_HELP)
     options = Options(**parsed.values)
     check(options)
     refuse_unused(options, parsed.typed)

@@ -51,12 +51,13 @@ from inkling.cli import (
     at_least,
 )
 from inkling.clock import Deadline, StepFitter, Stopwatch, process_start
-from inkling.dataset import check_ids, open_data, random_order, windows_at_once
+from inkling.dataset import check_ids, data_folder, open_data, random_order, windows_at_once
 from inkling.device import (
     autocast,
     choose_device,
     choose_dtype,
     compare_with_cpu,
+    compile_function,
     compile_model,
     compile_pays,
     device_type,
@@ -65,12 +66,12 @@ from inkling.device import (
 from inkling.distributed import Ranks, gradient_sync
 from inkling.dry_run import TRIAL_WINDOWS, dry_run
 from inkling.evaluation import plan_evaluations
-from inkling.hints import command_for_training
+from inkling.hints import command_for_training, sets_in
 from inkling.output import outlive_output
 from inkling.report import Report, check_loggers
 from inkling.stopping import Guard, NotFinite, Stop, explain_failures
 from inkling.tokenizer import Tokenizer, prompt_ids, start_of_texts, stored_tokenizer, typed_prompt
-from prepare import ensure_set
+from prepare import SETS, ensure_set
 
 # --------------------------------------------------------------------------------------------------
 # Settings. `python train.py --help` prints these lines; config files and --key=value set them.
@@ -234,6 +235,8 @@ def read_breakpoints(text: str) -> list | None:
     return pairs
 
 
+# The settings that most people want first.
+FIRST_IN_HELP = ("dataset", "out_dir", "init_from", "max_iters", "max_minutes", "n_layer", "n_embd", "dry_run")
 MODEL_FIELDS = {model_field.name for model_field in fields(ModelConfig)}
 FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer"}          # what a resumed run cannot change
 
@@ -837,9 +840,9 @@ class Muon(ScheduledOptimizer, torch.optim.Optimizer):
         return {"average": (len(group["params"]), *p.shape)}
 
     def compile_update(self):
-        self.nesterov = torch.compile(nesterov, dynamic=False)
-        self.orthogonalize = torch.compile(orthogonalize, dynamic=False)
-        self.apply_update = torch.compile(apply_update, dynamic=False)
+        self.nesterov = compile_function(nesterov)
+        self.orthogonalize = compile_function(orthogonalize)
+        self.apply_update = compile_function(apply_update)
 
     def working_bytes(self):
         # Up to nine tensors of the size of a group's matrices.
@@ -1482,6 +1485,7 @@ def train(cfg: Config, out_dir: Path, origin: Origin | None = None, began: float
         report.banner()
         if origin.resuming:
             note_threads(report, origin.checkpoint.get("threads"))
+            note_step_size(run, report, origin.checkpoint["config"])
         seconds_per_step = estimate_pace(run, report)
         compile_and_wrap(run, report, seconds_per_step)
         decide_length(run, report, seconds_per_step)
@@ -1508,7 +1512,7 @@ def train(cfg: Config, out_dir: Path, origin: Origin | None = None, began: float
 
 def train_until_stopped(run: Run, report: Report, fitter: StepFitter) -> int:
     """The training loop. Returns the exit code; raises NotFinite."""
-    report.open()
+    open_report(run, report)
     run.stopwatch.start()
     with Stop() as stop:
         while True:
@@ -1565,6 +1569,28 @@ def move_old_run(run: Run):
     estimate_loss(run, windows=1)
     if run.ranks.first:
         run.folder.move_old_run()
+
+
+def open_report(run: Run, report: Report):
+    """Open log.csv and the loggers. If that fails, nothing has been saved yet, and an old run gets its name
+    back."""
+    try:
+        report.open()
+    except UserError:
+        if run.folder:
+            run.folder.take_back()
+        raise
+
+
+def note_step_size(run: Run, report: Report, config: dict):
+    """Say so if the resumed run, with the settings `config`, made steps of another size: a step's batch is
+    found by its number (see window_starts)."""
+    cfg = run.cfg
+    before = config["batch_size"] * config["gradient_accumulation_steps"]
+    now = cfg.batch_size * cfg.gradient_accumulation_steps
+    if now != before and cfg.sampling != "random":
+        report.label("note", f"a step reads {now:,} windows, before it read {before:,}: the run continues at another "
+                             "place of the text, so this epoch reads some of it twice, or not at all")
 
 
 def note_threads(report: Report, saved_by: int | None):
@@ -1883,9 +1909,19 @@ def choose_length(cfg: Config, typed: set) -> Config:
     return replace(cfg, **dict.fromkeys(unwanted, 0.0))
 
 
+def note_own_sets(cfg: Config, parsed: cli.Parsed):
+    """Say which data sets of the user's own are there, if the command names none."""
+    if parsed.files or "dataset" in parsed.values or cfg.init_from != "scratch" or os.environ.get("RANK", "0") != "0":
+        return
+    folder = data_folder(cfg.dataset, cfg.data_dir).parent
+    if own := sorted(set(sets_in(folder)) - set(SETS)):
+        names = ", ".join(f"--dataset={name}" for name in own[:4])
+        print(f"note     this trains on {cfg.dataset}; your own in {folder}/: {names}", flush=True)
+
+
 def main(argv: list, began: float | None = None) -> int:
     """Train as a command line says. began: see `train`. Returns the exit code."""
-    parsed = cli.parse(Config, argv, __doc__, hint=command_for_training)
+    parsed = cli.parse(Config, argv, __doc__, hint=command_for_training, first=FIRST_IN_HELP)
     cfg = choose_length(Config(**parsed.values), parsed.typed)
     if not (cfg.eval_only or cfg.dry_run):
         outlive_output()
@@ -1894,6 +1930,7 @@ def main(argv: list, began: float | None = None) -> int:
     cfg, origin = find_origin(cfg, parsed, out_dir)
     cfg = replace(choose_length(cfg, parsed.typed), out_dir=str(out_dir))
     cli.check(cfg)
+    note_own_sets(cfg, parsed)
     with explain_failures(out_dir):
         return train(cfg, out_dir, origin, began)
 

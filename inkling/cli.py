@@ -28,6 +28,7 @@ import os
 import re
 import reprlib
 import runpy
+import shlex
 import shutil
 import sys
 import textwrap
@@ -40,6 +41,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
+from inkling.hints import nearest_flag, there_is
 from inkling.output import open_streams
 
 Texts = tuple[str, ...]                 # a flag that may be given several times
@@ -238,8 +240,8 @@ def field_types(options: type) -> dict:
 
 def nearest(name: str, known) -> str:
     """`; did you mean --x?` for the closest known name, or an empty text."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean --{close[0]}?" if close else ""
+    meant = nearest_flag(name, known)
+    return f"; did you mean --{meant}?" if meant else ""
 
 
 def nearest_config(word: str) -> str:
@@ -247,7 +249,9 @@ def nearest_config(word: str) -> str:
     text."""
     known = {path.name: path for path in sorted(Path("config").glob("*.py"))}
     close = difflib.get_close_matches(os.path.basename(word), known, n=1)
-    return f"; did you mean {known[close[0]]}?" if close else ""
+    if close:
+        return f"; did you mean {known[close[0]]}?"
+    return there_is(word, [str(path) for path in known.values()]) if word.endswith(".py") else ""
 
 
 def expected(kind) -> str:
@@ -390,19 +394,51 @@ def read_flag(word: str, kinds: dict) -> tuple:
         raise UserError(f"--{key}={text} is not {problem}")
 
 
-def parse(options: type, argv: list, doc: str, takes: str = "config files", hint=None) -> Parsed:
+def needs_value(word: str, kinds: dict) -> bool:
+    """Whether a word is a known flag without the value that it needs."""
+    name = word[2:].replace("-", "_")
+    return word.startswith("--") and name in kinds and kinds[name] is not bool \
+        and True not in typing.get_args(kinds[name])
+
+
+def join_values(argv: list, kinds: dict) -> tuple:
+    """(the words, mistakes): `--key value`, written with a space, is a mistake, and both of its words are
+    left out."""
+    words = []
+    mistakes = []
+    rest = iter([*argv, None])
+    word = next(rest)
+    while word is not None:
+        following = next(rest)
+        is_split = following is not None and not following.startswith("-") and not following.endswith(".py")
+        if is_split and needs_value(word, kinds):
+            mistakes.append(f"{word} {following}: write {word}={shlex.quote(following)}")
+            following = next(rest)
+        else:
+            words.append(word)
+        word = following
+    return words, mistakes
+
+
+def parse(options: type, argv: list, doc: str, takes: str = "config files", hint=None, first: tuple = ()) -> Parsed:
     """Read `argv`, config files and flags: a flag overrides every file, later files and flags
     override earlier ones. Unless takes="config files", words without dashes are returned as they
     are, but for a ~ at their beginning. hint: from a word that is no config file to the command
-    that may be meant, or an empty text. `--help` prints `doc` and the fields and exits with 0."""
+    that may be meant, or an empty text. first: the flags that `--help` lists before all others.
+    `--help` prints `doc` and the fields and exits with 0. All wrong flags are reported in one UserError."""
     kinds = field_types(options)
     parsed = Parsed()
-    for word in argv:
-        if word in ("-h", "--help"):
-            print(help_text(options, doc), flush=True)
-            raise SystemExit(0)
+    if "-h" in argv or "--help" in argv:
+        print(help_text(options, doc, first=first), flush=True)
+        raise SystemExit(0)
+    words, mistakes = join_values(argv, kinds)
+    for word in words:
         if word.startswith("--"):
-            name, value = read_flag(word, kinds)
+            try:
+                name, value = read_flag(word, kinds)
+            except UserError as mistake:
+                mistakes.append(str(mistake))
+                continue
             if kinds[name] == Texts and name in parsed.typed:
                 value = parsed.values[name] + value
             parsed.values[name] = value
@@ -417,6 +453,8 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files", hint
             raise UserError(f"unknown flag {word}; flags look like --key=value, see --help")
         else:
             parsed.words.append(expand_home(word))
+    if mistakes:
+        raise UserError("; ".join(mistakes))
     return parsed
 
 
@@ -510,35 +548,48 @@ def comments(options: type) -> list:
     return rows
 
 
-def help_text(options: type, doc: str, width: int = 0) -> str:
-    """What --help prints: the prose of `doc`, the fields in their groups, and last the examples,
-    which are the indented paragraphs of `doc`. width: columns to wrap at; 0: those of the terminal,
-    80 in a pipe."""
-    width = width or min(120, max(50, shutil.get_terminal_size().columns))
+def help_entry(name: str, default, kind, comment: str, width: int) -> list:
+    """The lines of one flag: its name and default, and what it does."""
     column = 36 if width >= 100 else 30                 # where the comments begin
+    if typing.get_origin(kind) is typing.Literal:
+        comment += " [" + " | ".join(map(str, typing.get_args(kind))) + "]"
+    lines = []
+    entry = f"  --{name}={'' if kind == Texts else default}"
+    if len(entry) > column - 2:                         # no room: the comment goes below
+        lines.append(entry)
+        entry = ""
+    return lines + textwrap.wrap(comment, width - 1, initial_indent=entry.ljust(column),
+                                 subsequent_indent=" " * column, break_on_hyphens=False)
+
+
+def help_text(options: type, doc: str, width: int = 0, first: tuple = ()) -> str:
+    """What --help prints: the first paragraph of `doc`, the examples, which are its indented paragraphs,
+    its other prose, the flags named in `first`, and the other fields in their groups. width: columns to
+    wrap at; 0: those of the terminal, 80 in a pipe."""
+    width = width or min(120, max(50, shutil.get_terminal_size().columns))
     kinds = field_types(options)
     defaults = {field.name: field.default for field in fields(options)}
     paragraphs = re.split(r"\n\n+", doc.strip("\n"))
     examples = [paragraph for paragraph in paragraphs if paragraph.startswith("    ")]
-    lines = []
-    for paragraph in paragraphs:
-        if paragraph not in examples:
-            lines += [*textwrap.wrap(paragraph, width - 1, break_on_hyphens=False), ""]
+    prose = [paragraph for paragraph in paragraphs if paragraph not in examples]
+    lines = [*textwrap.wrap(prose[0], width - 1, break_on_hyphens=False), ""]
+    if examples:
+        lines += ["examples:", *examples, ""]
+    for paragraph in prose[1:]:
+        lines += [*textwrap.wrap(paragraph, width - 1, break_on_hyphens=False), ""]
     lines.append("Flags and their defaults (a bare --flag means --flag=True):")
+    rows = comments(options)
+    by_name = {name: comment for _, name, comment in rows}
+    if first:
+        lines += ["", "most used:"]
+        for name in first:
+            lines += help_entry(name, defaults[name], kinds[name], by_name[name], width)
     group = None
-    for heading, name, comment in comments(options):
+    for heading, name, comment in rows:
+        if name in first:
+            continue
         if heading != group:
             group = heading
             lines += ["", f"{heading}:"]
-        default = "" if kinds[name] == Texts else defaults[name]
-        if typing.get_origin(kinds[name]) is typing.Literal:
-            comment += " [" + " | ".join(map(str, typing.get_args(kinds[name]))) + "]"
-        entry = f"  --{name}={default}"
-        if len(entry) > column - 2:                     # no room: the comment goes below
-            lines.append(entry)
-            entry = ""
-        lines += textwrap.wrap(comment, width - 1, initial_indent=entry.ljust(column), subsequent_indent=" " * column,
-                               break_on_hyphens=False)
-    if examples:
-        lines += ["", "examples:", *examples]
+        lines += help_entry(name, defaults[name], kinds[name], comment, width)
     return "\n".join(lines)

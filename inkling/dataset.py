@@ -13,6 +13,7 @@ import numpy as np
 
 from inkling.cli import UserError
 from inkling.files import ROOT, atomic_write, lock_folder, sync_folder
+from inkling.hints import sets_in, there_is
 
 SPLITS = ("train", "val")
 LARGEST_ARRAY = 1 << 22                 # elements up to which a permutation is an array
@@ -40,7 +41,10 @@ def data_folder(dataset: str, data_dir: str = "") -> Path:
     """data/NAME beside the programs, or `data_dir`/NAME; relative to the current folder where it
     lies below it."""
     if not is_set_name(dataset):
-        raise UserError(f"{dataset!r} is not a valid data set name: use letters, digits and . _ -, "
+        name = os.path.basename(dataset)
+        is_path = is_set_name(name) and has_set(Path(data_dir or ROOT / "data") / name)
+        way_out = f" (its name alone: {name})" if is_path else ""
+        raise UserError(f"{dataset!r} is not a valid data set name{way_out}: use letters, digits and . _ -, "
                         "starting with a letter or digit")
     folder = Path(data_dir or ROOT / "data") / dataset
     if folder.is_relative_to(Path.cwd()):
@@ -81,7 +85,7 @@ def read_meta(folder: Path) -> dict:
             raise ValueError("its joiner is not text")
     except FileNotFoundError:
         raise UserError(f"no data set in {folder}, as {path} is missing: python prepare.py "
-                        f"YOUR_TEXT_FILE --name={folder.name} makes one")
+                        f"YOUR_TEXT_FILE --name={folder.name} makes one{there_is(folder.name, sets_in(folder.parent))}")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}: {again(folder)}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:

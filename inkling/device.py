@@ -182,27 +182,35 @@ def compile_model(model, forward_backward, device: str) -> tuple:
     return compiled, True, f"on, took {time.perf_counter() - began:.0f} s"
 
 
+def compile_function(function, **how):
+    """`function`, compiled when it is called. If that fails, it continues uncompiled and says so on stderr.
+    how: what else to tell torch.compile."""
+    current = torch.compile(function, dynamic=False, **how)
+
+    def call(*arguments):
+        nonlocal current
+        try:
+            return current(*arguments)
+        except Exception as error:      # a failure to compile, whatever it is, must not end a run or a text
+            if current is function:
+                raise
+            current = function
+            print(f"not compiled: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
+        return function(*arguments)
+    return call
+
+
 def compile_step(step, device: str):
     """`step(ids, cache)`, which generates one token, compiled: the computation is small, and the
     way to it through Python takes most of the time. On an NVIDIA card it is replayed as a CUDA
-    graph. If compiling fails, which shows at the first call, it continues uncompiled and says so on
-    stderr."""
-    on_cuda = device_type(device) == "cuda"
-    how = dict(mode="reduce-overhead") if on_cuda else dict(options={"cpp_wrapper": True})
-    current = torch.compile(step, dynamic=False, **how)
+    graph."""
+    if device_type(device) != "cuda":
+        return compile_function(step, options={"cpp_wrapper": True})
+    compiled = compile_function(step, mode="reduce-overhead")
 
     def run_step(ids, cache):
-        nonlocal current
-        if on_cuda:
-            mark_static(cache)
-        try:
-            return current(ids, cache)
-        except Exception as error:      # a failure to compile, whatever it is, must not end a text
-            if current is step:
-                raise
-            current = step
-            print(f"not compiled: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
-        return step(ids, cache)
+        mark_static(cache)
+        return compiled(ids, cache)
     return run_step
 
 

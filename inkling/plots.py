@@ -19,6 +19,7 @@ import numpy as np
 from inkling.cli import FilePath, UserError, parse, printable, run
 from inkling.files import atomic_write
 from inkling.format import align_columns, duration, short
+from inkling.hints import runs_in, there_is
 
 # Fonts with letters that matplotlib's own lacks, such as Chinese, on Linux, macOS and Windows.
 MORE_FONTS = ["Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Source Han Sans SC", "PingFang SC",
@@ -197,7 +198,8 @@ def read_evaluated_run(folder: str) -> list:
         rows = read_log(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{folder} holds no run: cannot read {path}: {reason}")
+        runs = there_is(str(folder), runs_in())
+        raise UserError(f"{folder} holds no run: cannot read {path}: {reason}{runs}")
     if not any({"train_loss", "val_loss"} <= row.keys() for row in rows):
         raise UserError(f"{path} holds no evaluation yet")
     return rows

@@ -399,7 +399,8 @@ def prompt_ids(tokenizer: Tokenizer, text: str, flag: str) -> np.ndarray:
         return tokenizer.encode_prompt(text).astype(np.int64)
     except ValueError as error:
         prompt = f"{flag}={quoted(text)}" if len(text) < 40 else flag
-        raise UserError(f"{prompt}: {error}")
+        raise UserError(f"{prompt}: {error}; leave such characters out, or prepare the text with --tokenizer=byte, "
+                        "which knows all of them, and train again")
 
 
 def code_points(text: str) -> np.ndarray:

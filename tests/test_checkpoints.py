@@ -488,6 +488,12 @@ def test_a_new_folder_that_cannot_be_made_brings_the_old_one_back(start, monkeyp
     assert unmoved(old_run)
 
 
+def test_a_log_that_cannot_be_opened_brings_the_old_run_back(start, monkeypatch, old_run):
+    monkeypatch.setattr(train.Report, "open", fail_with(UserError("cannot write run/log.csv: Disk quota exceeded")))
+    one_line_error(start("run"), "Disk quota exceeded")
+    assert unmoved(old_run)
+
+
 def test_a_folder_that_another_process_takes_meanwhile_is_its_own(start, monkeypatch, old_run):
     lock_folder, calls = files.lock_folder, []
 
@@ -552,6 +558,7 @@ def test_another_batch_size_keeps_the_count_of_tokens(start, stopped):
         content = load_checkpoint(stopped / name)
         assert content["tokens"] == tokens[content["step"]]
     assert "speed    1.54k tokens" in result.stdout
+    assert "note     a step reads 16 windows, before it read 4" in result.stdout
 
 
 def test_a_checkpoint_from_before_tokens_were_counted_gets_those_of_its_own_batch(start, stopped):

@@ -341,6 +341,21 @@ def test_names_of_data_sets_are_plain(start, tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
+def test_what_is_not_found_comes_with_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text(TEXT)
+    one_line_error(inside(prepare.main, "bok.txt"), "no file bok.txt; there is book.txt")
+    outcome = inside(prepare.main, "book.txt", "--data_dir=sets")
+    assert outcome.stdout.splitlines()[-1].startswith("next     python train.py --dataset=book --data_dir=")
+    one_line_error(inside(train.main, "--dataset=bok", "--data_dir=sets"), "there is book, ")
+    one_line_error(inside(train.main, "--dataset=sets/book", "--data_dir=sets"), "its name alone: book")
+    for name in ("poem", "book"):
+        Path("out", name).mkdir(parents=True)
+        Path("out", name, "ckpt.pt").touch()
+    one_line_error(inside(sample.main, "--out_dir=book"), "no book/ckpt.pt; there is out/book, out/poem")
+    one_line_error(inside(sample.main, "out/book"), "python sample.py --out_dir=out/book")
+
+
 @pytest.mark.parametrize("out", ["used", "used/run", ".", "x" * 300])
 def test_a_folder_that_cannot_be_is_refused(start, tmp_path, out):
     (tmp_path / "used").write_text("a file")

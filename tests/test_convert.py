@@ -1530,6 +1530,8 @@ def test_train_takes_a_hugging_face_folder(saved, tmp_path):
     (sample, "my book.txt", "python sample.py --start='FILE:my book.txt'"),
     (sample, "there", "python sample.py --ckpt=there"),
     (sample, "old/ckpt.pt", "python sample.py --ckpt=old/ckpt.pt"),
+    (sample, "old", "python sample.py --out_dir=old"),
+    (sample, "The fox", "python sample.py --start='The fox'"),
 ])
 def test_a_word_that_is_no_config_file_gets_the_command_that_was_meant(saved, tmp_path, program, word, command):
     saved()
@@ -1538,7 +1540,7 @@ def test_a_word_that_is_no_config_file_gets_the_command_that_was_meant(saved, tm
     Path("my book.txt").write_text(TEXT, encoding="utf-8")
     write_set(tmp_path / "sets" / "tale", [Path("my book.txt")], "byte", 0.1)
     one_line_error(inside(program.main, word), "neither a config file", command)
-    assert "you may want" not in inside(program.main, "no such file.txt").stderr
+    assert "you may want" not in inside(train.main, "no such file.txt").stderr
 
 
 # -- --init_from=gpt2 ------------------------------------------------------------------------------------------------

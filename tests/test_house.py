@@ -15,13 +15,15 @@ for path in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("inkling/*.py"))]:
         PATHS[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
 
 # A module imports only from those before it. The first ones need no torch.
-WITHOUT_TORCH = ["inkling.output", "inkling.cli", "inkling.format", "inkling.progress", "inkling.files",
-                 "inkling.dataset", "inkling.sniff", "inkling.remarks", "inkling.download", "inkling.archives",
-                 "inkling.inputs", "inkling.records", "inkling.readers", "inkling.tokenizer_json", "inkling.tokenizer",
-                 "inkling.split", "inkling.encode", "inkling.texts", "inkling.ngram", "inkling.anchors", "prepare"]
-ORDER = [*WITHOUT_TORCH, "inkling.device", "inkling.cpu", "inkling.clock", "inkling.checkpoint", "inkling.distributed",
+WITHOUT_TORCH = ["inkling.output", "inkling.hints", "inkling.cli", "inkling.format", "inkling.progress",
+                 "inkling.files", "inkling.dataset", "inkling.sniff", "inkling.remarks", "inkling.download",
+                 "inkling.archives", "inkling.inputs", "inkling.records", "inkling.readers", "inkling.tokenizer_json",
+                 "inkling.tokenizer", "inkling.split", "inkling.encode", "inkling.texts", "inkling.ngram",
+                 "inkling.anchors", "prepare"]
+ORDER = [*WITHOUT_TORCH, "inkling.device", "inkling.cpu", "inkling.clock", "inkling.evaluation",
+         "inkling.checkpoint", "inkling.distributed",
          "inkling.stopping", "inkling.plots", "inkling.report", "inkling.dry_run", "inkling.huggingface",
-         "inkling.hints", "inkling.js_regex", "convert", "train", "inkling.web_page", "sample"]
+         "inkling.js_regex", "convert", "train", "inkling.web_page", "sample"]
 # A checkpoint's tokenizer is read with torch, a Hugging Face folder's by what makes Tokenizers of it; a page is made of
 # a model of train.py, which itself may need convert.py: the ways back, inside functions.
 WAYS_BACK = {("inkling.tokenizer", "inkling.checkpoint"), ("inkling.tokenizer", "inkling.huggingface"),

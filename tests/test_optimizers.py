@@ -108,6 +108,23 @@ def test_adamw_has_the_betas_and_epsilon_of_the_settings():
     assert {(group["betas"], group["eps"]) for group in adamw.param_groups} == {((0.7, 0.8), 1e-5)}
 
 
+def test_an_update_that_does_not_compile_is_made_without(monkeypatch, capsys):
+    """Compiling shows only in the first step whether it works."""
+    def compile(function, **how):
+        def fail(*arguments):
+            raise RuntimeError("no such compiler")
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile)
+    compiled, plain = torch.ones(4, 4), torch.ones(4, 4)
+    optimizer = muon_of([compiled])
+    optimizer.compile_update()
+    steps(optimizer, [compiled], 2)
+    steps(muon_of([plain]), [plain], 2)
+    assert torch.equal(compiled, plain)
+    assert "not compiled: RuntimeError: no such compiler" in capsys.readouterr().err
+
+
 # ---- Muon
 
 

@@ -121,7 +121,7 @@ def test_a_flag_like_no_other_points_to_the_help(program, flag):
 
 def test_a_word_that_is_neither_flag_nor_config_file_is_refused():
     one_line_error(train_with("n_layer=3"), "n_layer=3", "--key=value")
-    one_line_error(inside(sample.main, "ROMEO:"), "ROMEO:", "--key=value")
+    one_line_error(inside(sample.main, "ROMEO:"), "ROMEO:", "--key=value", "python sample.py --start=ROMEO:")
 
 
 # -- ~ in a path
@@ -504,12 +504,41 @@ class Garden:
 
 def test_the_help_is_the_comments_of_the_source():
     lines = help_text(Garden, "A garden.\n\n    python garden.py\n\nGreen.\n", 100).splitlines()
-    assert lines[:4] == ["A garden.", "", "Green.", ""]
-    assert [" ".join(line.split()) for line in lines[6:]] == [
+    assert lines[:7] == ["A garden.", "", "examples:", "    python garden.py", "", "Green.", ""]
+    assert [" ".join(line.split()) for line in lines[9:]] == [
         "plants:", "--trees=3 how many; with # in it",
         "--shade=0.5 its share of the ground, which is explained in a second line", "",
-        "tools:", "--hose=False lay one", "--name= on the gate", "",
-        "examples:", "python garden.py"]
+        "tools:", "--hose=False lay one", "--name= on the gate"]
+
+
+def test_the_flags_used_most_come_first_in_the_help_and_only_there():
+    lines = help_text(Garden, "A garden.", 100, first=("hose", "trees")).splitlines()
+    assert [" ".join(line.split()) for line in lines[3:]] == [
+        "", "most used:", "--hose=False lay one", "--trees=3 how many; with # in it", "",
+        "plants:", "--shade=0.5 its share of the ground, which is explained in a second line", "",
+        "tools:", "--name= on the gate"]
+
+
+@pytest.mark.parametrize(("program", "names"), [
+    (train, train.FIRST_IN_HELP), (sample, sample.FIRST_IN_HELP), (prepare, prepare.FIRST_IN_HELP)])
+def test_every_program_names_eight_flags_first(program, names):
+    before, _, after = inside(program.main, "--help").stdout.partition("most used:")
+    assert "examples:" in before
+    assert re.findall(r"^  --(\w+)=", after, re.M)[:8] == list(names)
+    assert len(set(names)) == 8
+
+
+def test_all_wrong_flags_are_reported_at_once():
+    one_line_error(train_with("--lr=1", "--zzz=2", "--dataset", "book", "--n_layer=six"), "--learning_rate", "--zzz",
+                   "write --dataset=book", "n_layer=six")
+
+
+@pytest.mark.parametrize(("program", "flag", "meant"), [
+    (train, "lr", "learning_rate"), (train, "steps", "max_iters"), (train, "epochs", "max_epochs"),
+    (train, "prompt", "sample_start"), (sample, "prompt", "start"), (sample, "temp", "temperature"),
+    (sample, "length", "max_new_tokens"), (sample, "n", "num_samples")])
+def test_the_names_of_other_programs_lead_to_the_flag(program, flag, meant):
+    one_line_error(inside(program.main, f"--{flag}=1"), f"did you mean --{meant}?")
 
 
 def test_the_help_has_the_comments_of_a_parent_after_those_of_the_class():
@@ -524,7 +553,7 @@ def test_the_help_is_wrapped_to_the_terminal(monkeypatch):
     comment, = (comment for _, name, comment in comments(Config) if name == "gradient_accumulation_steps")
     for columns in (60, 80, 100, 120):
         monkeypatch.setenv("COLUMNS", str(columns))
-        lines = help_text(Config, train.__doc__).split("examples:")[0].splitlines()
+        lines = help_text(Config, train.__doc__).partition("Flags and their defaults")[2].splitlines()
         assert columns - 12 < max(map(len, lines)) < columns
         if columns < 100:                               # no room beside the flag: the comment goes below
             below = lines[lines.index("  --gradient_accumulation_steps=1") + 1]
