@@ -28,8 +28,8 @@ def ngram_losses(train: np.ndarray, val: np.ndarray, order: int, alphabet: int) 
     """(n,) losses in nats of each symbol of `val`, given those before it in `val`, under the model of
     that order trained on `train`. train, val: (n,) symbols below `alphabet`."""
     p = np.full(len(val), 1 / alphabet)
-    numbers = np.zeros(len(train), np.int64)                # of the n-gram that ends at each place
-    val_numbers = np.zeros(len(val), np.int64)
+    numbers = np.zeros(len(train), np.int32)                # of the n-gram that ends at each place
+    val_numbers = np.zeros(len(val), np.int32)
     val_contexts = np.zeros(len(val), np.int64)
     below = None                                            # the Order one shorter
     for length in range(1, min(order, len(train)) + 1):
@@ -47,22 +47,22 @@ def ngram_losses(train: np.ndarray, val: np.ndarray, order: int, alphabet: int) 
 def lengthen(symbols: np.ndarray, numbers: np.ndarray, length: int, alphabet: int) -> tuple:
     """(the Order of that length, with occurrences for counts; (n,) the number of the n-gram that ends
     at each place). numbers: the same, of n-grams one shorter."""
-    shorter = numbers[length - 1:]
+    shorter = numbers[length - 1:].astype(np.int64)
     keys, places, inverse, counts = np.unique(shorter * alphabet + symbols[:len(shorter)], return_index=True,
                                               return_inverse=True, return_counts=True)
     ends = places + length - 1
     contexts = np.zeros(len(keys), np.int64)
     if length > 1:
         contexts = numbers[ends - 1]
-    longer = np.full(len(symbols), NONE)
+    longer = np.full(len(symbols), NONE, np.int32)
     longer[length - 1:] = inverse
     return Order(keys, contexts, counts), longer
 
 
 def find_ngrams(present: Order, symbols: np.ndarray, numbers: np.ndarray, length: int, alphabet: int) -> np.ndarray:
     """(n,) the number of the n-gram that ends at each place, NONE where the training text lacks it."""
-    found = np.full(len(symbols), NONE)
-    shorter = numbers[length - 1:]
+    found = np.full(len(symbols), NONE, np.int32)
+    shorter = numbers[length - 1:].astype(np.int64)
     keys = shorter * alphabet + symbols[:len(shorter)]
     places = np.minimum(np.searchsorted(present.keys, keys), len(present.keys) - 1)
     known = (shorter != NONE) & (present.keys[places] == keys)
