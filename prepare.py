@@ -7,8 +7,8 @@
     python prepare.py chats.jsonl --text_column=messages.text
     python prepare.py --check book              # every count, checksum and id
     python prepare.py --decode book > book.txt  # its text, train and then val
-    python prepare.py --anchors book            # measure what a model has to beat
-    python prepare.py --adopt FOLDER --tokenizer=gpt2   # nanoGPT's .bin files
+    python prepare.py --anchors book            # what a model has to beat
+    python prepare.py --adopt FOLDER --tokenizer=gpt2   # of nanoGPT
 
 The built-in sets are fables, fables_zh (in Chinese, a token per character) and fables_zh_cl100k
 (the same text with OpenAI's cl100k_base), which are part of the repository, shakespeare_char,
@@ -493,9 +493,9 @@ def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction:
     finally:
         remove_unfinished(folder)       # nothing, once the new set has been committed
     report(folder, meta, options.tokenizer or "char", len(corpus.survey.characters_seen()), used)
-    print_next(folder, meta)
     report_documents(corpus, writers, tokenizer, joiner)
     print_anchors(anchors)
+    print_next(folder, meta)
     return meta
 
 

@@ -1178,7 +1178,6 @@ def start(cfg: Config, origin: Origin | None = None) -> Run:
     data, meta = open_data(folder, cfg.block_size)
     tokenizer = stored_tokenizer(folder, meta)
     if tokenizer.eot is None:
-        check_ids(data["train"][:10**6], tokenizer.vocab_size, "train")
         tokenizer.start = start_of_texts(tokenizer, meta.get("joiner"), data["train"])
     check_origin(origin, cfg, tokenizer, meta)
     sample_prompt(cfg, tokenizer)       # a wrong prompt fails now, not later

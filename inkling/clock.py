@@ -59,7 +59,9 @@ def process_start() -> float:
     """When this process was started, on the clock of time.monotonic: on Linux exactly, elsewhere
     by the processor time that it has used since."""
     try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        if not hasattr(os, "sysconf"):
+            return time.monotonic() - time.process_time()
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         started = int(fields[19]) / os.sysconf("SC_CLK_TCK")        # since the system's start
         return time.monotonic() - (time.clock_gettime(time.CLOCK_BOOTTIME) - started)
     except (OSError, ValueError, LookupError, AttributeError):

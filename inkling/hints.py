@@ -66,12 +66,20 @@ def files_near(word: str) -> list:
 
 def sets_in(folder: Path) -> list:
     """The names of the data sets in a folder such as data/."""
-    return [path.parent.name for path in Path(folder).glob("*/meta.json")]
+    return [path.parent.name for path in paths_in(folder, "*/meta.json")]
+
+
+def paths_in(folder: Path, pattern: str) -> list:
+    """The paths that match; none in a folder that cannot be read, or whose name is too long for one."""
+    try:
+        return list(Path(folder).glob(pattern))
+    except (OSError, ValueError):
+        return []
 
 
 def runs_in(folder: Path = Path("out")) -> list:
     """The folders of the runs below `folder`."""
-    return [str(path.parent) for path in Path(folder).glob("*/ckpt.pt")]
+    return [str(path.parent) for path in paths_in(folder, "*/ckpt.pt")]
 
 
 def command_for_training(word: str) -> str:

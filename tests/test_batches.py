@@ -63,7 +63,7 @@ def test_accumulation_trains_the_same_model(start, tmp_path, optimizer):
     for other_losses, other_weights in others:
         assert other_losses == pytest.approx(losses, abs=1e-5)
         for name in weights:
-            assert torch.allclose(weights[name], other_weights[name], rtol=0, atol=1e-5), name
+            assert torch.allclose(weights[name], other_weights[name], rtol=0, atol=1e-4), name
 
 
 @pytest.mark.parametrize(("world", "size", "steps"), [(1, 2, 3), (2, 4, 1), (2, 4, 3), (3, 2, 3), (4, 1, 4)])
