@@ -46,7 +46,7 @@ class Size:
 
 GPT2_CONFIG = str(ROOT / "config" / "gpt2_124m.py")
 SIZES = {
-    "toy": Size(flags(n_layer=1, n_embd=32, n_head=1, block_size=16, batch_size=2, ngrams=0), 65),
+    "toy": Size(flags(n_layer=1, n_embd=32, n_head=1, block_size=16, batch_size=2, ngrams=0, eval_interval=25), 65),
     "14M": Size([str(ROOT / "config" / "shakespeare_char.py")], 65),
     "124M": Size([GPT2_CONFIG], 50257),
     "350M": Size([GPT2_CONFIG, *flags(n_layer=24, n_head=8, n_embd=1024)], 50257),

@@ -88,9 +88,17 @@ def xz_size(text: bytes) -> int:
 # -- in words --------------------------------------------------------------------------------------
 
 def usable_anchors(meta: dict) -> dict:
-    """{name of NAMES: bits per byte} in meta.json; empty for a set from before there were any."""
-    anchors = meta.get("anchors", {})
-    return {name: anchors[name] for name in NAMES if isinstance(anchors, dict) and name in anchors}
+    """{name of NAMES: bits per byte} in meta.json; empty for a set from before there were any. What
+    is no such number is left out: a run does not end for want of an anchor."""
+    anchors = meta.get("anchors")
+    if not isinstance(anchors, dict):
+        return {}
+    return {name: anchors[name] for name in NAMES if is_rate(anchors.get(name))}
+
+
+def is_rate(value) -> bool:
+    """Whether it is a number of bits per byte."""
+    return type(value) in (int, float) and 0 < value < 1000
 
 
 def anchor_lines(anchors: dict) -> list:

@@ -83,7 +83,6 @@ def read_meta(folder: Path) -> dict:
             raise ValueError("no tokenizer")
         if not isinstance(meta.get("joiner", ""), str):
             raise ValueError("its joiner is not text")
-        check_anchors(meta.get("anchors", {}))
     except FileNotFoundError:
         raise UserError(f"no data set in {folder}, as {path} is missing: python prepare.py "
                         f"YOUR_TEXT_FILE --name={folder.name} makes one{there_is(folder.name, sets_in(folder.parent))}")
@@ -92,15 +91,6 @@ def read_meta(folder: Path) -> dict:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): {again(folder)}")
     return meta
-
-
-def check_anchors(anchors: dict):
-    """Raise ValueError unless the anchors are finite numbers by their names."""
-    if not isinstance(anchors, dict):
-        raise ValueError("its anchors are no table")
-    for name, value in anchors.items():
-        if type(value) not in (int, float) or not 0 <= value < 2**31:
-            raise ValueError(f"its anchor {name} is no number")
 
 
 def check_entry(entry: dict):

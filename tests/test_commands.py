@@ -470,12 +470,17 @@ def test_damaged_data_is_refused_before_the_first_step(start, data_dir, tmp_path
 def test_an_id_that_evaluation_does_not_meet_is_refused_at_the_batch_that_does(start, data_dir, tmp_path):
     shutil.copytree(data_dir / "toy", tmp_path / "sets" / "toy")
     ids = np.fromfile(tmp_path / "sets" / "toy" / "train.bin", np.uint8)
-    ids[100:900] = 255                                  # the evaluation windows begin at 0 and at 1120
+    cfg = train.Config(**TOY)
+    read_before = [*train.eval_windows(len(ids), cfg, 16), *train.window_starts(0, cfg, len(ids))]
+    places = {start + offset for start in read_before for offset in range(cfg.block_size + 1)}
+    window = train.window_starts(1, cfg, len(ids))[0] + np.arange(cfg.block_size)
+    ids[[place for place in window if place not in places]] = 255      # what the second update is the first to read
     ids.tofile(tmp_path / "sets" / "toy" / "train.bin")
-    outcome = start(data_dir=tmp_path / "sets", batch_size=700)       # more windows than there are
+    outcome = start(data_dir=tmp_path / "sets")
     one_line_error(outcome, "train.bin holds token id 255", "--check")
     assert "eval 0/2" in outcome.stdout
-    assert "step 1/2" not in outcome.stdout
+    assert "step 1/2" in outcome.stdout
+    assert "step 2/2" not in outcome.stdout
     one_line_error(inside(prepare.main, "--check", "toy", "--data_dir=sets"), "token id 255")
 
 
