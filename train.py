@@ -1346,7 +1346,7 @@ def decide_length(run: Run, report: Report, seconds_per_step: float):
     refines, and decide on the evaluations. Raises UserError if not one step fits."""
     seconds_left = run.ranks.broadcast(run.deadline.seconds_left())
     if run.cfg.max_minutes and not run.plan.breakpoints:
-        # The estimate may be far off where other programs compute, too.
+        # The estimate may be far off on a machine that is busy with other programs.
         if seconds_left <= 0 or seconds_per_step > 3 * seconds_left:
             raise UserError(
                 f"max_minutes={run.cfg.max_minutes:g} leaves {max(0, seconds_left):.1f} s for training, and a step "

@@ -13,7 +13,7 @@ from functools import cache
 
 SYNTAX = set("^$\\.*+?()[]{}|/")        # what JavaScript allows to be escaped
 CONTROLS = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "a": "\a", "e": "\x1b"}
-# Classes that mean something else in JavaScript, or only ASCII. They fit into a set, too.
+# Classes that mean something else in JavaScript, or only ASCII. They also work inside a set.
 CLASSES = {"s": r"\p{White_Space}", "S": r"\P{White_Space}", "d": r"\p{Nd}", "D": r"\P{Nd}"}
 WORD = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}"
 CATEGORIES = {"L", "Lu", "Ll", "Lt", "LC", "Lm", "Lo", "M", "Mn", "Mc", "Me", "N", "Nd", "Nl", "No", "P", "Pc", "Pd",
