@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from inkling import cli, cpu
+from inkling import cli, compile_cost, cpu
 from inkling.checkpoint import (
     ForeignCheckpoint,
     RunFolder,
@@ -61,12 +61,14 @@ from inkling.device import (
     compile_function,
     compile_model,
     compile_pays,
+    compiler_missing,
     device_type,
     seconds_of_a_pass,
 )
 from inkling.distributed import Ranks, gradient_sync
 from inkling.dry_run import TRIAL_WINDOWS, dry_run
 from inkling.evaluation import choose_interval, plan_evaluations
+from inkling.format import rough_duration
 from inkling.hints import command_for_training, sets_in
 from inkling.output import outlive_output
 from inkling.report import Report, check_loggers
@@ -1316,22 +1318,29 @@ def compile_and_wrap(run: Run, report: Report | None = None, seconds_per_step: f
     seconds_per_step: see estimate_pace."""
     plan = run.plan
     note = "off"
+    cost_key = compile_key(run)
+    expected_seconds = compile_cost.expected_seconds(cost_key)
     if plan.compile == "auto":
         seconds_left = run.deadline.seconds_left()
         if plan.max_iters is not None and seconds_per_step is not None:
             seconds_left = min(seconds_left, seconds_per_step * (plan.max_iters - run.state.step))
-        plan.compile = compile_pays(seconds_left, run.ranks)
+        plan.compile = compile_pays(seconds_left, expected_seconds, run.ranks)
+        if not plan.compile:
+            too_long = f"it takes about {rough_duration(expected_seconds)} and would save less"
+            note = f"off: {compiler_missing(plan.device) or too_long}"
     if not passes_to_come(run):
         plan.compile = False
     if plan.compile:
         if report:
-            report.compiling()
+            report.compiling(expected_seconds)
         began = time.perf_counter()
         compiled_model, compiled, note = compile_model(run.model, run.forward_backward, plan.device)
         run.compile_seconds = time.perf_counter() - began
         plan.compile = run.ranks.all_true(compiled)
         if plan.compile:
             run.step_model = compiled_model
+            if run.ranks.first:
+                compile_cost.remember(cost_key, run.compile_seconds)
     if plan.compile:
         for optimizer in run.optimizers:
             optimizer.compile_update()
@@ -1339,6 +1348,14 @@ def compile_and_wrap(run: Run, report: Report | None = None, seconds_per_step: f
         run.step_model = run.ranks.wrap_ddp(run.step_model)
     if report:
         report.machine(note)
+
+
+def compile_key(run: Run) -> str:
+    """Return the name under which it is remembered how long compiling this run's model takes."""
+    plan = run.plan
+    settings = [getattr(run.cfg, name) for name in sorted(MODEL_FIELDS | {"optimizer", "activation_checkpointing"})]
+    return compile_cost.key_of(settings, run.model.vocab_size, plan.sequences // plan.micro_batches, plan.dtype,
+                               device_type(plan.device), torch.__version__)
 
 
 def decide_length(run: Run, report: Report, seconds_per_step: float):

@@ -10,10 +10,8 @@ import time
 
 import torch
 
+from inkling import compile_cost
 from inkling.cli import UserError
-
-COMPILE_PAYS_AFTER = 100        # seconds of uncompiled training still to come: compiling takes 20-75 s the first time
-                                # and about 4 s later, and saves a fifth to a half of a step of the default model
 
 
 def device_type(device: str) -> str:
@@ -161,12 +159,12 @@ def seconds_of_a_pass(forward_backward, windows: int, ranks) -> float:
     return of_several + of_each_more * (windows - several)
 
 
-def compile_pays(seconds_left: float, ranks) -> bool:
+def compile_pays(seconds_left: float, compile_seconds: float, ranks) -> bool:
     """Resolve compile=auto, the same on all ranks: whether torch.compile saves more of the seconds
-    that the run would still take uncompiled than compiling takes."""
+    that the run would still take uncompiled than the `compile_seconds` that it takes itself."""
     if compiler_missing(ranks.device):
         return ranks.broadcast(False)
-    return ranks.broadcast(seconds_left > COMPILE_PAYS_AFTER)
+    return ranks.broadcast(compile_cost.pays(seconds_left, compile_seconds))
 
 
 def compile_model(model, forward_backward, device: str) -> tuple:

@@ -355,8 +355,8 @@ class Report:
         self.label("final", f"val {loss:.4f} on {read} {of_val:,} windows, {loss * self.bits_per_byte:.3f} bits per "
                             f"byte: the weights of ckpt.pt, of step {self.run.state.best_step:,}")
 
-    def compiling(self):
-        self.label("compile", "one to three minutes on two cores, once; faster when cached ...")
+    def compiling(self, expected_seconds: float):
+        self.label("compile", f"about {rough_duration(expected_seconds)}; less once it is cached ...")
 
     def machine(self, compile_note: str):
         plan = self.run.plan

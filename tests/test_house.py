@@ -20,7 +20,7 @@ WITHOUT_TORCH = ["inkling.output", "inkling.hints", "inkling.cli", "inkling.form
                  "inkling.archives", "inkling.inputs", "inkling.records", "inkling.readers", "inkling.tokenizer_json",
                  "inkling.tokenizer", "inkling.split", "inkling.encode", "inkling.texts", "inkling.ngram",
                  "inkling.anchors", "prepare"]
-ORDER = [*WITHOUT_TORCH, "inkling.device", "inkling.cpu", "inkling.clock", "inkling.evaluation", "inkling.checkpoint",
+ORDER = [*WITHOUT_TORCH, "inkling.compile_cost", "inkling.device", "inkling.cpu", "inkling.clock", "inkling.evaluation", "inkling.checkpoint",
          "inkling.distributed",
          "inkling.stopping", "inkling.plots", "inkling.report", "inkling.dry_run", "inkling.huggingface",
          "inkling.js_regex", "convert", "train", "inkling.web_page", "sample"]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import ROOT, inside, log_rows, one_line_error
 
 import train
-from inkling import cli
+from inkling import cli, compile_cost
 from inkling.clock import Deadline
 from inkling.device import compare_with_cpu, compile_pays, seconds_of_a_pass
 from inkling.distributed import Ranks
@@ -216,7 +216,48 @@ def test_max_iters_without_end_is_refused(start):
 
 @pytest.mark.parametrize(("minutes", "pays"), [(0, True), (1, False), (30, True)])
 def test_compiling_must_pay_within_the_minutes(minutes, pays):
-    assert compile_pays(Deadline(minutes).seconds_left(), Ranks()) == pays
+    assert compile_pays(Deadline(minutes).seconds_left(), 75, Ranks()) == pays
+
+
+@pytest.fixture
+def compiler_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_what_compiling_took_is_remembered_beside_the_compilers_cache(compiler_cache):
+    key = compile_cost.key_of("model", 1)
+    other = compile_cost.key_of("model", 2)
+    assert compile_cost.expected_seconds(key) == compile_cost.EXPECTED_SECONDS
+    compile_cost.remember(key, 100)                     # anew: the next time the cache holds it
+    assert compile_cost.expected_seconds(key) == pytest.approx(15)
+    compile_cost.remember(key, 12)
+    assert compile_cost.expected_seconds(key) == 12
+    assert compile_cost.expected_seconds(other) == compile_cost.EXPECTED_SECONDS
+    shutil.rmtree(compiler_cache)
+    assert compile_cost.expected_seconds(key) == compile_cost.EXPECTED_SECONDS
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"KEY": 3}', '{"KEY": ["x", true]}'])
+def test_a_damaged_memory_of_compiling_is_none(compiler_cache, content):
+    key = compile_cost.key_of("model")
+    compiler_cache.mkdir()
+    compile_cost.memory_path().write_text(content.replace("KEY", key))
+    assert compile_cost.expected_seconds(key) == compile_cost.EXPECTED_SECONDS
+
+
+def test_a_short_run_compiles_once_that_is_known_to_be_cheap(compiler_cache, data_dir, toy, monkeypatch):
+    """Here it takes no time at all."""
+    monkeypatch.setattr(train, "compile_model", lambda model, forward_backward, device: (model, True, "on"))
+    monkeypatch.setattr(train, "compile_function", lambda function, **how: function)
+    monkeypatch.setattr("inkling.device.compiler_missing", lambda device: "")
+    decided = []
+    for _ in range(2):
+        run = train.start(toy(compile="auto"))
+        train.compile_and_wrap(run, seconds_per_step=5.0)     # 30 seconds of training
+        decided.append(run.plan.compile)
+        compile_cost.remember(train.compile_key(run), 1.0)
+    assert decided == [False, True]
 
 
 @pytest.mark.parametrize(("seconds", "passes"), [(0.01, [1, 1, 8, 8]), (1.0, [1, 1, 2]), (9.0, [1])])

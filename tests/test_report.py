@@ -227,10 +227,10 @@ def test_how_long_it_takes_is_said_first(make_run, tmp_path, capsys, seconds, sa
 def test_compiling_is_announced_before_the_machine_is_described(make_run, tmp_path, capsys):
     run = make_run(plan={"dtype": "bfloat16"})
     report = Report(run, tmp_path)
-    report.compiling()
+    report.compiling(75)
     report.machine("on, took 9 s")
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("compile  one to three minutes on two cores")
+    assert first.startswith("compile  about 75 seconds")
     assert second == "machine  cpu, 1 threads; bfloat16; compile on, took 9 s"
 
 
@@ -291,7 +291,7 @@ def test_ranks_other_than_the_first_say_and_write_nothing(make_run, tmp_path, ca
     run = make_run(first=False)
     report = Report(run, tmp_path)
     report.banner()
-    report.compiling()
+    report.compiling(75)
     report.machine("off")
     report.open()
     report.step(1, 2.0, 0.5, 0.01)
