@@ -108,6 +108,31 @@ def test_the_printed_command_repeats_a_run_by_the_clock(start, paced, tmp_path, 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("where", ["before", "between", "behind"])
+def test_a_cut_run_with_breakpoints_resumes_to_the_same_bits(start, paced, tmp_path, where):
+    """Cut before, between and behind the steps at which its end moved."""
+    paced.seconds_of_step = lambda step: 1.0 if step < 30 else 2.0
+    assert start("whole", **MINUTES).returncode == 0
+    breakpoints = last(tmp_path / "whole")["plan"]["breakpoints"]
+    end = breakpoints[-1][1]
+    assert 5 < breakpoints[1][0] < 33 < breakpoints[-1][0] < end - 2
+    cut_at = {"before": 5, "between": 33, "behind": end - 2}[where]
+    exactly = dict(breakpoints=",".join(f"{step}:{end}" for step, end in breakpoints), max_iters=None)
+
+    def seconds_of_step(step):
+        if step == cut_at:
+            raise KeyboardInterrupt
+        return 1.0
+    paced.seconds_of_step = seconds_of_step
+    assert start("cut", **exactly, eval_interval=20, save_interval=1).returncode == 130
+    assert last(tmp_path / "cut")["step"] == cut_at
+    paced.seconds_of_step = lambda step: 1.0
+    assert start("cut", init_from="resume", max_iters=None, eval_interval=20).returncode == 0
+    whole = last(tmp_path / "whole")["model"]
+    resumed = last(tmp_path / "cut")["model"]
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def interrupt_after(paced, seconds: float):
     """Ctrl-C, twice, as it were: no step begins after so many seconds."""
     end = paced.now + seconds

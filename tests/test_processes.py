@@ -105,6 +105,36 @@ def test_evaluation_shared_by_processes_is_that_of_one(runs, data_dir, tmp_path)
         assert found == pytest.approx(figures[1, 0], abs=1e-5)
 
 
+def test_processes_whose_clocks_and_paces_differ_agree_on_the_moving_end(data_dir, tmp_path):
+    """Two minutes of a clock on which nothing passes but a step's seconds; in half of them the pace doubles."""
+    def before(rank):
+        now = 1000.0 * (rank + 1)
+        began = now
+        update, fit_steps_to_time = train.update, train.fit_steps_to_time
+
+        def timed_update(run, step):
+            nonlocal now
+            pace = 1.0 if now - began < 60 else 2.0
+            now += pace * (1 + rank / 4)
+            return update(run, step)
+
+        def noted_fit(run, *rest):
+            fit_steps_to_time(run, *rest)
+            (tmp_path / f"breakpoints-{rank}").write_text(repr(run.plan.breakpoints))
+
+        time.monotonic = time.perf_counter = lambda: now
+        train.update, train.fit_steps_to_time = timed_update, noted_fit
+
+    settings = SHARED_STEP | dict(max_minutes=2, max_iters=None, eval_interval=50, save_interval=0)
+    assert together(data_dir, tmp_path / "run", 2, before, **settings) == [0, 0]
+    agreed = (tmp_path / "breakpoints-0").read_text()
+    assert agreed == (tmp_path / "breakpoints-1").read_text()
+    plan = torch.load(tmp_path / "run" / "last.pt")["plan"]
+    assert agreed == repr(plan["breakpoints"])
+    assert len(plan["breakpoints"]) > 2
+    assert log_rows(tmp_path / "run")[-1]["step"] == str(plan["breakpoints"][-1][1])
+
+
 def test_the_first_process_alone_speaks_and_writes(runs):
     said = [(runs / f"2-{rank}.txt").read_text() for rank in (0, 1)]
     assert said[1] == ""
