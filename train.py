@@ -1515,7 +1515,7 @@ def train(cfg: Config, out_dir: Path, origin: Origin | None = None, began: float
     check_loggers(cfg)
     run = start(cfg, origin)
     run.deadline = deadline
-    report = Report(run, out_dir)
+    report = Report(run, out_dir, deadline.began)
     check_ranks_agree(run, origin)
     try:
         claim_folder(run, out_dir, origin)

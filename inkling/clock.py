@@ -98,8 +98,9 @@ class StepFitter:
 
     WARM_UP = 2
     STEPS_MEASURED = 8                  # before the first fit, unless they take long
-    PAUSES = 0.05                       # at most 2.5 times this share of the time goes into evaluations
-    EXIT_SECONDS = 1.5                  # for the picture, the summary, and what Python does at exit
+    PAUSES = 0.05                       # at most twice this share of the time goes into evaluations ...
+    PAUSES_OF_FEW = 0.2                 # ... unless there would be fewer than five: then this share at most
+    EXIT_SECONDS = 2.5                  # for the picture, the summary, and what Python does at exit
 
     def __init__(self, deadline: Deadline, stopwatch: Stopwatch, first_step: int, only_cuts: bool = False):
         """only_cuts: the number of steps is given, and the deadline can only end the run earlier."""
@@ -148,10 +149,17 @@ class StepFitter:
         self.left_at_last_fit = left
         pause = self.stopwatch.pause_seconds()
         usable = left - pause - last_pass_seconds - self.EXIT_SECONDS
-        times = int(self.PAUSES * left / max(1e-3, pause))
-        interval = choose_interval(step + max(0, int(usable / seconds_per_step)), min(10, max(1, times)))
+        interval = choose_interval(step + max(0, int(usable / seconds_per_step)), self.times_to_evaluate(left, pause))
         steps_left = max(0, int(usable / (seconds_per_step + pause / interval)))
         if steps_left < interval:       # none but the last comes
             steps_left = max(0, min(interval - 1, int(usable / seconds_per_step)))
         self.halfway = step + max(1, steps_left // 2)
         return step + steps_left, interval
+
+    def times_to_evaluate(self, left: float, pause: float) -> int:
+        """How many evaluations of `pause` seconds each the `left` seconds should have at least: ten if
+        they cost little; else five, so that there is a model to keep after a fifth of the time; fewer if
+        those cost much."""
+        cheap = int(self.PAUSES * left / max(1e-3, pause))
+        bearable = int(self.PAUSES_OF_FEW * left / max(1e-3, pause))
+        return max(1, min(10, cheap), min(5, bearable))

@@ -15,7 +15,7 @@ from inkling.files import atomic_write
 
 # On two cores, of the models in config/ (bench/RESULTS.md): before the first step, and in it for the optimizer.
 EXPECTED_SECONDS = 75
-# When the compiler finds all of it in its cache: 4 s of 73 (default model, avx512_bf16), 10 of 78 (shakespeare_char, AVX2).
+# When the compiler finds all in its cache: 4 s of 73 (a default model, avx512_bf16), 10 of 78 (shakespeare_char, AVX2).
 SHARE_WHEN_CACHED = 0.15
 # Steps of an uncompiled run to those of a compiled one, in the same time.
 EXPECTED_GAIN = 1.4

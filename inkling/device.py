@@ -83,7 +83,7 @@ def loss_and_norm(model, x, y, device: str) -> tuple:
 
 def choose_dtype(device: str, dtype: str) -> str:
     """`auto` becomes bfloat16 (on older NVIDIA cards float16) where a matrix product is really
-    faster with it: some processors and cards accept it and emulate it. Takes a few milliseconds."""
+    faster with it: some processors and cards accept it and emulate it. Takes less than a tenth of a second."""
     if dtype != "auto":
         return dtype
     kind = device_type(device)
@@ -92,14 +92,16 @@ def choose_dtype(device: str, dtype: str) -> str:
     half = "bfloat16"
     if kind == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         half = "float16"                # with a GradScaler
-    if matmul_seconds(device, getattr(torch, half)) < 0.7 * matmul_seconds(device, torch.float32):
-        return half
-    return "float32"
+    # A small product shows what is emulated: large ones take up to a hundred times as long then, seconds in all.
+    for size, most in ((128, 3), (512, 0.7)):
+        if matmul_seconds(device, getattr(torch, half), size) > most * matmul_seconds(device, torch.float32, size):
+            return "float32"
+    return half
 
 
-def matmul_seconds(device: str, dtype: torch.dtype) -> float:
-    """The fastest of six times that four products of 512 x 512 matrices take."""
-    a = torch.ones(512, 512, device=device, dtype=dtype)
+def matmul_seconds(device: str, dtype: torch.dtype, size: int) -> float:
+    """The fastest of six times that four products of `size` x `size` matrices take."""
+    a = torch.ones(size, size, device=device, dtype=dtype)
     fastest = math.inf
     for _ in range(6):                  # the first ones warm up
         began = time.perf_counter()

@@ -222,10 +222,14 @@ def is_settled(row: dict, first_step: int, evaluated: int | None) -> bool:
 
 # -- the report ------------------------------------------------------------------------------------
 
+PICTURES_SHARE = 0.02                   # of the time, at most, goes into drawing loss.png
+
+
 class Report:
     """Prints and records what a run does; in processes other than the first, nothing."""
 
-    def __init__(self, run, out_dir: Path):
+    def __init__(self, run, out_dir: Path, began: float | None = None):
+        """began: when the process began, by time.monotonic; None: now."""
         self.run = run
         self.out_dir = out_dir
         self.speaks = run.ranks.first
@@ -236,7 +240,9 @@ class Report:
         self.step_line = ""                 # the latest line of a step; it stands in front of the bar
         self.uncompiled_seconds_per_step = None     # as estimated before compiling; None: not known
         self.draws_fail = False             # and it has been said
-        self.process_began = time.perf_counter()
+        self.picture_is_old = False         # log.csv knows more than loss.png shows
+        self.next_picture = 0.0             # by time.monotonic
+        self.began = time.monotonic() if began is None else began
         self.last_step = run.first_step
         self.last_seconds = run.stopwatch.seconds()
         self.first_seconds = self.last_seconds
@@ -464,7 +470,7 @@ class Report:
         return f"{100 * tokens_per_second * flops_per_token(run.cfg, run.model) / peak:.0f}% MFU"
 
     def evaluation(self, step: int, losses: dict, is_best: bool):
-        """Print and record an evaluation, and draw loss.png."""
+        """Print and record an evaluation, and draw loss.png if that costs little by now."""
         if not self.speaks:
             return
         state = self.run.state
@@ -484,9 +490,8 @@ class Report:
         }, terminal_width()))
         self.log(step, train_loss=losses["train"], val_loss=losses["val"], val_bits_per_byte=bits_per_byte)
         self.say_parting(losses)
-        # At step 0 it would be a picture of one point. A run by the clock draws it all the same,
-        # since the pace of its evaluations counts what a picture takes.
-        if step or self.run.cfg.max_minutes:
+        self.picture_is_old = step > 0      # at step 0 it would be a picture of one point
+        if time.monotonic() >= self.next_picture:
             self.draw_losses()
 
     def say_parting(self, losses: dict):
@@ -502,10 +507,12 @@ class Report:
         self.label("note", memorizing(self.run.cfg, state, train_then[-1], losses))
 
     def draw_losses(self):
-        """loss.png; a run never ends for want of a picture."""
-        if not self.log_file:
+        """Draw loss.png, if it is not up to date; a run never ends for want of a picture."""
+        if not (self.log_file and self.picture_is_old):
             return
+        self.picture_is_old = False
         path = self.out_dir / "loss.png"
+        began = time.monotonic()
         try:
             plot_run(read_log(self.out_dir / "log.csv"), path, str(self.out_dir),
                      self.run.tokens_per_step, self.run.tokens_per_epoch, in_nats(self.anchors, self.bits_per_byte))
@@ -517,6 +524,8 @@ class Report:
             if not self.draws_fail:
                 self.warn(f"cannot draw {path}: {why(error)}")
             self.draws_fail = True
+        now = time.monotonic()
+        self.next_picture = now + (now - began) / PICTURES_SHARE
 
     def sample(self, step: int, text: str):
         shown = printable_text(text.strip(" \t\r\n"))
@@ -537,8 +546,9 @@ class Report:
     # -- the end
 
     def close(self):
-        """Close what `open` opened; may be called again."""
+        """Close what `open` opened, with a last picture; may be called again."""
         self.keep_step_line()
+        self.draw_losses()
         if self.bar:
             self.bar.close()
         if self.log_file:
@@ -653,7 +663,7 @@ class Report:
 
     def describe_speed(self, tokens: int, seconds: float) -> str:
         rate = f" at {short(tokens / seconds)} tok/s" if tokens and seconds else ""
-        text = f"{short(tokens)} tokens{rate}; whole process {duration(time.perf_counter() - self.process_began)}"
+        text = f"{short(tokens)} tokens{rate}; whole process {duration(time.monotonic() - self.began)}"
         if peak := peak_memory(self.run.plan.device):
             text += f", {size(peak)} of memory"
         return text

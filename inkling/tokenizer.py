@@ -379,11 +379,11 @@ def stored_tokenizer(folder: Path, meta: dict) -> Tokenizer:
 def start_of_texts(tokenizer: Tokenizer, joiner: str | None, ids: np.ndarray) -> str:
     """What stands before each text of a training set where no end-of-text token does, for
     `Tokenizer.start`: the joiner of its documents; of a single text, a blank line if it has any, and
-    else a line break. ids: the split, of which the first million are looked at; wrong ones are for
+    else a line break. ids: the split, of which the first 100,000 are looked at; wrong ones are for
     whoever reads them in training to refuse."""
     if joiner:
         return joiner
-    first = ids[:10**6]
+    first = ids[:10**5]
     text = tokenizer.decode(first[first < tokenizer.vocab_size].tolist())
     blank_line = tokenizer.fit_line_ends("\n\n")
     return blank_line if blank_line in text else "\n"

@@ -94,12 +94,21 @@ def test_a_run_changes_no_setting(toy, tmp_path, changes):
     assert last(tmp_path / "run")["config"] == before
 
 
-def fast_bfloat16(_, dtype) -> float:
+def fast_bfloat16(_, dtype, size) -> float:
     return 0.1 if dtype == torch.bfloat16 else 1.0
 
 
 def never(*_, **__):
     raise AssertionError("measured again")
+
+
+def test_an_emulated_precision_is_found_out_by_a_small_product(monkeypatch):
+    """On a processor with AVX2 alone, large ones took five seconds of every start."""
+    def seconds(_, dtype, size):
+        assert size <= 128, "a large product"
+        return 50.0 if dtype == torch.bfloat16 else 1.0
+    monkeypatch.setattr(device, "matmul_seconds", seconds)
+    assert device.choose_dtype("cpu", "auto") == "float32"
 
 
 AUTO = dict(dtype="auto", compile="auto")

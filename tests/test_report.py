@@ -368,7 +368,7 @@ def test_a_full_disk_costs_the_row_and_not_the_run(make_run, tmp_path, capsys):
     assert logged == [1]
 
 
-def test_the_picture_is_a_png_and_is_drawn_at_each_evaluation_but_the_first(make_run, tmp_path, monkeypatch):
+def test_the_picture_is_a_png_and_is_drawn_where_that_costs_little_and_at_the_end(make_run, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     rows_drawn = []
 
@@ -385,13 +385,14 @@ def test_the_picture_is_a_png_and_is_drawn_at_each_evaluation_but_the_first(make
     assert rows_drawn == []
     report.evaluation(1, losses, True)
     assert rows_drawn == [3]
+    report.evaluation(2, losses, True)                  # so soon afterwards it would cost too much
+    report.evaluation(3, losses, True)
+    assert rows_drawn == [3]
     report.close()
+    assert rows_drawn == [3, 5]
+    report.close()
+    assert rows_drawn == [3, 5]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    report = Report(make_run(max_minutes=5.0), tmp_path)
-    report.open()
-    report.evaluation(0, losses, True)                  # unless the time that pictures take is to be known
-    assert rows_drawn == [3, 1]
-    report.close()
 
 
 @pytest.mark.parametrize(("error", "said"), [
