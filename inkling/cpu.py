@@ -49,6 +49,9 @@ def runs_compiled_for_one_token(x, rows: int) -> bool:
 
 # -- linear layers -----------------------------------------------------------------------------------------------------
 
+AS_COLUMNS_FROM = 2**20                 # weights: of 384 x 1,536 both ways take as long (bench/RESULTS.md)
+
+
 class Linear(nn.Linear):
     """nn.Linear with ways of its own for few rows without gradient, as in generation."""
 
@@ -68,12 +71,14 @@ class Linear(nn.Linear):
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def pays_as_columns(self, x, rows: int) -> bool:
-        return (rows <= 16 and self.out_features >= 4 and x.device.type == "cpu" and x.dtype == torch.float32
+        return (rows <= 16 and self.out_features >= 4 and self.weight.numel() >= AS_COLUMNS_FROM
+                and x.device.type == "cpu" and x.dtype == torch.float32
                 and not torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled())
 
     def as_columns(self, x, rows: int):
-        """Up to 16 rows in float32 go as columns through the matrix, taken as a batch of four: that
-        reads it at the memory's pace, where BLAS's usual way may reach a third of it."""
+        """Up to 16 rows in float32 go as columns through a large matrix, taken as a batch of four: that
+        reads it at the memory's pace, where BLAS's usual way may reach a third of it. For a small one
+        the detour costs more than it saves."""
         in_four = self.out_features // 4 * 4
         columns = x.reshape(rows, -1).mT                                            # (in_features, rows)
         quarters = self.weight[:in_four].view(4, -1, self.in_features)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TOY, pairwise, perturbed, trained
 
+from inkling import cpu
 from inkling.cpu import Linear, accelerate
 from inkling.device import compile_step, compiler_missing
 from train import GPT, Cache, Config, draw, load
@@ -199,7 +200,8 @@ def test_a_cache_is_little_larger_than_what_is_asked_for_and_has_few_sizes():
 
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize(("bias", "outputs"), [(False, 12), (True, 12), (True, 10), (False, 4)])
-def test_a_linear_layer_gives_the_same_for_few_rows_and_many(bias, outputs, gradient):
+def test_a_linear_layer_gives_the_same_for_few_rows_and_many(bias, outputs, gradient, monkeypatch):
+    monkeypatch.setattr(cpu, "AS_COLUMNS_FROM", 0)
     torch.manual_seed(0)
     linear, x = Linear(24, outputs, bias=bias), torch.randn(17, 24)
     expected = torch.nn.functional.linear(x, linear.weight, linear.bias).detach()
@@ -215,13 +217,15 @@ def test_a_linear_layer_gives_the_same_for_few_rows_and_many(bias, outputs, grad
 
 
 def test_few_rows_without_gradient_take_the_way_of_their_own(monkeypatch):
+    monkeypatch.setattr(cpu, "AS_COLUMNS_FROM", 24 * 12)
     taken, bmm = [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: taken.append(b.size(-1)) or bmm(a, b))
     linear = Linear(24, 12)
     with torch.no_grad():
         for rows in (1, 16, 17):
             linear(torch.randn(rows, 24))
-        Linear(24, 3)(torch.randn(1, 24))               # no four of them
+        Linear(24, 11)(torch.randn(1, 24))              # a small matrix
+        Linear(240, 3)(torch.randn(1, 240))             # no four rows
         linear.bfloat16()(torch.randn(1, 24).bfloat16())
     Linear(24, 12)(torch.randn(1, 24))
     assert taken == [1, 16]
