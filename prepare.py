@@ -46,6 +46,7 @@ from inkling.dataset import (
     has_set,
     is_set_name,
     open_split,
+    read_chunks,
     read_meta,
     remove_unfinished,
     split_files,
@@ -659,13 +660,6 @@ def files_in_words(split: str, entry: dict) -> str:
 
 
 # -- existing sets ---------------------------------------------------------------------------------
-
-def read_chunks(path: Path, dtype: str):
-    """Yield the ids of a .bin file, a few megabytes at a time."""
-    with open(path, "rb") as file:
-        while (ids := np.fromfile(file, dtype, 1 << 20)).size:
-            yield ids
-
 
 def text_sizes(tokenizer: Tokenizer) -> dict:
     """How many characters and bytes of the text each id stands for, (vocab_size,) each; end-of-text
