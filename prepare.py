@@ -59,6 +59,7 @@ from inkling.files import ROOT, hold_folder, sha256
 from inkling.format import counted, shell_word
 from inkling.hints import files_near, sets_in, there_is
 from inkling.inputs import describe_source, expand, is_stream, plain_name, spool
+from inkling.leaks import Leaks, find_leaks, leak_lines
 from inkling.output import outlive_output
 from inkling.readers import Reader, cut_pieces
 from inkling.split import Survey, keeps_documents_whole, split_documents, survey_documents
@@ -173,8 +174,9 @@ class Options:
     check: bool = False             # verify the sets that are named: counts, types, checksums and
                                     # every id
     decode: bool = False            # write the text of the sets that are named to standard output
-    anchors: bool = False           # measure the anchors of the sets that are named, which new sets
-                                    # get anyway: how well simple means predict val
+    anchors: bool = False           # measure the anchors of the sets that are named (how well simple
+                                    # means predict val), and what of val stands in train; new sets
+                                    # get both anyway
     adopt: bool = False             # take over folders with a train.bin and val.bin of uint16 ids
                                     # but no meta.json
 
@@ -195,8 +197,8 @@ class Options:
     def remembered(self) -> dict:
         """What meta.json keeps beside the tokenizer and val_fraction: settings that shape the
         result and are not at their defaults."""
-        names = ["limit", "seed", "format", "text_column", "delimiter", "separator", "encoding", "newlines", "errors",
-                 "pattern", "bpe_sample", "min_count", "rare", "eot", "joiner", "shard_tokens"]
+        names = ["limit", "seed", "format", "text_column", "delimiter", "separator", "encoding", "newlines",
+                 "errors", "pattern", "bpe_sample", "min_count", "rare", "eot", "joiner", "shard_tokens"]
         if self.tokenizer.endswith(("meta.json", ".pt")):   # what it holds may have the name of another
             names.append("tokenizer")
         return {field.name: getattr(self, field.name) for field in fields(self)
@@ -490,12 +492,13 @@ def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction:
         meta |= describe_text(corpus, joiner)
         if anchors := find_anchors(folder, meta, tokenizer, ".tmp"):
             meta["anchors"] = anchors
+        leaks = find_leaks(folder, meta, tokenizer, ".tmp")
         commit_replacement(folder, meta)
     finally:
         remove_unfinished(folder)       # nothing, once the new set has been committed
     report(folder, meta, options.tokenizer or "char", len(corpus.survey.characters_seen()), used)
     report_documents(corpus, writers, tokenizer, joiner)
-    print_anchors(anchors)
+    print_judgement(anchors, leaks, meta)
     print_next(folder, meta)
     return meta
 
@@ -507,10 +510,14 @@ def find_anchors(folder: Path, meta: dict, tokenizer: Tokenizer, suffix: str = "
     return measure_anchors(data, meta, tokenizer)
 
 
-def print_anchors(anchors: dict):
-    """What a model has to beat, in one block; nothing without anchors."""
+def print_judgement(anchors: dict, leaks: Leaks | None, meta: dict):
+    """What a model has to beat, and what makes val easier than it should be; nothing where a split is
+    empty."""
     if anchors:
         print("\n".join(anchor_lines(anchors)), flush=True)
+    if leaks:
+        can_dedup = meta.get("whole_documents", False) and not meta.get("options", {}).get("dedup")
+        print("\n".join(leak_lines(leaks, can_dedup)), flush=True)
 
 
 def choose_joiner(corpus: Corpus, tokenizer: Tokenizer, options: Options) -> str | None:
@@ -723,15 +730,17 @@ def check_set(folder: Path):
 
 
 def renew_anchors(folder: Path):
-    """--anchors: measure the anchors of a prepared set and add them to its meta.json."""
+    """--anchors: measure the anchors of a prepared set, add them to its meta.json, and say what of val
+    stands in train."""
     read_meta(folder)                                   # before a folder that is none is made
     with hold_folder(folder):
         meta = read_meta(folder)
-        anchors = find_anchors(folder, meta, stored_tokenizer(folder, meta))
+        tokenizer = stored_tokenizer(folder, meta)
+        anchors = find_anchors(folder, meta, tokenizer)
         if not anchors:
             raise UserError(f"{folder}: anchors need text in train and in val: raise --val_fraction or give --val")
         write_meta(folder, meta | {"anchors": anchors})
-    print_anchors(anchors)
+    print_judgement(anchors, find_leaks(folder, meta, tokenizer), meta)
 
 
 def text_between(tokenizer: Tokenizer, joiner: str | None) -> bytes:

@@ -152,10 +152,14 @@ class Search:
                 continue
             runs = Runs([code_points(self.texts[number]) for number in shorter], length)
             places, numbers = runs.find(chunk.symbols)
-            _, first = np.unique(numbers, return_index=True)
-            for place, number in zip(places[np.sort(first)], numbers[np.sort(first)], strict=True):
-                for text in runs.texts_with([number]):
-                    self.improve(shorter[text], chunk, int(place), length)
+            end = len(chunk.symbols)                    # stands for: nowhere
+            first = np.full(len(runs.hashes), end)
+            np.minimum.at(first, numbers, places)
+            earliest = np.full(len(shorter), end)       # where a run of each text begins
+            np.minimum.at(earliest, runs.text_of, first[runs.numbers])
+            for number, place in zip(shorter, earliest.tolist(), strict=True):
+                if place < end:
+                    self.improve(number, chunk, place, length)
 
 
 # -- the training text -----------------------------------------------------------------------------
