@@ -53,6 +53,7 @@ from inkling.dataset import (
     token_dtype,
     write_meta,
 )
+from inkling.dedup import dedup_lines, find_duplicates
 from inkling.download import DownloadFailed, download, fetch_address, is_address
 from inkling.encode import SplitWriter, cores, encode_pieces
 from inkling.files import ROOT, hold_folder, sha256
@@ -134,6 +135,8 @@ class Options:
     seed: Annotated[int, at_least(0).below(2**63)] = 0  # of the hash that chooses documents for
                                     # validation
     data_dir: FilePath = ""         # folder that holds the sets; empty: data/ beside this file
+    dedup: bool = False             # drop each document that is equal to an earlier one, or nearly so;
+                                    # those of --val count as earlier
     force: bool = False             # prepare again although nothing has changed, and download again
     # -- how to read it
     format: Literal["auto", "text", "csv", "tsv", "json", "jsonl", "parquet"] = "auto"  # auto: by
@@ -197,7 +200,7 @@ class Options:
     def remembered(self) -> dict:
         """What meta.json keeps beside the tokenizer and val_fraction: settings that shape the
         result and are not at their defaults."""
-        names = ["limit", "seed", "format", "text_column", "delimiter", "separator", "encoding", "newlines",
+        names = ["limit", "dedup", "seed", "format", "text_column", "delimiter", "separator", "encoding", "newlines",
                  "errors", "pattern", "bpe_sample", "min_count", "rare", "eot", "joiner", "shard_tokens"]
         if self.tokenizer.endswith(("meta.json", ".pt")):   # what it holds may have the name of another
             names.append("tokenizer")
@@ -357,6 +360,8 @@ def survey_corpus(paths: list, val_paths: list, options: Options) -> Corpus:
     is_char = options.tokenizer in ("char", "")
     reader = Reader(paths, options)
     val_reader = Reader(val_paths, options)
+    if options.dedup:
+        drop_duplicates([val_reader, reader])
     survey = survey_text(reader, options, is_char)
     val_fraction = options.val_fraction
     val_documents = 0
@@ -383,6 +388,18 @@ def survey_text(reader: Reader, options: Options, count_characters: bool, what: 
     if reader.empty:
         print(f"note     {counted(reader.empty, 'empty document')} passed over")
     return survey
+
+
+def drop_duplicates(readers: list):
+    """--dedup: let the readers pass over documents that are equal or nearly equal to an earlier one."""
+    for reader in readers:
+        reader.doing = "comparing the documents of"
+    duplicates = find_duplicates(readers)
+    for reader, keep in zip(readers, duplicates.keep, strict=True):
+        reader.keep = keep
+        reader.doing = "reading"
+    for line in dedup_lines(duplicates):
+        print(f"note     {line}")
 
 
 def note_same_content(paths: list, sources: list):
@@ -472,7 +489,8 @@ def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction:
             print(f"note     it has line ends {line_break!r}, as its text has: --force prepares it again "
                   "with \\n")
         return meta
-    note_same_content([*paths, *val_sources], origin["sources"] + origin.get("val_sources", []))
+    if not options.dedup:
+        note_same_content([*paths, *val_sources], origin["sources"] + origin.get("val_sources", []))
 
     corpus = survey_corpus(paths, val_sources, options)
     if tokenizer is None:
