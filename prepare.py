@@ -46,18 +46,21 @@ from inkling.dataset import (
     has_set,
     is_set_name,
     open_split,
+    read_chunks,
     read_meta,
     remove_unfinished,
     split_files,
     token_dtype,
     write_meta,
 )
+from inkling.dedup import dedup_lines, find_duplicates
 from inkling.download import DownloadFailed, download, fetch_address, is_address
 from inkling.encode import SplitWriter, cores, encode_pieces
 from inkling.files import ROOT, hold_folder, sha256
 from inkling.format import counted, shell_word
 from inkling.hints import files_near, sets_in, there_is
 from inkling.inputs import describe_source, expand, is_stream, plain_name, spool
+from inkling.leaks import Leaks, find_leaks, leak_lines
 from inkling.output import outlive_output
 from inkling.readers import Reader, cut_pieces
 from inkling.split import Survey, keeps_documents_whole, split_documents, survey_documents
@@ -132,6 +135,8 @@ class Options:
     seed: Annotated[int, at_least(0).below(2**63)] = 0  # of the hash that chooses documents for
                                     # validation
     data_dir: FilePath = ""         # folder that holds the sets; empty: data/ beside this file
+    dedup: bool = False             # drop each document that is equal to an earlier one, or nearly so;
+                                    # those of --val count as earlier
     force: bool = False             # prepare again although nothing has changed, and download again
     # -- how to read it
     format: Literal["auto", "text", "csv", "tsv", "json", "jsonl", "parquet"] = "auto"  # auto: by
@@ -172,8 +177,9 @@ class Options:
     check: bool = False             # verify the sets that are named: counts, types, checksums and
                                     # every id
     decode: bool = False            # write the text of the sets that are named to standard output
-    anchors: bool = False           # measure the anchors of the sets that are named, which new sets
-                                    # get anyway: how well simple means predict val
+    anchors: bool = False           # measure the anchors of the sets that are named (how well simple
+                                    # means predict val), and what of val stands in train; new sets
+                                    # get both anyway
     adopt: bool = False             # take over folders with a train.bin and val.bin of uint16 ids
                                     # but no meta.json
 
@@ -194,8 +200,8 @@ class Options:
     def remembered(self) -> dict:
         """What meta.json keeps beside the tokenizer and val_fraction: settings that shape the
         result and are not at their defaults."""
-        names = ["limit", "seed", "format", "text_column", "delimiter", "separator", "encoding", "newlines", "errors",
-                 "pattern", "bpe_sample", "min_count", "rare", "eot", "joiner", "shard_tokens"]
+        names = ["limit", "dedup", "seed", "format", "text_column", "delimiter", "separator", "encoding", "newlines",
+                 "errors", "pattern", "bpe_sample", "min_count", "rare", "eot", "joiner", "shard_tokens"]
         if self.tokenizer.endswith(("meta.json", ".pt")):   # what it holds may have the name of another
             names.append("tokenizer")
         return {field.name: getattr(self, field.name) for field in fields(self)
@@ -354,6 +360,8 @@ def survey_corpus(paths: list, val_paths: list, options: Options) -> Corpus:
     is_char = options.tokenizer in ("char", "")
     reader = Reader(paths, options)
     val_reader = Reader(val_paths, options)
+    if options.dedup:
+        drop_duplicates([val_reader, reader])
     survey = survey_text(reader, options, is_char)
     val_fraction = options.val_fraction
     val_documents = 0
@@ -380,6 +388,18 @@ def survey_text(reader: Reader, options: Options, count_characters: bool, what: 
     if reader.empty:
         print(f"note     {counted(reader.empty, 'empty document')} passed over")
     return survey
+
+
+def drop_duplicates(readers: list):
+    """--dedup: let the readers pass over documents that are equal or nearly equal to an earlier one."""
+    for reader in readers:
+        reader.doing = "comparing the documents of"
+    duplicates = find_duplicates(readers)
+    for reader, keep in zip(readers, duplicates.keep, strict=True):
+        reader.keep = keep
+        reader.doing = "reading"
+    for line in dedup_lines(duplicates):
+        print(f"note     {line}")
 
 
 def note_same_content(paths: list, sources: list):
@@ -469,7 +489,8 @@ def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction:
             print(f"note     it has line ends {line_break!r}, as its text has: --force prepares it again "
                   "with \\n")
         return meta
-    note_same_content([*paths, *val_sources], origin["sources"] + origin.get("val_sources", []))
+    if not options.dedup:
+        note_same_content([*paths, *val_sources], origin["sources"] + origin.get("val_sources", []))
 
     corpus = survey_corpus(paths, val_sources, options)
     if tokenizer is None:
@@ -489,12 +510,13 @@ def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction:
         meta |= describe_text(corpus, joiner)
         if anchors := find_anchors(folder, meta, tokenizer, ".tmp"):
             meta["anchors"] = anchors
+        leaks = find_leaks(folder, meta, tokenizer, ".tmp")
         commit_replacement(folder, meta)
     finally:
         remove_unfinished(folder)       # nothing, once the new set has been committed
     report(folder, meta, options.tokenizer or "char", len(corpus.survey.characters_seen()), used)
     report_documents(corpus, writers, tokenizer, joiner)
-    print_anchors(anchors)
+    print_judgement(anchors, leaks, meta)
     print_next(folder, meta)
     return meta
 
@@ -506,10 +528,14 @@ def find_anchors(folder: Path, meta: dict, tokenizer: Tokenizer, suffix: str = "
     return measure_anchors(data, meta, tokenizer)
 
 
-def print_anchors(anchors: dict):
-    """What a model has to beat, in one block; nothing without anchors."""
+def print_judgement(anchors: dict, leaks: Leaks | None, meta: dict):
+    """What a model has to beat, and what makes val easier than it should be; nothing where a split is
+    empty."""
     if anchors:
         print("\n".join(anchor_lines(anchors)), flush=True)
+    if leaks:
+        can_dedup = meta.get("whole_documents", False) and not meta.get("options", {}).get("dedup")
+        print("\n".join(leak_lines(leaks, can_dedup)), flush=True)
 
 
 def choose_joiner(corpus: Corpus, tokenizer: Tokenizer, options: Options) -> str | None:
@@ -660,13 +686,6 @@ def files_in_words(split: str, entry: dict) -> str:
 
 # -- existing sets ---------------------------------------------------------------------------------
 
-def read_chunks(path: Path, dtype: str):
-    """Yield the ids of a .bin file, a few megabytes at a time."""
-    with open(path, "rb") as file:
-        while (ids := np.fromfile(file, dtype, 1 << 20)).size:
-            yield ids
-
-
 def text_sizes(tokenizer: Tokenizer) -> dict:
     """How many characters and bytes of the text each id stands for, (vocab_size,) each; end-of-text
     stands for none."""
@@ -729,15 +748,17 @@ def check_set(folder: Path):
 
 
 def renew_anchors(folder: Path):
-    """--anchors: measure the anchors of a prepared set and add them to its meta.json."""
+    """--anchors: measure the anchors of a prepared set, add them to its meta.json, and say what of val
+    stands in train."""
     read_meta(folder)                                   # before a folder that is none is made
     with hold_folder(folder):
         meta = read_meta(folder)
-        anchors = find_anchors(folder, meta, stored_tokenizer(folder, meta))
+        tokenizer = stored_tokenizer(folder, meta)
+        anchors = find_anchors(folder, meta, tokenizer)
         if not anchors:
             raise UserError(f"{folder}: anchors need text in train and in val: raise --val_fraction or give --val")
         write_meta(folder, meta | {"anchors": anchors})
-    print_anchors(anchors)
+    print_judgement(anchors, find_leaks(folder, meta, tokenizer), meta)
 
 
 def text_between(tokenizer: Tokenizer, joiner: str | None) -> bytes:

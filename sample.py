@@ -6,6 +6,7 @@
     python sample.py --prompts=lines.txt --json > samples.jsonl
     python sample.py --interactive              # type, read, type again
     python sample.py --score=chapter.txt        # the loss of this text
+    python sample.py --num_samples=5 --novelty  # and what of it is copied
 
 A checkpoint holds the model, its settings and its tokenizer: one file is all you need to copy.
 """
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from inkling.checkpoint import newest_checkpoint
 from inkling.cli import (
     UNSAFE,
+    AutoPath,
     FilePath,
     Fraction,
     NonNegativeFloat,
@@ -48,10 +50,11 @@ from inkling.cli import (
 from inkling.device import choose_device, choose_dtype, compile_step, compiler_missing
 from inkling.hints import command_for_sampling, runs_in, there_is
 from inkling.huggingface import NAMES
+from inkling.novelty import AUTO, TrainingText, compare, find_training_text, novelty_lines, novelty_record
 from inkling.readers import to_newlines
 from inkling.sniff import marked_encoding
 from inkling.tokenizer import prompt_ids
-from train import draw, load
+from train import draw, load, read_checkpoint
 
 TopP = Annotated[float, above(0).at_most(1)]
 Penalty = Annotated[float, at_least(0.01).at_most(100)]
@@ -96,6 +99,11 @@ class Options:
     repetition_penalty: Penalty = 1.0   # above 1: tokens that have occurred become less likely;
                                         # 1: off
     seed: AnySeed = 1337                # of the first text; each further text takes the next seed
+    # -- copying
+    novelty: AutoPath = ""              # say of each text which run of characters stands in the
+                                        # training text, and where; bare: in the set in data/ that
+                                        # the model was trained on; or a text file, or the folder of
+                                        # a set
     # -- scoring
     score: FilePath = ""                # file (or -) whose loss to report, instead of generating
     stride: NonNegativeInt = 0          # tokens by which its windows advance; 0: half of block_size
@@ -388,8 +396,9 @@ def generate_batch(model, batch: list, options: Options, step, printer: Printer)
             break
 
 
-def generate(model, tokenizer, options: Options, prompts: list, step) -> int:
-    """Generate num_samples texts for each prompt, in batches of batch_size."""
+def generate(model, tokenizer, options: Options, prompts: list, step, training_text: TrainingText | None) -> int:
+    """Generate num_samples texts for each prompt, in batches of batch_size. training_text: to compare them
+    with, for --novelty."""
     flag = "--prompts" if options.prompts else "--start"
     prompts = fit_texts(tokenizer, prompts, options, flag)
     note_stops_never_met(tokenizer, options)
@@ -406,7 +415,21 @@ def generate(model, tokenizer, options: Options, prompts: list, step) -> int:
     except KeyboardInterrupt:
         printer.update(interrupted=True)
         return 130
+    if training_text:
+        report_novelty(samples, options, training_text)
     return 0
+
+
+def report_novelty(samples: list, options: Options, training_text: TrainingText):
+    """--novelty: print what of each sample, without its prompt, stands in the training text."""
+    texts = [sample.text for sample in samples]
+    if options.newlines == "convert" and training_text.is_file:
+        texts = list(map(to_newlines, texts))
+    copies, val = compare(texts, training_text)
+    if options.json:
+        print(json.dumps(novelty_record(copies, val, training_text.name), ensure_ascii=False), flush=True)
+        return
+    print("\n".join(novelty_lines(copies, val, training_text.name)), flush=True)
 
 
 def converse(model, tokenizer, options: Options, start: str, step) -> int:
@@ -552,6 +575,8 @@ def refuse_unused(options: Options, typed: set):
         unused += ["num_samples"]
     if not options.score:
         unused += ["stride", "score_tokens"]
+    if options.interactive or options.score:
+        unused += ["novelty"]
     if options.init_from != "resume":
         unused += ["ckpt", "out_dir"]
     flags = [f"--{name}" for name in unused if name in typed]
@@ -679,6 +704,10 @@ def main(argv: list) -> int:
     path = find_checkpoint(options)
     device = choose_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
+    training_text = None
+    if options.novelty:                 # before anything is generated, to say what is wrong with it
+        content = read_checkpoint(path) if options.novelty == AUTO else {}
+        training_text = find_training_text(options.novelty, content, options.newlines == "keep")
     model, tokenizer = load(path, device)
     model.to(getattr(torch, dtype))
 
@@ -687,7 +716,7 @@ def main(argv: list) -> int:
     step = compile_if_asked(model, options, device)
     if options.interactive:
         return converse(model, tokenizer, options, prompts[0], step)
-    return generate(model, tokenizer, options, prompts, step)
+    return generate(model, tokenizer, options, prompts, step, training_text)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Anchors: how well simple means predict the val text of a set, in bits per byte, to compare a model with.
 
 Four of them: all tokens alike, the frequencies of tokens, xz (how many bytes the val text adds to the
-compressed train text), and an n-gram model of characters. Larger texts are sampled, evenly.
+compressed train text), and an n-gram model of characters. Larger texts are sampled, evenly, so that a
+machine half as fast as ours (bench/RESULTS.md) measures them in 5 seconds.
 """
 
 import numpy as np
@@ -19,6 +20,7 @@ except ImportError:                     # a Python built without it
 
 ORDER = 8                               # of the n-gram model
 MOST = {"train": 1_010_000, "val": 112_000}     # characters; all of tinyshakespeare
+MOST_XZ = {"train": 500_000, "val": 112_000}     # bytes; xz takes the longest, as it reads train twice
 MOST_TOKENS = 1 << 20                   # whose frequencies are counted
 XZ_DICTIONARY = 1 << 22                 # bytes of the past that xz searches; it takes twelve times as much memory
 NAMES = {"uniform": "uniform", "tokens": "single tokens", "xz": "xz", "ngram": f"{ORDER}-gram"}
@@ -26,33 +28,42 @@ NAMES = {"uniform": "uniform", "tokens": "single tokens", "xz": "xz", "ngram": f
 
 def measure_anchors(data: dict, meta: dict, tokenizer: Tokenizer) -> dict:
     """The anchors of a set in bits per byte of val, as meta.json keeps them: {name of NAMES: bits}, the
-    order of the n-grams, and under "sampled" how many characters of a split were read, if not all.
-    data: {split: ids (tokens,)}. Empty if a split is."""
+    order of the n-grams, and under "sampled" how many characters of a split were read, if not all, and
+    how many bytes for xz. data: {split: ids (tokens,)}. Empty if a split is."""
     entries = meta["splits"]
     if not all(entries[split]["tokens"] and entries[split]["bytes"] for split in SPLITS):
         return {}
-    ids = {}
-    sampled = {}
-    for split in SPLITS:
-        characters_per_token = max(1, entries[split]["characters"]) / entries[split]["tokens"]
-        ids[split] = sample_ids(data[split], int(MOST[split] / characters_per_token))
-        if len(ids[split]) < entries[split]["tokens"]:
-            sampled[split] = int(len(ids[split]) * characters_per_token)
-    train = decode_ids(tokenizer, ids["train"])
-    val = decode_ids(tokenizer, ids["val"])
+    ids, sampled = sample_splits(data, entries, MOST, "characters")
     tokens_per_byte = entries["val"]["tokens"] / entries["val"]["bytes"]
     frequent = sample_ids(data["train"], MOST_TOKENS)
+    texts = [decode_ids(tokenizer, ids[split]) for split in SPLITS]
     anchors = {
         "uniform": float(np.log2(meta["vocab_size"])) * tokens_per_byte,
         "tokens": token_bits(frequent, ids["val"], meta["vocab_size"]) * tokens_per_byte,
-        "ngram": text_bits(train, val, tokenizer.kind == "byte"),
-        "xz": xz_bits(train, val),      # not beside the n-grams, which would add up their memory
+        "ngram": text_bits(*texts, tokenizer.kind == "byte"),
     }
+    # xz comes after the n-grams, or their memory would add up.
+    ids, sampled_for_xz = sample_splits(data, entries, MOST_XZ, "bytes")
+    anchors["xz"] = xz_bits(*(decode_ids(tokenizer, ids[split]) for split in SPLITS))
+    sampled |= {f"xz_{split}": count for split, count in sampled_for_xz.items()}
     measured = {name: round(anchors[name], 4) for name in NAMES if anchors[name] is not None}
     measured["order"] = ORDER
     if sampled:
         measured["sampled"] = sampled
     return measured
+
+
+def sample_splits(data: dict, entries: dict, most: dict, unit: str) -> tuple:
+    """({split: ids (tokens,)}, {split: how many were read, if not all}): of each split at most so many
+    characters or bytes, whatever the `unit`."""
+    ids = {}
+    sampled = {}
+    for split in SPLITS:
+        per_token = max(1, entries[split][unit]) / entries[split]["tokens"]
+        ids[split] = sample_ids(data[split], int(most[split] / per_token))
+        if len(ids[split]) < entries[split]["tokens"]:
+            sampled[split] = int(len(ids[split]) * per_token)
+    return ids, sampled
 
 
 def token_bits(train: np.ndarray, val: np.ndarray, vocab_size: int) -> float:
@@ -105,9 +116,11 @@ def anchor_lines(anchors: dict) -> list:
     """What prepare.py prints of them."""
     rows = [(f"  {NAMES[name]}", f"{anchors[name]:.3f}") for name in NAMES if name in anchors]
     lines = ["anchors in bits per byte of val, for a model to beat:", *align_columns(rows)]
-    if "sampled" in anchors:
-        counts = ", ".join(f"{count:,} characters of {split}" for split, count in anchors["sampled"].items())
-        lines.append(f"  from an even sample: {counts}")
+    sampled = anchors.get("sampled", {})
+    counts = [f"{sampled[split]:,} characters of {split}" for split in SPLITS if split in sampled]
+    counts += [f"{sampled[f'xz_{split}']:,} bytes of {split} for xz" for split in SPLITS if f"xz_{split}" in sampled]
+    if counts:
+        lines.append(f"  from an even sample: {', '.join(counts)}")
     return lines
 
 

@@ -46,6 +46,7 @@ from inkling.output import open_streams
 
 Texts = tuple[str, ...]                 # a flag that may be given several times
 FilePath = typing.NewType("FilePath", str)      # a path, or a text that may be one; ~ is the home folder
+AutoPath = typing.NewType("AutoPath", str)      # the same, or auto, which a bare flag means
 LARGEST_INT = 2**62                     # larger integers overflow in numpy and torch
 
 
@@ -283,7 +284,7 @@ def convert(value, kind):
         return tuple(value)
     if not isinstance(value, str):
         raise BadValue(expected(kind))
-    if kind is FilePath:
+    if kind in (FilePath, AutoPath):
         return expand_home(value)
     return (value,) if kind == Texts else value
 
@@ -384,8 +385,10 @@ def read_flag(word: str, kinds: dict) -> tuple:
     name = key.replace("-", "_")
     if name not in kinds:
         raise UserError(f"unknown flag --{key}{nearest(name, kinds) or '; see --help'}")
+    if not equals and kinds[name] is AutoPath:
+        return name, "auto"
     if not equals:
-        if kinds[name] is not bool and True not in typing.get_args(kinds[name]):
+        if needs_value(word, kinds):
             raise UserError(f"--{key} needs a value: --{key}={expected(kinds[name]).upper().replace(' ', '_')}")
         text = "True"
     try:
@@ -397,7 +400,7 @@ def read_flag(word: str, kinds: dict) -> tuple:
 def needs_value(word: str, kinds: dict) -> bool:
     """Whether a word is a known flag without the value that it needs."""
     name = word[2:].replace("-", "_")
-    return word.startswith("--") and name in kinds and kinds[name] is not bool \
+    return word.startswith("--") and name in kinds and kinds[name] not in (bool, AutoPath) \
         and True not in typing.get_args(kinds[name])
 
 

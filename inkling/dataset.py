@@ -238,6 +238,13 @@ def map_ids(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(content, dtype)
 
 
+def read_chunks(path: Path, dtype: str):
+    """Yield the ids of a .bin file, a few megabytes at a time."""
+    with open(path, "rb") as file:
+        while (ids := np.fromfile(file, dtype, 1 << 20)).size:
+            yield ids
+
+
 def open_split(folder: Path, meta: dict, split: str, suffix: str = "") -> "np.ndarray | Shards":
     """The token ids (tokens,) of a split, memory-mapped. The size of each file is checked against
     `meta`. suffix: what follows the files' names, .tmp for a set that is not committed yet."""

@@ -48,8 +48,7 @@ def lengthen(symbols: np.ndarray, numbers: np.ndarray, length: int, alphabet: in
     """(the Order of that length, with occurrences for counts; (n,) the number of the n-gram that ends
     at each place). numbers: the same, of n-grams one shorter."""
     shorter = numbers[length - 1:].astype(np.int64)
-    keys, places, inverse, counts = np.unique(shorter * alphabet + symbols[:len(shorter)], return_index=True,
-                                              return_inverse=True, return_counts=True)
+    keys, inverse, counts, places = number_keys(shorter * alphabet + symbols[:len(shorter)])
     ends = places + length - 1
     contexts = np.zeros(len(keys), np.int64)
     if length > 1:
@@ -57,6 +56,25 @@ def lengthen(symbols: np.ndarray, numbers: np.ndarray, length: int, alphabet: in
     longer = np.full(len(symbols), NONE, np.int32)
     longer[length - 1:] = inverse
     return Order(keys, contexts, counts), longer
+
+
+def number_keys(keys: np.ndarray) -> tuple:
+    """((different,) the different `keys`, rising; (n,) the number of each of them; (different,) how often
+    they occur; (different,) a place of each). Like np.unique, but several times faster: what is sorted
+    are numbers that hold a key and its place, where these fit into 63 bits."""
+    bits = len(keys).bit_length()
+    if not len(keys) or int(keys.max()).bit_length() + bits > 63:
+        different, places, inverse, counts = np.unique(keys, return_index=True, return_inverse=True,
+                                                       return_counts=True)
+        return different, inverse, counts, places
+    packed = np.sort(keys << bits | np.arange(len(keys)))
+    order = packed & ((1 << bits) - 1)
+    packed >>= bits                                         # the keys, sorted
+    is_new = np.diff(packed, prepend=-1) != 0
+    begins = np.flatnonzero(is_new)
+    inverse = np.empty(len(keys), np.int64)
+    inverse[order] = np.cumsum(is_new) - 1
+    return packed[begins], inverse, np.diff(begins, append=len(keys)), order[begins]
 
 
 def find_ngrams(present: Order, symbols: np.ndarray, numbers: np.ndarray, length: int, alphabet: int) -> np.ndarray:

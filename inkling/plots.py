@@ -1,4 +1,4 @@
-"""Compare runs: a table of their losses, and their loss curves in one picture.
+"""Compare runs: a table of their losses, sizes and times, and their loss curves in one picture.
 
     python -m inkling.plots out/a out/b                     # compare.png
     python -m inkling.plots out/a out/b --by=time --out=losses.png
@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from inkling.checkpoint import load_checkpoint
 from inkling.cli import FilePath, UserError, parse, printable, run
 from inkling.files import atomic_write
 from inkling.format import align_columns, duration, short
@@ -239,16 +240,34 @@ def read_evaluated_run(folder: str) -> list:
     return rows
 
 
+HEAD = ("run", BITS, "val loss", "at step", "last", "parameters", "of n-grams", "steps", "tokens", "time", "tokens/s")
+
+
 def table_row(name: str, rows: list) -> tuple:
-    """One run in the table of `main`."""
+    """One run in the table of `main`: its best evaluation, its last loss, its size and what it took."""
     evaluations = [row for row in rows if "val_loss" in row]
     best = min(evaluations, key=lambda row: row["val_loss"])
     last = rows[-1]
+    factor = bits_per_nat(rows)
+    bits = "-"
+    if factor:
+        bits = f"{factor * best['val_loss']:.4f}"
     rate = "-"
     if last["seconds"] and last["tokens"]:
         rate = short(last["tokens"] / last["seconds"])
-    return (name, f"{best['val_loss']:.4f}", f"{best['step']:,.0f}", f"{evaluations[-1]['val_loss']:.4f}",
-            f"{last['step']:,.0f}", short(last["tokens"]), duration(last["seconds"]), rate)
+    return (name, bits, f"{best['val_loss']:.4f}", f"{best['step']:,.0f}", f"{evaluations[-1]['val_loss']:.4f}",
+            *count_stored(Path(name)), f"{last['step']:,.0f}", short(last["tokens"]), duration(last["seconds"]), rate)
+
+
+def count_stored(folder: Path) -> tuple:
+    """(all parameters in a run's ckpt.pt, those of its n-gram table) in words; "-" without a readable one."""
+    try:
+        weights = load_checkpoint(folder / "ckpt.pt")["model"]
+    except UserError:
+        return "-", "-"
+    shared = {tensor.data_ptr(): tensor.numel() for tensor in weights.values()}     # one tensor may have two names
+    of_ngrams = weights["ngrams.weight"].numel() if "ngrams.weight" in weights else 0
+    return short(sum(shared.values())), short(of_ngrams)
 
 
 def main(argv: list) -> int:
@@ -257,16 +276,14 @@ def main(argv: list) -> int:
     if not parsed.words:
         raise UserError("name the folders of runs to compare, such as out/a out/b")
     runs = {folder.rstrip("/"): read_evaluated_run(folder) for folder in parsed.words}
+    for line in align_columns([HEAD, *(table_row(name, rows) for name, rows in runs.items())]):
+        print(line)
     unit = NATS
     if need_bits(runs):
         unit = BITS
         runs = {name: in_bits(rows) for name, rows in runs.items()}
-    table = [("run", "best val", "at step", "last val", "steps", "tokens", "training", "tokens/s")]
-    table += [table_row(name, rows) for name, rows in runs.items()]
-    for line in align_columns(table):
-        print(line)
-    if unit == BITS:
-        print(f"\nlosses in {BITS}: a token does not hold the same number of bytes in all of these runs")
+        print(f"\na token does not hold the same number of bytes in all of these runs: compare their {BITS}, as the "
+              f"picture does; the losses are {NATS}")
     try:
         plot_comparison(runs, options.by, Path(options.out), unit)
     except ImportError:

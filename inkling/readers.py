@@ -249,13 +249,15 @@ class Reader:
     yields (the document's number, whether it begins here, a piece of it, that piece in UTF-8).
     Empty documents are passed over and counted in `empty`; line ends that became \\n are counted in
     `line_ends`, what else there is to say is in `remarks`. It can be iterated any number of times;
-    `doing` is what its progress line says."""
+    `doing` is what its progress line says. keep: (documents,) which of them to read, as if there were no
+    others; None: all."""
 
     def __init__(self, paths: list, options, doing: str = "reading"):
         self.paths = paths
         self.options = options
         self.doing = doing
         self.empty = 0
+        self.keep = None
         self.line_ends = LineEnds(options.newlines == "keep")
         self.remarks = Remarks(options.errors)
 
@@ -273,6 +275,17 @@ class Reader:
                         begins = False
 
     def __iter__(self):
+        if self.keep is None:
+            yield from self.all_documents()
+            return
+        kept = -1
+        for number, begins, piece, raw in self.all_documents():
+            if self.keep[number]:
+                kept += begins
+                yield kept, begins, piece, raw
+
+    def all_documents(self):
+        """What iterating yields without `keep`."""
         room = self.options.limit or sys.maxsize        # bytes
         number = -1                                     # of the last document that was not empty
         begun = True                                    # the present document has had a piece

@@ -11,7 +11,7 @@ from conftest import ROOT, SHARED, prepared, refused
 
 from inkling.anchors import ORDER, judge, measure_anchors, strongest, token_bits, xz_size
 from inkling.dataset import open_split, read_meta
-from inkling.ngram import estimate_discounts, ngram_losses
+from inkling.ngram import estimate_discounts, ngram_losses, number_keys
 from inkling.texts import decode_ids, sample_ids, to_symbols
 from inkling.tokenizer import Tokenizer, stored_tokenizer
 
@@ -85,6 +85,17 @@ def test_probabilities_sum_to_one_after_any_past(train_length):
         p = [math.exp(-ngram_losses(train, np.array([*past, symbol]), 8, 6)[-1]) for symbol in range(6)]
         assert sum(p) == pytest.approx(1, abs=1e-9)
         assert min(p) > 0
+
+
+@pytest.mark.parametrize("largest", [3, 300, 2**62])           # the last one leaves no room for places
+@pytest.mark.parametrize("count", [0, 1, 500])
+def test_keys_are_numbered_in_their_order(largest, count):
+    keys = np.random.default_rng(0).integers(0, largest, count)
+    different, numbers, counts, places = number_keys(keys)
+    assert different.tolist() == sorted(set(keys.tolist()))
+    assert (different[numbers] == keys).all()
+    assert (keys[places] == different).all()
+    assert counts.tolist() == [int((keys == key).sum()) for key in different]
 
 
 def test_discounts_lie_between_nothing_and_the_count():
@@ -182,6 +193,16 @@ def test_a_larger_text_is_sampled_and_says_so(fables, tmp_path, monkeypatch):
     data = {split: open_split(folder, meta, split) for split in ("train", "val")}
     assert measure_anchors(data, meta, stored_tokenizer(folder, meta))["sampled"] == {"train": 6400}
     assert "from an even sample: 6,400 characters of train" in prepared("--anchors", "some")
+
+
+def test_xz_reads_less_of_a_larger_text_and_says_so(fables, tmp_path, monkeypatch):
+    whole = read_meta(tmp_path / "sets" / "some")["anchors"]
+    monkeypatch.setattr("inkling.anchors.MOST_XZ", {"train": 6400, "val": 10**6})
+    assert "from an even sample: 6,400 bytes of train for xz" in prepared("--anchors", "some")
+    anchors = read_meta(tmp_path / "sets" / "some")["anchors"]
+    assert anchors.pop("sampled") == {"xz_train": 6400}
+    assert anchors["xz"] > whole["xz"] + 0.1
+    assert anchors | {"xz": 0} == whole | {"xz": 0}
 
 
 # -- in words

@@ -19,7 +19,7 @@ WITHOUT_TORCH = ["inkling.output", "inkling.hints", "inkling.cli", "inkling.form
                  "inkling.files", "inkling.dataset", "inkling.sniff", "inkling.remarks", "inkling.download",
                  "inkling.archives", "inkling.inputs", "inkling.records", "inkling.readers", "inkling.tokenizer_json",
                  "inkling.tokenizer", "inkling.split", "inkling.encode", "inkling.texts", "inkling.ngram",
-                 "inkling.anchors", "prepare"]
+                 "inkling.anchors", "inkling.runs", "inkling.novelty", "inkling.leaks", "inkling.dedup", "prepare"]
 ORDER = [*WITHOUT_TORCH, "inkling.compile_cost", "inkling.device", "inkling.cpu", "inkling.clock", "inkling.evaluation",
          "inkling.checkpoint", "inkling.distributed", "inkling.stopping",
          "inkling.plots", "inkling.report", "inkling.dry_run", "inkling.huggingface",

@@ -16,6 +16,7 @@ import sample
 import train
 from inkling import cli, plots
 from inkling.cli import (
+    AutoPath,
     FilePath,
     Fraction,
     PositiveInt,
@@ -129,7 +130,7 @@ def test_a_word_that_is_neither_flag_nor_config_file_is_refused():
 PATHS = {
     "train": {"data_dir", "out_dir", "init_from"},
     "prepare": {"tokenizer", "val", "data_dir"},
-    "sample": {"ckpt", "out_dir", "init_from", "prompts", "score"},
+    "sample": {"ckpt", "out_dir", "init_from", "prompts", "novelty", "score"},
     "convert": {"out", "tokenizer"},
     "plots": {"out"},
 }
@@ -149,7 +150,7 @@ def home(tmp_path, monkeypatch):
 def test_every_path_setting_knows_the_home_folder(home, config, program):
     options = plots.Options if program == "plots" else PROGRAMS[program][1]
     kinds = get_type_hints(options)
-    assert {name for name in kinds if kinds[name] is FilePath} == PATHS[program]
+    assert {name for name in kinds if kinds[name] in (FilePath, AutoPath)} == PATHS[program]
     for name in PATHS[program]:
         assert parse(options, [f"--{name}=~/x y"], "").values[name] == f"{home}/x y"
         assert parse(options, [config(f"{name} = '~/x y'")], "").values[name] == f"{home}/x y"
@@ -165,6 +166,12 @@ def test_no_setting_that_is_called_a_file_or_a_folder_is_missing(program):
     for _, name, comment in comments(options):
         if kinds[name] is str and name not in others:
             assert not re.search(r"\b(file|folder|path|PATH|checkpoint|directory)\b", comment), name
+
+
+def test_a_bare_flag_of_a_path_that_can_be_found_means_auto():
+    for words, value in (["--novelty"], "auto"), (["--novelty=a b"], "a b"), (["--novelty="], ""), ([], None):
+        assert parse(sample.Options, words, "").values.get("novelty") == value
+    one_line_error(inside(sample.main, "--ckpt"), "--ckpt needs a value")
 
 
 def test_words_that_are_paths_know_the_home_folder(home):
@@ -462,7 +469,7 @@ def test_no_value_is_ever_evaluated(program, tmp_path, monkeypatch):
     for code in ("__import__('os').system('touch ran')", "open('ran', 'w')", "$(touch ran)", "`touch ran`"):
         for name, kind in get_type_hints(options).items():
             outcome = inside(lambda argv: parse(options, argv, "") and 0, f"--{name}={code}")
-            assert outcome.returncode == (0 if kind in (str, FilePath, Texts) else 2), name
+            assert outcome.returncode == (0 if kind in (str, FilePath, AutoPath, Texts) else 2), name
     assert not list(tmp_path.iterdir())
 
 
@@ -583,7 +590,7 @@ def test_any_command_line_is_understood_or_refused_in_one_line(program, line, tm
     inside(lambda argv: values.update(parse(options, argv, "", "words").values), *line)
     for name, value in values.items():
         kind = get_type_hints(options)[name]
-        kind = str if kind is FilePath else kind
+        kind = str if kind in (FilePath, AutoPath) else kind
         assert value in choices(kind) if choices(kind) else type(value) is (get_origin(kind) or kind)
     outcome = inside(main, *line, *["--dataset=nowhere"] * (program == "train"))
     if outcome.returncode == 0:

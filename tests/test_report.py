@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -21,8 +22,8 @@ from inkling import plots
 from inkling.cli import UserError
 from inkling.format import duration, fit_line, milliseconds, short
 from inkling.plots import plot_comparison, plot_run, read_log
-from inkling.report import COLUMNS, LogFile, Report, check_loggers, evaluations_left
-from train import GPT, Config
+from inkling.report import COLUMNS, LogFile, Report, check_loggers, count_parameters, evaluations_left
+from train import GPT, Config, load
 
 NOT_STOPPED = SimpleNamespace(signal=0)
 TERMINATED = SimpleNamespace(signal=15)
@@ -789,12 +790,12 @@ def test_two_tokenizers_are_compared_in_bits_per_byte(figures, tmp_path, monkeyp
     done = inside(plots.main, "chars", "words")
     assert done.returncode == 0
     words = next(line.split() for line in done.stdout.splitlines() if line.startswith("words"))
-    assert words[1] == f"{best:.4f}"
+    assert words[1:3] == [f"{3 / math.log(2) / bytes_per_token:.4f}", "3.0000"]
     axes = figures[0].axes[0]
     assert axes.get_ylabel() == f"loss ({unit})"
     drawn = {line.get_label(): line for line in axes.lines}
     assert drawn["words"].get_ydata()[-1] == pytest.approx(best)
-    assert ("bits per byte" in done.stdout) == (unit == "bits per byte")
+    assert ("compare their bits per byte" in done.stdout) == (unit == "bits per byte")
 
 
 def test_old_logs_without_bits_are_compared_in_nats(figures, tmp_path, monkeypatch):
@@ -820,11 +821,26 @@ def test_a_comparison_as_it_is_typed(tmp_path, monkeypatch):
                           text=True, capture_output=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     head, *table = done.stdout.splitlines()[:3]
-    assert head.split()[:3] == ["run", "best", "val"]
-    assert table[0].split() == ["out/a", "2.0000", "20", "2.0000", "20", "2k", "2s", "1k"]
-    assert table[1].split() == ["out/b", "3.5000", "10", "3.6250", "30", "3k", "3s", "1k"]
+    assert len({len(line) for line in (head, *table)}) == 1
+    assert re.split("  +", head) == ["run", "bits per byte", "val loss", "at step", "last", "parameters", "of n-grams",
+                                     "steps", "tokens", "time", "tokens/s"]
+    # These logs are from before bits per byte, and no checkpoint lies beside them.
+    assert table[0].split() == ["out/a", "-", "2.0000", "20", "2.0000", "-", "-", "20", "2k", "2s", "1k"]
+    assert table[1].split() == ["out/b", "-", "3.5000", "10", "3.6250", "-", "-", "30", "3k", "3s", "1k"]
     if "no picture" not in done.stdout:
         assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_comparison_counts_the_parameters_of_the_checkpoint(start, tied):
+    start("run", tie_weights=tied, init="gpt2")
+    model, _ = load("run")
+    total, of_ngrams = count_parameters(model)
+    done = inside(plots.main, "run")
+    assert done.stdout.splitlines()[1].split()[5:7] == [short(total), short(of_ngrams)]
+    assert of_ngrams
+    Path("run", "ckpt.pt").write_bytes(b"damaged")
+    assert inside(plots.main, "run").stdout.splitlines()[1].split()[5:7] == ["-", "-"]
 
 
 def test_the_old_command_says_the_new_one():
