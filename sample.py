@@ -7,6 +7,8 @@
     python sample.py --interactive              # type, read, type again
     python sample.py --score=chapter.txt        # the loss of this text
     python sample.py --num_samples=5 --novelty  # and what of it is copied
+    python sample.py --score=chapter.txt --adapt=1e-4   # and of a model that learns from it meanwhile
+    python sample.py --ckpt=a.pt,b.pt           # the mean of the probabilities of two models
 
 A checkpoint holds the model, its settings and its tokenizer: one file is all you need to copy.
 """
@@ -48,13 +50,14 @@ from inkling.cli import (
     unescape,
 )
 from inkling.device import choose_device, choose_dtype, compile_step, compiler_missing
+from inkling.ensemble import combine, split_names
 from inkling.hints import command_for_sampling, runs_in, there_is
 from inkling.huggingface import NAMES
 from inkling.novelty import AUTO, TrainingText, compare, find_training_text, novelty_lines, novelty_record
 from inkling.readers import to_newlines
 from inkling.sniff import marked_encoding
 from inkling.tokenizer import prompt_ids
-from train import draw, load, read_checkpoint
+from train import GPT, AdamW, draw, load, read_checkpoint
 
 TopP = Annotated[float, above(0).at_most(1)]
 Penalty = Annotated[float, at_least(0.01).at_most(100)]
@@ -64,7 +67,9 @@ AnySeed = Annotated[int, at_least(0)]
 @dataclass
 class Options:
     # -- which model
-    ckpt: FilePath = ""                 # checkpoint or folder of a run; empty: ckpt.pt of out_dir
+    ckpt: FilePath = ""                 # checkpoint or folder of a run; several with commas between
+                                        # them (a,b): the mean of their probabilities; empty: ckpt.pt
+                                        # of out_dir
     out_dir: FilePath = ""              # folder of the run; empty: the latest one under out/
     init_from: FilePath = "resume"      # resume: your own model; gpt2, gpt2-medium, gpt2-large,
                                         # gpt2-xl: OpenAI's weights, from the Hugging Face cache or
@@ -108,6 +113,10 @@ class Options:
     score: FilePath = ""                # file (or -) whose loss to report, instead of generating
     stride: NonNegativeInt = 0          # tokens by which its windows advance; 0: half of block_size
     score_tokens: bool = False          # print each of its tokens with its log-probability
+    adapt: NonNegativeFloat = 0.0       # score it a second time with a copy of the weights that
+                                        # learns: after each window is scored, one step of Adam on it,
+                                        # with this learning rate and 30 times it for the embeddings
+                                        # and n-gram vectors; 0: off
     # -- machine
     device: str = "auto"                # cpu | cuda | cuda:N | mps; auto: a GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # of the weights; auto:
@@ -470,6 +479,11 @@ def converse(model, tokenizer, options: Options, start: str, step) -> int:
 
 # -- scoring ---------------------------------------------------------------------------------------
 
+def window_ends(count: int, size: int, stride: int) -> list:
+    """Where the windows of at most `size` tokens end that score `count` tokens."""
+    return [*range(min(size, count), count, stride), count]
+
+
 @torch.no_grad()
 def token_losses(model, ids: np.ndarray, stride: int) -> torch.Tensor:
     """Losses (len(ids) - 1,) in nats of every id but the first, given those before it.
@@ -480,7 +494,7 @@ def token_losses(model, ids: np.ndarray, stride: int) -> torch.Tensor:
     ids = torch.from_numpy(ids.astype(np.int64))
     count = len(ids) - 1
     size = min(model.cfg.block_size, count)
-    ends = [*range(size, count, stride), count]
+    ends = window_ends(count, size, stride)
     batch_size = max(1, min(16, 2**26 // (size * model.vocab_size)))    # bounds the logits' memory
     losses = torch.empty(count)
     reached = 0
@@ -496,6 +510,70 @@ def token_losses(model, ids: np.ndarray, stride: int) -> torch.Tensor:
     return losses
 
 
+ADAPT_TABLES = 30       # times the learning rate: an embedding moves only when its token or n-gram is met
+
+
+def adaptive_losses(model, ids: np.ndarray, stride: int, rate: float) -> torch.Tensor:
+    """Losses (len(ids) - 1,) in nats as token_losses gives, by a model that learns from the text as it reads:
+    each window is scored first, and then a step is made on the mean loss of what it scored. So every
+    token's loss is that of a model which has seen only those before it. Changes the model's weights.
+
+    This is dynamic evaluation (Krause et al. 2018, arXiv 1709.07432), which scales its steps by the
+    root mean square of the gradients; so does Adam, here without momentum. Raises UserError where a
+    loss is not finite."""
+    params = list(model.parameters())
+    # In 16 bits most steps would be lost in rounding, so they are made on a copy. In float32 these are
+    # the weights themselves.
+    masters = {p: p.detach().float() for p in params}
+    optimizer = make_adapter(model, masters, rate)
+    ids = torch.from_numpy(ids.astype(np.int64)).to(params[0].device)
+    losses = []
+    reached = 0
+    for end in window_ends(len(ids) - 1, model.cfg.block_size, stride):
+        first = max(0, end - model.cfg.block_size)
+        logits = model(ids[None, first:end])[0][0]                              # (size, V)
+        window_losses = F.cross_entropy(logits[reached - first:], ids[reached + 1:end + 1], reduction="none")
+        if not window_losses.isfinite().all():
+            raise UserError(f"--adapt={rate:g}: the loss is not a finite number after {reached:,} tokens; lower it")
+        losses.append(window_losses.detach().float().cpu())
+        reached = end
+        window_losses.mean().backward()
+        for p, master in masters.items():
+            master.grad = None if p.grad is None else p.grad.float()
+            p.grad = None
+        optimizer.step()
+        for p, master in masters.items():
+            if p.dtype != master.dtype:
+                p.data.copy_(master)
+    return torch.cat(losses)
+
+
+def make_adapter(model, masters: dict, rate: float) -> AdamW:
+    """The optimizer of adaptive_losses, for the float32 copies `masters` of a model's parameters. A table
+    that is also the output layer moves as a whole at every step, so it takes the rate of a matrix."""
+    tables = set()
+    for gpt in model.modules():
+        if isinstance(gpt, GPT):
+            tables |= set() if gpt.cfg.tie_weights else {gpt.wte.weight}
+            tables |= set() if gpt.ngrams is None else {gpt.ngrams.weight}
+    groups = [dict(params=[master for p, master in masters.items() if p in tables], lr=ADAPT_TABLES * rate),
+              dict(params=[master for p, master in masters.items() if p not in tables], lr=rate)]
+    groups = [group for group in groups if group["params"]]
+    fused = next(iter(masters)).device.type in ("cpu", "cuda")
+    return AdamW(groups, betas=(0.0, 0.99), weight_decay=0.0, fused=fused)
+
+
+def summarize(losses: torch.Tensor, size: int) -> dict:
+    """Loss, perplexity and bits per byte of a text of `size` bytes with these losses (tokens,) in nats."""
+    total = losses.double().sum().item()
+    loss = total / len(losses)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),         # above 700 it would overflow
+        "bits_per_byte": total / math.log(2) / size,
+    }
+
+
 def report_score(model, tokenizer, options: Options) -> int:
     """--score: print loss, perplexity and bits per byte of a text under the model."""
     block_size = model.cfg.block_size
@@ -505,30 +583,32 @@ def report_score(model, tokenizer, options: Options) -> int:
     stride = options.stride or max(1, block_size // 2)
     ids = encode_scored(tokenizer, options)
     losses = token_losses(model, ids, stride)
-    total = losses.double().sum().item()
-    loss = total / len(losses)
     size = sum(len(tokenizer.pieces[token]) for token in ids[1:])
-    score = {
-        "file": options.score,
-        "tokens": len(losses),
-        "bytes": size,
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700)),         # above 700 it would overflow
-        "bits_per_byte": total / math.log(2) / size,
-        "block_size": block_size,
-        "stride": stride,
-    }
-    if options.json:
+    score = {"file": options.score, "tokens": len(losses), "bytes": size, **summarize(losses, size),
+             "block_size": block_size, "stride": stride}
+    if not options.json:
         if options.score_tokens:
-            score["token_logprobs"] = (-losses).tolist()
-        print(json.dumps(score))
-        return 0
+            print_token_scores(tokenizer, ids, losses.tolist())
+        print(f"loss {figures_line(score)} | {len(losses):,} tokens, {size:,} bytes | context {block_size}, "
+              f"stride {stride}", flush=True)
     if options.score_tokens:
-        print_token_scores(tokenizer, ids, losses.tolist())
-    print(f"loss {loss:.4f} nats per token | perplexity {score['perplexity']:.2f} | "
-          f"{score['bits_per_byte']:.4f} bits per byte | {len(losses):,} tokens, {size:,} bytes | "
-          f"context {block_size}, stride {stride}")
+        score["token_logprobs"] = (-losses).tolist()
+    if options.adapt:
+        losses = adaptive_losses(model, ids, stride, options.adapt)
+        adaptive = summarize(losses, size)
+        if options.score_tokens:
+            adaptive["token_logprobs"] = (-losses).tolist()
+        score["adaptive"] = {"rate": options.adapt, **adaptive}
+        if not options.json:
+            print(f"adaptive {figures_line(adaptive)} | learning from the text as it goes, rate {options.adapt:g}")
+    if options.json:
+        print(json.dumps(score))
     return 0
+
+
+def figures_line(score: dict) -> str:
+    return (f"{score['loss']:.4f} nats per token | perplexity {score['perplexity']:.2f} | "
+            f"{score['bits_per_byte']:.4f} bits per byte")
 
 
 def encode_scored(tokenizer, options: Options) -> np.ndarray:
@@ -574,12 +654,14 @@ def refuse_unused(options: Options, typed: set):
     if options.interactive or options.score:
         unused += ["num_samples"]
     if not options.score:
-        unused += ["stride", "score_tokens"]
+        unused += ["stride", "score_tokens", "adapt"]
     if options.interactive or options.score:
         unused += ["novelty"]
     if options.init_from != "resume":
         unused += ["ckpt", "out_dir"]
     flags = [f"--{name}" for name in unused if name in typed]
+    if "adapt" in typed and options.score and not options.adapt:
+        raise UserError("--adapt=0 would learn nothing: give a learning rate above 0, such as 1e-4, or leave it out")
     if flags:
         raise UserError(f"{', '.join(flags)} would change nothing here (see --help): leave it out")
 
@@ -653,18 +735,18 @@ def read_prompts(options: Options) -> list:
     return prompts
 
 
-def find_checkpoint(options: Options) -> Path | str:
-    """What to load: a checkpoint, by default the latest one, or the name of OpenAI's weights."""
+def find_checkpoints(options: Options) -> list:
+    """What to load: checkpoints, by default the latest one, or the name of OpenAI's weights."""
     if options.init_from != "resume":
         if options.init_from not in NAMES and not os.path.exists(options.init_from):
             raise UserError(f"--init_from={options.init_from} is neither {', '.join(NAMES)} nor a folder or "
                             "checkpoint that is there")
-        return options.init_from
+        return [options.init_from]
     if options.ckpt:
-        return Path(options.ckpt)
+        return [Path(name) for name in split_names(options.ckpt)]
     path = Path(options.out_dir) / "ckpt.pt" if options.out_dir else newest_checkpoint()
     if os.path.isfile(path.with_name("config.json")) and not os.path.isfile(path):
-        return path.parent              # a Hugging Face folder
+        return [path.parent]            # a Hugging Face folder
     if not os.path.isfile(path):        # Path.is_file raises on a name that is too long
         last = path.with_name("last.pt")
         if os.path.isfile(last):
@@ -673,7 +755,7 @@ def find_checkpoint(options: Options) -> Path | str:
         raise UserError(f"no {path}{runs}" if runs else f"no {path}: train one first with python train.py")
     purpose = "scoring with" if options.score else "sampling from"
     print(f"{purpose} {path}", file=sys.stderr, flush=True)
-    return path
+    return [path]
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
@@ -701,14 +783,14 @@ def main(argv: list) -> int:
     refuse_unused(options, parsed.typed)
     prompts = read_prompts(options)
 
-    path = find_checkpoint(options)
+    sources = find_checkpoints(options)
     device = choose_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     training_text = None
     if options.novelty:                 # before anything is generated, to say what is wrong with it
-        content = read_checkpoint(path) if options.novelty == AUTO else {}
+        content = read_checkpoint(sources[0]) if options.novelty == AUTO else {}
         training_text = find_training_text(options.novelty, content, options.newlines == "keep")
-    model, tokenizer = load(path, device)
+    model, tokenizer = combine(sources, [load(source, device) for source in sources])
     model.to(getattr(torch, dtype))
 
     if options.score:

@@ -647,6 +647,11 @@ class GPT(nn.Module):
         x = self.transform(x, self.rotation(cache.positions), cache)
         return self.logits(x[:, -1])
 
+    def new_cache(self, batch_size: int, size: int):
+        """Return an empty cache for `size` tokens of each of batch_size texts."""
+        weight = self.wte.weight
+        return Cache(self.cfg, batch_size, size, weight.device, weight.dtype)
+
     @torch.no_grad()
     def generate(self, ids, max_new_tokens: int, pick, step=None):
         """Continue the prompts ids (B, T >= 1), and yield the ids (B,) of one new position at a time.
@@ -659,7 +664,7 @@ class GPT(nn.Module):
         block_size = self.cfg.block_size
         window = new = ids[:, -block_size:]
         size = min(block_size, 128 * math.ceil((window.size(1) + max_new_tokens) / 128))
-        cache = Cache(self.cfg, len(ids), size, ids.device, self.wte.weight.dtype)
+        cache = self.new_cache(len(ids), size)
         for _ in range(max_new_tokens):
             if cache.length + new.size(1) > block_size:
                 window = new = window[:, -max(1, block_size // 2):]

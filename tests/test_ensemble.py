@@ -1,0 +1,139 @@
+"""sample.py --ckpt=a,b: the mean of the probabilities of several checkpoints, for sampling and for scoring."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from conftest import inside, one_line_error, perturbed
+
+import sample
+from inkling.checkpoint import save_checkpoint
+from inkling.ensemble import Ensemble
+from inkling.tokenizer import Tokenizer
+from sample import adaptive_losses
+from train import GPT, Config, draw, load
+
+CHARS = {"kind": "char", "chars": "\n abcdefghijklmnopqrstuvwxyz"}
+MODELS = {"a": dict(n_layer=2, n_head=2, n_embd=16, block_size=16, ngram_rows=64),
+          "b": dict(n_layer=1, n_head=1, n_embd=8, block_size=12, ngrams=0, positions="learned"),
+          "c": dict(n_layer=1, n_head=2, n_embd=16, block_size=20, ngram_rows=32)}
+TEXT = "the fox saw the hen and the dog " * 2
+
+
+def save(path: str, seed: int, stored: dict = CHARS, **settings):
+    cfg, tokenizer = Config(**settings, init="gpt2"), Tokenizer(stored)
+    torch.manual_seed(seed)
+    model = perturbed(GPT(cfg, tokenizer.vocab_size), seed)
+    with torch.no_grad():
+        model.head.weight *= 4
+    assert save_checkpoint(dict(config=asdict(cfg), tokenizer=stored, model=model.state_dict(), step=0,
+                                vocab_size=tokenizer.vocab_size), path) == ""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, (name, settings) in enumerate(MODELS.items()):
+        save(f"{name}.pt", seed, **settings)
+    (tmp_path / "text").write_text(TEXT, encoding="utf-8")
+
+
+def sampled(*words):
+    return inside(sample.main, "--device=cpu", *words)
+
+
+def records(*words) -> list:
+    outcome = sampled("--json", *words)
+    assert outcome.returncode == 0, outcome.stderr
+    return [json.loads(line) for line in outcome.stdout.splitlines()]
+
+
+@torch.no_grad()
+def mean_probabilities(names: str, ids: list):
+    """(T, V) by each model alone, without caches."""
+    return sum(load(f"{name}.pt")[0](torch.tensor([ids]))[0][0].softmax(-1) for name in names) / len(names)
+
+
+@pytest.mark.parametrize("names", ["ab", "abc", "ba"])
+def test_the_probabilities_are_the_mean_of_the_models(names):
+    score, = records("--score=text", "--score_tokens", "--stride=7", "--ckpt=" + ",".join(f"{x}.pt" for x in names))
+    assert score["block_size"] == 12                                # the shortest
+    ids = Tokenizer(CHARS).encode(TEXT).tolist()
+    found = score["token_logprobs"]
+    for end in [12, 19, 26]:                                        # the ends of windows
+        p = mean_probabilities(names, ids[end - 12:end])
+        new = range(0 if end == 12 else 5, 12)
+        assert [found[end - 12 + at] for at in new] == pytest.approx(
+            [p[at, ids[end - 12 + at + 1]].log().item() for at in new], abs=1e-4)
+
+
+def test_generation_with_caches_is_generation_without():
+    """Beyond the context, too, which all models leave together."""
+    models = [load(f"{name}.pt")[0] for name in "abc"]
+    ensemble = Ensemble(models)
+    prompt = Tokenizer(CHARS).encode("the fox").tolist()
+    window, expected = prompt, []
+    for _ in range(30):
+        if len(window) > 12:
+            window = window[-6:]
+        expected.append(mean_probabilities("abc", window)[-1].argmax().item())
+        window = [*window, expected[-1]]
+    found = [ids.item() for ids in ensemble.generate(torch.tensor([prompt]), 30, lambda logits: draw(logits, 0))]
+    assert found == expected
+    text, = records("--ckpt=a.pt,b.pt,c.pt", "--start=the fox", "--temperature=0", "--max_new_tokens=30")
+    assert text["tokens"] == expected
+
+
+def test_several_texts_at_once_and_their_probabilities():
+    words = ["--ckpt=a.pt,c.pt", "--start=fox", "--max_new_tokens=8"]
+    batch = records(*words, "--num_samples=3")
+    assert batch[2]["tokens"] == records(*words, "--seed=1339")[0]["tokens"]
+    ids = [*Tokenizer(CHARS).encode("fox").tolist(), *batch[0]["tokens"]]
+    p = mean_probabilities("ac", ids)
+    expected = [p[at - 1, ids[at]].log().item() for at in range(3, len(ids))]
+    assert batch[0]["logprobs"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_checkpoint_twice_is_itself():
+    once, = records("--ckpt=a.pt", "--score=text", "--score_tokens")
+    twice, = records("--ckpt=a.pt,a.pt", "--score=text", "--score_tokens")
+    assert twice["token_logprobs"] == pytest.approx(once["token_logprobs"], abs=1e-5)
+
+
+def test_the_mean_adapts_as_one_model():
+    ids = Tokenizer(CHARS).encode(TEXT)
+    ensemble = Ensemble([load(f"{name}.pt")[0] for name in "ab"])
+    score, = records("--ckpt=a.pt,b.pt", "--score=text", "--score_tokens", "--adapt=1e-3")
+    expected = adaptive_losses(ensemble, np.array(ids), 6, 1e-3)
+    assert [-x for x in score["adaptive"]["token_logprobs"]] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert score["adaptive"]["loss"] < score["loss"] - 0.05
+    before = [dict(load(f"{name}.pt")[0].named_parameters()) for name in "ab"]
+    for model, weights in zip(ensemble.models, before, strict=True):        # each of them learns
+        moved = {name: (p - weights[name]).abs().max().item() for name, p in model.named_parameters()}
+        assert all(moved.values()), moved
+        assert moved["wte.weight"] > 5 * moved["blocks.0.mlp.up.weight"]
+
+
+def test_a_file_of_the_whole_name_comes_first():
+    shutil.copy("c.pt", "a.pt,b.pt")
+    assert records("--ckpt=a.pt,b.pt", "--score=text") == records("--ckpt=c.pt", "--score=text")
+    os.makedirs("run,1")
+    shutil.copy("a.pt", "run,1/ckpt.pt")
+    assert records("--ckpt=run,1", "--score=text") == records("--ckpt=a.pt", "--score=text")
+
+
+@pytest.mark.parametrize(("ckpt", "parts"), [
+    ("a.pt,", ["--ckpt=a.pt,", "comma"]), (",a.pt", ["comma"]), ("a.pt,,b.pt", ["comma"]),
+    ("a.pt,gone.pt", ["no checkpoint gone.pt"]),
+    ("a.pt,b.pt,other.pt", ["a.pt and other.pt have different tokenizers"]),
+])
+def test_mistakes(ckpt, parts):
+    save("other.pt", 0, {"kind": "byte"}, **MODELS["a"])
+    for words in (["--score=text"], ["--start=fox"]):
+        outcome = sampled(f"--ckpt={ckpt}", *words)
+        one_line_error(outcome, *parts)
+        assert outcome.stdout == ""
