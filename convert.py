@@ -1,4 +1,4 @@
-"""Models of other programs: a Hugging Face directory of GPT-2 or Llama, or nanoGPT's ckpt.pt, to a
+"""Models of other programs: a Hugging Face directory of GPT-2, Llama or Qwen3, or nanoGPT's ckpt.pt, to a
 checkpoint of Inkling; and a checkpoint to a Hugging Face directory, or to one web page that runs
 it.
 
@@ -60,16 +60,17 @@ class Options:
 # -- architectures ---------------------------------------------------------------------------------
 # Dicts of settings are called config when they are ours, and hf when they are those of config.json.
 
-TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
+TITLES = {"gpt2": "GPT-2", "llama": "Llama", "qwen3": "Qwen3"}
 
 # The value that a switch of the model must have, since the architecture has nothing else. A switch
 # that is not listed can be converted, whatever its value.
-FIXED_IN_BOTH = dict(embed_norm=False, head_bias=False, qk_norm=False, logit_cap=0.0,
-                     shortcuts=False, ngrams=0)
+FIXED_IN_ALL = dict(embed_norm=False, head_bias=False, logit_cap=0.0, shortcuts=False, ngrams=0)
 FIXED = {
-    "gpt2": FIXED_IN_BOTH | dict(positions="learned", norm="layernorm", head_dim=0),
-    "llama": FIXED_IN_BOTH | dict(positions="rope", rope_fraction=1.0, norm="rmsnorm",
-                                  mlp="swiglu"),
+    "gpt2": FIXED_IN_ALL | dict(positions="learned", norm="layernorm", head_dim=0, qk_norm=False),
+    "llama": FIXED_IN_ALL | dict(positions="rope", rope_fraction=1.0, norm="rmsnorm", mlp="swiglu",
+                                 qk_norm=False),
+    "qwen3": FIXED_IN_ALL | dict(positions="rope", rope_fraction=1.0, norm="rmsnorm", mlp="swiglu",
+                                 qk_norm=True, bias=False),
 }
 
 # Our settings that are sizes, and their names in config.json.
@@ -79,15 +80,16 @@ SIZES = {
                   n_head="num_attention_heads", n_embd="hidden_size",
                   n_kv_head="num_key_value_heads", ffn_dim="intermediate_size"),
 }
+SIZES["qwen3"] = SIZES["llama"]
 
 # GPT-2's activation_function, and our mlp. Of several names for one mlp, an export writes the
 # first.
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
                "relu": "relu", "relu2": "relu2"}
 
-# Switches of ours for weights that both architectures always have: what a model lacks is exported
-# as zeros or ones.
-OPTIONAL = ("bias", "qkv_bias", "norm_gain")
+# Switches of ours for weights that an architecture always has: what a model lacks is exported as
+# zeros or ones.
+OPTIONAL = ("bias", "qkv_bias", "norm_gain", "qk_norm_gain")
 
 # Fields of config.json that say nothing about what the weights compute in evaluation: names and
 # notes, what training did, how generate() is to sample, and what calls are to return.
@@ -161,20 +163,20 @@ def settings_from_hf(hf: dict) -> tuple:
     counterpart here."""
     kind = hf.get("model_type")
     if kind not in FIXED:
-        raise ValueError(f"model_type={kind!r} is neither gpt2 nor llama")
+        raise ValueError(f"model_type={kind!r} is none of {', '.join(FIXED)}")
     fields = Fields(hf)
-    config = FIXED[kind] | dict(qkv_bias="auto", norm_gain=True, ffn_dim=0, pad_vocab_to=1,
-                                init="gpt2", dropout=0.0, attn_dropout=False)
+    config = FIXED[kind] | dict(qkv_bias="auto", norm_gain=True, qk_norm_gain=FIXED[kind]["qk_norm"],
+                                ffn_dim=0, pad_vocab_to=1, init="gpt2", dropout=0.0, attn_dropout=False)
     vocab_size = fields.size("vocab_size")
     for ours, theirs in SIZES[kind].items():
         if ours != "n_kv_head":         # its default is n_head
             config[ours] = fields.size(theirs)
-    config |= gpt2_settings(fields, config) if kind == "gpt2" else llama_settings(fields, config)
+    config |= READERS[kind](fields, config)
 
     heads = config["n_head"]
     kv_heads = config["n_kv_head"] or heads
     head_dim = config["head_dim"] or config["n_embd"] / heads
-    multiple = 2 if kind == "llama" else 1                      # rope turns pairs of numbers
+    multiple = 2 if config["positions"] == "rope" else 1        # rope turns pairs of numbers
     if head_dim % multiple or heads % kv_heads:
         fields.refused.append(f"{heads} heads of {head_dim:g} dimensions, {kv_heads} of keys and "
                               f"values, in a width of {config['n_embd']}")
@@ -199,23 +201,51 @@ def gpt2_settings(fields: Fields, config: dict) -> dict:
 
 
 def llama_settings(fields: Fields, config: dict) -> dict:
-    fields.choice("hidden_act", "silu")
-    fields.choice("partial_rotary_factor", 1)
     attention_bias = fields.choice("attention_bias", False, True)
     mlp_bias = fields.choice("mlp_bias", False, True)
     if mlp_bias and not attention_bias:
         fields.refused.append("mlp_bias=True with attention_bias=False")
     head_dim = fields.size("head_dim") if fields.get("head_dim") else 0
-    if head_dim * config["n_head"] == config["n_embd"]:
-        head_dim = 0                    # the usual width
-    return read_rope(fields, config["block_size"]) | dict(
+    return rotary_settings(fields, config) | dict(
         n_kv_head=fields.size("num_key_value_heads", config["n_head"]),
-        head_dim=head_dim,
+        head_dim=0 if is_usual_width(head_dim, config) else head_dim,
         bias=mlp_bias,
         qkv_bias="auto" if attention_bias == mlp_bias else True,
+    )
+
+
+def qwen3_settings(fields: Fields, config: dict) -> dict:
+    fields.choice("attention_bias", False)
+    if fields.choice("use_sliding_window", False) is False:
+        fields.get("sliding_window")    # without use_sliding_window, these two do nothing
+        fields.get("max_window_layers")
+    windows = [layer for layer in fields.get("layer_types", []) if layer != "full_attention"]
+    if windows:
+        fields.refused.append(f"layer_types={windows[0]!r}")
+    # transformers' Qwen3 has other defaults than its Llama: one for a field that is not there, and another for a null.
+    kv_heads = config["n_head"] if "num_key_value_heads" in fields.hf else 32
+    head_dim = fields.size("head_dim", 128)
+    return rotary_settings(fields, config) | dict(
+        n_kv_head=fields.size("num_key_value_heads", kv_heads),
+        head_dim=0 if is_usual_width(head_dim, config) else head_dim,
+    )
+
+
+READERS = {"gpt2": gpt2_settings, "llama": llama_settings, "qwen3": qwen3_settings}
+
+
+def rotary_settings(fields: Fields, config: dict) -> dict:
+    """Our settings for the fields that Llama and Qwen3 share."""
+    fields.choice("hidden_act", "silu")
+    fields.choice("partial_rotary_factor", 1)
+    return read_rope(fields, config["block_size"]) | dict(
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         tie_weights=fields.choice("tie_word_embeddings", False, True),
     )
+
+
+def is_usual_width(head_dim: int, config: dict) -> bool:
+    return head_dim * config["n_head"] == config["n_embd"]
 
 
 # What a rope_type needs, by the names in config.json, and our settings for it.
@@ -256,16 +286,25 @@ def read_rope(fields: Fields, block_size: int) -> dict:
 
 def settings_to_hf(config: dict, width: int, vocab_size: int) -> dict:
     """config.json's content for our settings. width: of the MLP. Raises ValueError naming every
-    switch that neither GPT-2 nor Llama has."""
-    kind = "llama" if config["positions"] == "rope" else "gpt2"
+    switch that the architecture lacks."""
+    kind = architecture(config)
     refuse_switches(kind, config)
     sizes = config | dict(ffn_dim=width, n_kv_head=config["n_kv_head"] or config["n_head"])
     hf = {"model_type": kind, "vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": None,
           "tie_word_embeddings": config["tie_weights"], "dtype": "float32"}
     for ours, theirs in SIZES[kind].items():
         hf[theirs] = sizes[ours]
-    hf["inkling"] = {name: config[name] for name in OPTIONAL}
-    return hf | (gpt2_fields(config, width) if kind == "gpt2" else llama_fields(config))
+    hf["inkling"] = {name: config.get(name, False) for name in OPTIONAL}
+    if kind == "gpt2":
+        return hf | gpt2_fields(config, width)
+    return hf | (llama_fields(config) if kind == "llama" else qwen3_fields(config))
+
+
+def architecture(config: dict) -> str:
+    """The architecture that is nearest to our settings."""
+    if config["positions"] == "learned":
+        return "gpt2"
+    return "qwen3" if config["qk_norm"] else "llama"
 
 
 def refuse_switches(kind: str, config: dict):
@@ -275,6 +314,8 @@ def refuse_switches(kind: str, config: dict):
         refused.append("mlp")
     if kind == "gpt2" and config["n_kv_head"] not in (0, config["n_head"]):
         refused.append("n_kv_head")
+    if kind == "qwen3" and config["qkv_bias"] is True:
+        refused.append("qkv_bias")
     if refused:
         named = ", ".join(f"{name}={config[name]}" for name in refused)
         raise ValueError(f"{TITLES[kind]} (positions={config['positions']}) has no counterpart of "
@@ -312,6 +353,12 @@ def llama_fields(config: dict) -> dict:
         rope_theta=theta,
         rope_parameters={"rope_theta": theta} | rope,
     )
+
+
+def qwen3_fields(config: dict) -> dict:
+    fields = llama_fields(config) | dict(architectures=["Qwen3ForCausalLM"], use_sliding_window=False)
+    del fields["mlp_bias"]              # there is no such field
+    return fields
 
 
 def head_width(config: dict) -> int:
@@ -369,10 +416,11 @@ def gpt2_layout(config: dict, rows: int, width: int) -> dict:
 
 
 def llama_layout(config: dict, rows: int, width: int) -> dict:
-    """Every weight of a Llama, likewise."""
+    """Every weight of a Llama, or of a Qwen3, likewise."""
     n_embd = config["n_embd"]
-    q_dim = head_width(config) * config["n_head"]
-    kv_dim = head_width(config) * (config["n_kv_head"] or config["n_head"])
+    head_dim = head_width(config)
+    q_dim = head_dim * config["n_head"]
+    kv_dim = head_dim * (config["n_kv_head"] or config["n_head"])
     mlp_bias = config["bias"]
     attention_bias = config["bias"] or config["qkv_bias"] is True
     layout = {"model.embed_tokens.weight": Weight(["wte.weight"], (rows, n_embd))}
@@ -385,6 +433,9 @@ def llama_layout(config: dict, rows: int, width: int) -> dict:
         layout |= linear(f"{attention}.k_proj", [f"{ours}.attn.k"], n_embd, kv_dim, attention_bias)
         layout |= linear(f"{attention}.v_proj", [f"{ours}.attn.v"], n_embd, kv_dim, attention_bias)
         layout |= linear(f"{attention}.o_proj", [f"{ours}.attn.out"], q_dim, n_embd, attention_bias)
+        if config["qk_norm"]:           # Qwen3's
+            layout[f"{attention}.q_norm.weight"] = Weight([f"{ours}.attn.q_gain"], (head_dim,))
+            layout[f"{attention}.k_norm.weight"] = Weight([f"{ours}.attn.k_gain"], (head_dim,))
         layout |= linear(f"{mlp}.gate_proj", [f"{ours}.mlp.gate"], n_embd, width, mlp_bias)
         layout |= linear(f"{mlp}.up_proj", [f"{ours}.mlp.up"], n_embd, width, mlp_bias)
         layout |= linear(f"{mlp}.down_proj", [f"{ours}.mlp.down"], width, n_embd, mlp_bias)
@@ -396,7 +447,7 @@ def llama_layout(config: dict, rows: int, width: int) -> dict:
     return layout
 
 
-LAYOUTS = {"gpt2": gpt2_layout, "llama": llama_layout}
+LAYOUTS = {"gpt2": gpt2_layout, "llama": llama_layout, "qwen3": llama_layout}
 
 
 def has_weight(name: str, config: dict) -> bool:
@@ -404,6 +455,8 @@ def has_weight(name: str, config: dict) -> bool:
     *_, module, part = name.split(".")
     if module.startswith("norm"):
         return config["norm_gain"] and (part == "weight" or config["bias"])
+    if part in ("q_gain", "k_gain"):
+        return config["qk_norm"] and config.get("qk_norm_gain", False)
     if part == "weight":
         return True
     if module in ("q", "k", "v") and config["qkv_bias"] != "auto":
@@ -413,7 +466,7 @@ def has_weight(name: str, config: dict) -> bool:
 
 def neutral(name: str, shape) -> torch.Tensor:
     """What a weight that a model lacks would hold: a gain is 1, a bias 0."""
-    return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
+    return torch.ones(shape) if name.endswith(("weight", "_gain")) else torch.zeros(shape)
 
 
 # -- weights from there ----------------------------------------------------------------------------
@@ -511,7 +564,7 @@ def switch_off_neutral(config: dict, hf: dict, ours: dict) -> dict:
 
 def model_to_hf(config: dict, tensors: dict, vocab_size: int) -> tuple:
     """(config.json's content, tensors by their name there) of a model of ours, without the rows
-    that pad its vocabulary. Raises ValueError naming the switches that neither architecture has."""
+    that pad its vocabulary. Raises ValueError naming the switches that its architecture lacks."""
     rows = tensors["wte.weight"].size(0)
     width = tensors["blocks.0.mlp.up.weight"].size(0)
     hf = settings_to_hf(config, width, vocab_size)

@@ -113,6 +113,7 @@ class ModelConfig:
     head_bias: bool = False             # bias of the output layer
     tie_weights: bool = False           # the output layer shares the embedding's weights
     qk_norm: bool = True                # RMS norm of queries and keys (arXiv 2302.05442)
+    qk_norm_gain: bool = False          # the norms of queries and keys have a learned gain each, as in Qwen3
     logit_cap: NonNegativeFloat = 15.0  # bound on the logits: cap z / sqrt(z^2 + cap^2); 0: none
     shortcuts: bool = True              # learned mixing of the embedding into each block, and of the first block's
                                         # values into later ones (value residual, arXiv 2410.17897)
@@ -352,6 +353,9 @@ class Attention(nn.Module):
         self.n_kv_head = cfg.n_kv_head or cfg.n_head
         self.head_dim = head_width(cfg)
         self.qk_norm = cfg.qk_norm
+        has_gain = cfg.qk_norm and cfg.qk_norm_gain
+        self.q_gain = nn.Parameter(torch.ones(self.head_dim)) if has_gain else None      # the same for all heads
+        self.k_gain = nn.Parameter(torch.ones(self.head_dim)) if has_gain else None
         self.norm_eps = cfg.norm_eps
         self.dropout = cfg.dropout if cfg.attn_dropout else 0.0
         bias = cfg.bias if cfg.qkv_bias == "auto" else cfg.qkv_bias
@@ -373,14 +377,19 @@ class Attention(nn.Module):
             mix = self.value_mix.to(v.dtype)
             v = mix[0] * v + mix[1] * v_first
         if self.qk_norm:
-            q = F.rms_norm(q, (self.head_dim,), eps=self.norm_eps)
-            k = F.rms_norm(k, (self.head_dim,), eps=self.norm_eps)
+            q = self.normalize(q, self.q_gain)
+            k = self.normalize(k, self.k_gain)
         if rotation is not None:
             q = rotate(q, *rotation)
             k = rotate(k, *rotation)
         y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), cache)
         y = y.transpose(1, 2).reshape(B, T, -1)                     # the heads side by side
         return self.out(y), v
+
+    def normalize(self, x, gain):
+        """Return the RMS norm of each head of x (..., head_dim), times a gain (head_dim,) if there is one."""
+        gain = None if gain is None else gain.to(x.dtype)
+        return F.rms_norm(x, (self.head_dim,), gain, self.norm_eps)
 
     def attend(self, q, k, v, cache):
         """Return softmax(q k^T / sqrt(head_dim)) v, where each query sees the keys up to its own

@@ -38,6 +38,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 import convert
@@ -73,6 +75,8 @@ COMMIT = "0123456789" * 4
 GPT2 = dict(vocab_size=VOCAB, n_positions=24, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
 LLAMA = dict(vocab_size=VOCAB, max_position_embeddings=24, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=0)
+CLASSES = {"gpt2": (GPT2LMHeadModel, GPT2Config, GPT2), "llama": (LlamaForCausalLM, LlamaConfig, LLAMA),
+           "qwen3": (Qwen3ForCausalLM, Qwen3Config, LLAMA | dict(head_dim=12))}
 THEIRS = {
     "gpt2": ("gpt2", {}),
     "gpt2 untied": ("gpt2", dict(tie_word_embeddings=False)),
@@ -95,12 +99,20 @@ THEIRS = {
         "original_max_position_embeddings": 128})),
     "llama of odd shapes": ("llama", dict(hidden_size=30, num_attention_heads=5, num_key_value_heads=5,
                                           num_hidden_layers=3)),
+    "qwen3": ("qwen3", {}),
+    "qwen3 tied": ("qwen3", dict(tie_word_embeddings=True, rms_norm_eps=1e-3)),
+    "qwen3 of the usual head width": ("qwen3", dict(head_dim=8, num_key_value_heads=4)),
+    "qwen3 with one kv head, of another base": ("qwen3", dict(num_key_value_heads=1, rope_parameters={
+        "rope_type": "default", "rope_theta": 1e6})),
+    "qwen3 of linear scaling": ("qwen3", dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4,
+                                                               "factor": 3.0})),
 }
 SMALL = dict(block_size=24, n_layer=2, n_head=4, n_embd=32, embed_norm=False, qk_norm=False, logit_cap=0.0,
              shortcuts=False, ngrams=0, init="torch")
 OUR_GPT2 = SMALL | dict(positions="learned", norm="layernorm", norm_gain=True, norm_eps=1e-5, mlp="gelu_tanh",
                         bias=True)
 OUR_LLAMA = SMALL | dict(norm_gain=True, mlp="swiglu", rope_fraction=1.0, ffn_dim=40)
+OUR_QWEN3 = OUR_LLAMA | dict(qk_norm=True, qk_norm_gain=True)
 OURS = {
     "gpt2": OUR_GPT2,
     "gpt2 tied": OUR_GPT2 | dict(tie_weights=True, ffn_dim=72),
@@ -119,6 +131,9 @@ OURS = {
                                                    head_dim=10),
     "llama with linear rotation": OUR_LLAMA | dict(rope_scaling="linear", rope_factor=2.5, head_dim=4),
     "llama without gains": OUR_LLAMA | dict(norm_gain=False, norm_eps=1e-3, rope_theta=500.0),
+    "qwen3": OUR_QWEN3,
+    "qwen3 tied and padded": OUR_QWEN3 | dict(tie_weights=True, pad_vocab_to=64, n_kv_head=2, head_dim=20),
+    "qwen3 without gains": OUR_QWEN3 | dict(norm_gain=False, qk_norm_gain=False, rope_theta=1024.0, ffn_dim=0),
 }
 
 
@@ -141,8 +156,8 @@ def saved(tmp_path, their_bpe, monkeypatch):
 
     def saved(kind="gpt2", folder="there", shard="1GB", **changes):
         torch.manual_seed(1)
-        model = (GPT2LMHeadModel(GPT2Config(**GPT2 | changes)) if kind == "gpt2"
-                 else LlamaForCausalLM(LlamaConfig(**LLAMA | changes)))
+        model_class, config_class, small = CLASSES[kind]
+        model = model_class(config_class(**small | changes))
         perturbed(model.eval()).save_pretrained(folder, max_shard_size=shard)
         their_bpe.save(f"{folder}/tokenizer.json")
         return model, Path(folder)
@@ -418,6 +433,14 @@ def test_without_safetensors_one_line_says_what_to_install(saved, monkeypatch):
     ("llama", dict(sliding_window=128), "sliding_window=128"),
     ("llama", dict(some_new_switch="on"), "some_new_switch='on'"),
     ("llama", dict(rms_norm_eps="small"), "rms_norm_eps='small'"),
+    ("qwen3", dict(use_sliding_window=True, sliding_window=8), "use_sliding_window=True"),
+    ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types='sliding_attention'"),
+    ("qwen3", dict(attention_bias=True), "Qwen3 has no counterpart of attention_bias=True"),
+    ("qwen3", dict(mlp_bias=True), "mlp_bias=True"),
+    ("qwen3", dict(hidden_act="gelu"), "hidden_act='gelu'"),
+    ("qwen3", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "yarn"),
+    ("qwen3", dict(num_experts=8), "num_experts=8"),
+    ("qwen3", dict(num_key_value_heads=...), "32 of keys and values"),
 ])
 def test_a_field_without_a_counterpart_is_refused_by_name(saved, kind, changes, said):
     _, folder = saved(kind)
@@ -432,7 +455,7 @@ NOTES = dict(_model_name_or_path="x", unk_token_id=0, unsloth_fixed=True, unslot
              decoder_start_token_id=1, tokenizer_class="X", neftune_noise_alpha=5, rope_interleaved=False)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", CLASSES)
 def test_fields_that_change_no_number_are_ignored(saved, kind):
     theirs, folder = saved(kind)
     edit_json(folder / "config.json", **NOTES)
@@ -480,8 +503,11 @@ def run_of(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("settings", "said"), [
-    (dict(n_layer=1, n_embd=32), ["Llama", "embed_norm=True", "qk_norm=True", "logit_cap=15.0", "shortcuts=True",
+    (dict(n_layer=1, n_embd=32), ["Qwen3", "embed_norm=True", "logit_cap=15.0", "shortcuts=True",
                                   "rope_fraction=0.5", "mlp=relu2"]),
+    (OUR_QWEN3 | dict(bias=True), ["Qwen3", "bias=True"]),
+    (OUR_QWEN3 | dict(qkv_bias=True), ["Qwen3", "qkv_bias=True"]),
+    (OUR_GPT2 | dict(qk_norm=True), ["GPT-2", "qk_norm=True"]),
     (OUR_GPT2 | dict(head_bias=True), ["GPT-2", "head_bias=True"]),
     (OUR_GPT2 | dict(n_kv_head=2), ["n_kv_head=2"]),
     (OUR_GPT2 | dict(mlp="swiglu"), ["mlp=swiglu"]),

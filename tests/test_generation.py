@@ -16,6 +16,7 @@ VOCAB, SIZE = 50, 16
 SMALL = dict(n_layer=3, n_head=4, n_embd=32, block_size=SIZE, dropout=0.1, ngrams=3, ngram_rows=97, init="gpt2")
 SWITCHES = pairwise(
     positions=["rope", "learned"], rope_fraction=[0.0, 0.5, 1.0], n_kv_head=[0, 1, 2], qk_norm=[False, True],
+    qk_norm_gain=[False, True],
     norm=["rmsnorm", "layernorm"], embed_norm=[False, True], shortcuts=[False, True], qkv_bias=[False, True],
     mlp=["relu2", "swiglu"], logit_cap=[0.0, 15.0], pad_vocab_to=[1, 64], tie_weights=[False, True],
     ngrams=[0, 2, 5], ngram_edges=[False, True])

@@ -26,8 +26,8 @@ SWITCHES = pairwise(
     positions=["rope", "learned"], rope_fraction=[0.5, 1.0], norm=["rmsnorm", "layernorm"],
     norm_gain=[False, True], embed_norm=[False, True], mlp=["relu2", "relu", "gelu", "gelu_tanh", "swiglu"],
     bias=[False, True], qkv_bias=["auto", False, True], head_bias=[False, True], tie_weights=[False, True],
-    qk_norm=[False, True], logit_cap=[0.0, 15.0], shortcuts=[False, True], n_kv_head=[0, 1, 2],
-    pad_vocab_to=[1, 64], ngrams=[0, 2, 5], ngram_edges=[False, True],
+    qk_norm=[False, True], qk_norm_gain=[False, True], logit_cap=[0.0, 15.0], shortcuts=[False, True],
+    n_kv_head=[0, 1, 2], pad_vocab_to=[1, 64], ngrams=[0, 2, 5], ngram_edges=[False, True],
     head_dim=[0, 12], rope_scaling=["none", "linear", "llama3"])
 
 
@@ -155,7 +155,8 @@ def plain_logits(model, idx):
             qh, kh, vh = (z[:, at * width:(at + 1) * width].clone()
                           for z, at in ((q, head), (k, head // group), (v, head // group)))
             if cfg.qk_norm:
-                qh, kh = (z / (z.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt() for z in (qh, kh))
+                qh, kh = (z / (z.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt()
+                          * w.get(f"{name}.attn.{part}_gain", 1) for z, part in ((qh, "q"), (kh, "k")))
             if cfg.positions == "rope":
                 qh, kh = plain_turn(cfg, qh), plain_turn(cfg, kh)
             scores = (qh @ kh.T / math.sqrt(width)).exp().tril()

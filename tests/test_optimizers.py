@@ -21,7 +21,7 @@ SWITCHES = pairwise(
     optimizer=list(OPTIMIZERS), decay_all=[False, True], tie_weights=[False, True],
     positions=["rope", "learned"], norm=["rmsnorm", "layernorm"], norm_gain=[False, True], bias=[False, True],
     head_bias=[False, True], mlp=["relu2", "swiglu"], n_kv_head=[0, 1], shortcuts=[False, True],
-    pad_vocab_to=[1, 64], ngrams=[0, 3])
+    pad_vocab_to=[1, 64], ngrams=[0, 3], qk_norm_gain=[False, True])
 
 
 def small(**changes) -> tuple:

@@ -31,9 +31,10 @@ SWITCHES = pairwise(
     positions=["rope", "learned"], rope_fraction=[0.25, 0.5, 1.0], norm=["rmsnorm", "layernorm"],
     norm_gain=[False, True], embed_norm=[False, True], mlp=["relu2", "relu", "gelu", "gelu_tanh", "swiglu"],
     bias=[False, True], qkv_bias=["auto", False, True], head_bias=[False, True], tie_weights=[False, True],
-    qk_norm=[False, True], logit_cap=[0.0, 15.0], shortcuts=[False, True], n_kv_head=[0, 1, 2],
-    pad_vocab_to=[1, 64], ngrams=[0, 2, 5], ngram_edges=[False, True], ngram_rows=[97, 65_536], head_dim=[0, 12],
-    ffn_dim=[0, 50], rope_scaling=["none", "linear", "llama3"], norm_eps=[1e-6, 1e-2])
+    qk_norm=[False, True], qk_norm_gain=[False, True], logit_cap=[0.0, 15.0], shortcuts=[False, True],
+    n_kv_head=[0, 1, 2], pad_vocab_to=[1, 64], ngrams=[0, 2, 5], ngram_edges=[False, True],
+    ngram_rows=[97, 65_536], head_dim=[0, 12], ffn_dim=[0, 50], rope_scaling=["none", "linear", "llama3"],
+    norm_eps=[1e-6, 1e-2])
 CHARS = {"kind": "char", "chars": "\n ,.abcdefghijklmnopqrstuvwxyz\u00e9\u72d0"}
 HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>{{weights}}\u2028"
 
@@ -118,7 +119,8 @@ def test_numbers_that_json_lacks_are_left_out_of_the_card():
 
 
 # What a switch does is seen from the weights that there are.
-SEEN_IN_WEIGHTS = {"norm_gain", "bias", "qkv_bias", "head_bias", "shortcuts", "ffn_dim", "ngram_rows", "pad_vocab_to"}
+SEEN_IN_WEIGHTS = {"norm_gain", "qk_norm_gain", "bias", "qkv_bias", "head_bias", "shortcuts", "ffn_dim", "ngram_rows",
+                   "pad_vocab_to"}
 
 
 def test_the_page_knows_every_switch_of_the_model():

@@ -171,6 +171,8 @@ class Attention {
     this.nKvHead = cfg.n_kv_head || cfg.n_head;
     this.headDim = headWidth(cfg);
     this.qkNorm = cfg.qk_norm;
+    this.qGain = weights[`${name}.q_gain`];
+    this.kGain = weights[`${name}.k_gain`];
     this.normEps = cfg.norm_eps;
     this.q = new Linear(weights, `${name}.q`);
     this.k = new Linear(weights, `${name}.k`);
@@ -185,17 +187,17 @@ class Attention {
     const k = this.k.forward(x);        // (n_kv_head * head_dim)
     let v = this.v.forward(x);          // (n_kv_head * head_dim)
     if (this.valueMix) v = blend(this.valueMix, v, vFirst);
-    this.normAndRotate(q, rotation);
-    this.normAndRotate(k, rotation);
+    this.normAndRotate(q, this.qGain, rotation);
+    this.normAndRotate(k, this.kGain, rotation);
     const [keys, values] = cache.extend(this.layer, k, v);
     return [this.out.forward(this.attend(q, keys, values, cache.ids.length)), v];
   }
 
   // The heads of q or k, in place.
-  normAndRotate(heads, rotation) {
+  normAndRotate(heads, gain, rotation) {
     for (let start = 0; start < heads.length; start += this.headDim) {
       const head = heads.subarray(start, start + this.headDim);
-      if (this.qkNorm) rmsNorm(head, this.normEps);
+      if (this.qkNorm) rmsNorm(head, this.normEps, gain);
       if (rotation) rotate(head, rotation.cos, rotation.sin);
     }
   }
