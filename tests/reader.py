@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ("python", "torchrun", "pip", "hf")
-TOY = ["--n_layer=1", "--n_head=2", "--n_kv_head=0", "--n_embd=16", "--block_size=16", "--batch_size=2",
+TOY = ["--n_layer=1", "--n_head=2", "--n_kv_head=0", "--n_embd=16", "--block_size=32", "--batch_size=2",
        "--gradient_accumulation_steps=1", "--max_iters=2", "--eval_interval=2", "--eval_iters=1", "--sample_tokens=4",
        "--device=cpu", "--dtype=float32", "--compile=False"]
 GPT2 = ["--positions=learned", "--norm=layernorm", "--norm_gain=True", "--embed_norm=False", "--mlp=gelu_tanh",
@@ -121,11 +121,18 @@ class Reader:
 
 # -- the server ------------------------------------------------------------------------------------------------------
 
-def cut_the_network():
-    """Every text that would be downloaded is the book; GPT-2's and GPT-4's tokenizers have a single merge."""
+def toy_encodings():
+    """GPT-2's and GPT-4's tokenizers have a single merge."""
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
+    ranks = {bytes([value]): value for value in range(256)} | {b"th": 256}
+    tiktoken.get_encoding = lambda name: tiktoken.Encoding(
+        name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257})
+
+
+def cut_the_network():
+    """Every text that would be downloaded is the book, and the tokenizers are toys."""
     import prepare
 
     for name, settings in prepare.SETS.items():
@@ -134,9 +141,7 @@ def cut_the_network():
             settings.pop("val_url", None)
             Path("data", name).mkdir()
             shutil.copy("book.txt", Path("data", name, "input.txt"))
-    ranks = {bytes([value]): value for value in range(256)} | {b"th": 256}
-    tiktoken.get_encoding = lambda name: tiktoken.Encoding(
-        name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257})
+    toy_encodings()
 
 
 def run_command(words: list):

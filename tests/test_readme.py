@@ -12,7 +12,7 @@ from reader import Reader
 import train
 
 READMES = ["README.md", "README.zh.md"]
-PAGES = [*READMES, "CONTRIBUTING.md", "CHANGELOG.md", "bench/RESULTS.md"]
+PAGES = [*READMES, "CONTRIBUTING.md", "CHANGELOG.md", "bench/RESULTS.md", "docs/tour.md", "docs/tour.zh.md"]
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("inkling/*.py")]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
