@@ -30,6 +30,7 @@ import torch
 from inkling.checkpoint import ForeignCheckpoint, RunFolder, load_checkpoint
 from inkling.cli import FilePath, UserError, parse, run
 from inkling.files import atomic_write
+from inkling.hints import closest, files_near, nearest_first, there_is
 from inkling.huggingface import (
     NAMES,
     load_tokenizer,
@@ -691,7 +692,11 @@ def find_folder(source: str) -> Path:
         raise UserError(f"{source} is a file: name the folder that holds it with its config.json, or "
                         "a ckpt.pt of nanoGPT")
     if not os.path.isdir(source):
-        raise UserError(f"{source} is neither a folder nor one of {', '.join(NAMES)}")
+        near = there_is(source, files_near(source))
+        raise UserError(f"{source} is neither a folder nor one of {', '.join(nearest_first(source, NAMES))}{near}")
+    if not (folder / "config.json").is_file() and (folder / "ckpt.pt").is_file():
+        raise UserError(f"{folder} holds a run of Inkling already: python sample.py --out_dir={folder}; nanoGPT's is "
+                        f"named by its file: {folder / 'ckpt.pt'}")
     if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} holds no model{other_weights(folder)}")
     return folder
@@ -960,8 +965,10 @@ FLAGS = {"import": {"out", "tokenizer"}, "export": {"out"}, "page": {"out", "bit
 def main(argv: list):
     parsed = parse(Options, argv, __doc__, takes="words")
     if len(parsed.words) != 2 or parsed.words[0] not in COMMANDS:
+        meant = closest(parsed.words[0], COMMANDS) if parsed.words and parsed.words[0] not in COMMANDS else ""
+        guess = f"; did you mean {meant}?" if meant else "; see --help"
         raise UserError("say what to convert: python convert.py import DIR_OR_NAME, export CKPT.pt --out=DIR, or "
-                        "page CKPT.pt --out=NAME.html; see --help")
+                        f"page CKPT.pt --out=NAME.html{guess}")
     command, source = parsed.words
     if unused := sorted(parsed.typed - FLAGS[command]):
         raise UserError(f"--{', --'.join(unused)} would change nothing in {command} (see --help): leave it out")

@@ -24,6 +24,7 @@ complete: there is the old one or the new one, whatever happens.
 """
 
 import codecs
+import glob
 import hashlib
 import json
 import os
@@ -58,7 +59,7 @@ from inkling.download import DownloadFailed, download, fetch_address, is_address
 from inkling.encode import SplitWriter, cores, encode_pieces
 from inkling.files import ROOT, hold_folder, sha256
 from inkling.format import counted, shell_word
-from inkling.hints import files_near, sets_in, there_is
+from inkling.hints import closest, command_for_training, files_near, nearest_first, set_name_like, sets_in, there_is
 from inkling.inputs import describe_source, expand, is_stream, plain_name, spool
 from inkling.leaks import Leaks, find_leaks, leak_lines
 from inkling.output import outlive_output
@@ -309,9 +310,7 @@ def ensure_set(name: str, data_dir: str, ranks) -> Path:
     if not missing:
         return folder
     if name not in SETS:
-        there = sorted({*sets_in(folder.parent), *SETS})
-        raise UserError(f"no data set in {folder}: python prepare.py YOUR_TEXT_FILE --name={name} "
-                        f"makes it{there_is(name, there, most=len(there))}")
+        raise UserError(f"no data set in {folder}: {way_to_a_set(name, folder.parent)}")
     if ranks.first:
         try:
             prepare_named(name, data_dir)
@@ -319,6 +318,17 @@ def ensure_set(name: str, data_dir: str, ranks) -> Path:
             raise UserError(f"could not prepare {name} in {folder}: {error.strerror or error}")
     ranks.broadcast(None)               # it is there
     return folder
+
+
+def way_to_a_set(name: str, folder: Path) -> str:
+    """What to do where there is no set of that name in `folder`, which holds the sets."""
+    there = sorted({*sets_in(folder), *SETS})
+    listed = there_is(name, there, most=len(there))
+    if os.path.isfile(name):
+        return f"{name} is a file: {command_for_training(name)}{listed}"
+    meant = closest(name, there)
+    guess = f"did you mean --dataset={meant}? " if meant else ""
+    return f"{guess}python prepare.py YOUR_TEXT_FILE --name={name} makes it{listed}"
 
 
 # -- the documents ---------------------------------------------------------------------------------
@@ -790,6 +800,8 @@ def decode_set(folder: Path):
 def adopt_set(folder: Path, options: Options):
     """Write the meta.json of a folder that holds nanoGPT's train.bin and val.bin (uint16, without a
     header)."""
+    if not os.path.isdir(folder):
+        raise UserError(f"no folder {folder}{there_is(str(folder), files_near(str(folder)))}")
     place = folder.resolve()
     if has_set(folder) and not options.force:
         raise UserError(f"{folder} has a meta.json already: python prepare.py --check {place.name} "
@@ -895,10 +907,9 @@ def check_inputs(words: list, options: Options):
     if "-" in words and options.val == "-":
         raise UserError("standard input is one text: INPUT or --val, not both")
     for word in words:
-        is_glob = any(mark in word for mark in "*?[")
-        if not (word == "-" or is_address(word) or os.path.lexists(word) or is_glob):
+        if not (word == "-" or is_address(word) or os.path.lexists(word) or glob.glob(word, recursive=True)):
             there = there_is(word, files_near(word))
-            raise UserError(f"no file {word}{there}; the built-in sets are {', '.join(SETS)}")
+            raise UserError(f"no file {word}{there}; the built-in sets are {', '.join(nearest_first(word, SETS))}")
 
 
 def choose_name(words: list, options: Options) -> str:
@@ -907,8 +918,15 @@ def choose_name(words: list, options: Options) -> str:
     has_name = len(words) == 1 and is_set_name(name) and name not in SETS
     if not options.name and any(map(is_stream, words)):
         raise UserError("give the set a name: --name=NAME")
+    command = f"python prepare.py {' '.join(map(shell_word, words))}"
     if not options.name and not has_name:
-        raise UserError(f"give the set a name: python prepare.py {' '.join(map(shell_word, words))} --name=NAME")
+        example = "NAME"
+        if len(words) == 1:
+            example = f"my_{name}" if name in SETS else set_name_like(name)
+        raise UserError(f"give the set a name: {command} --name={example}")
+    if not is_set_name(name):
+        raise UserError(f"{name!r} is not a valid data set name: use letters, digits and . _ -, starting with a "
+                        f"letter or digit, such as {command} --name={set_name_like(name)}")
     if name in SETS and is_pinned(name):
         raise UserError(f"name={name} belongs to a built-in set; choose another")
     return name

@@ -51,7 +51,7 @@ from inkling.cli import (
 )
 from inkling.device import choose_device, choose_dtype, compile_step, compiler_missing
 from inkling.ensemble import combine, split_names
-from inkling.hints import command_for_sampling, runs_in, there_is
+from inkling.hints import checkpoints_like, command_for_sampling, files_near, there_is
 from inkling.huggingface import NAMES
 from inkling.novelty import AUTO, TrainingText, compare, find_training_text, novelty_lines, novelty_record
 from inkling.readers import to_newlines
@@ -678,7 +678,8 @@ def read_text(name: str, flag: str) -> str:
     except IsADirectoryError:
         raise UserError(f"{flag}: {source} is a folder; name a text file")
     except OSError as error:
-        raise UserError(f"{flag}: cannot read {source}: {error.strerror or error}")
+        near = "" if name == "-" else there_is(name, files_near(name))
+        raise UserError(f"{flag}: cannot read {source}: {error.strerror or error}{near}")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(f"{flag}: {source} is not {encoding.upper()} text: byte {byte:#04x} at offset "
@@ -740,7 +741,7 @@ def find_checkpoints(options: Options) -> list:
     if options.init_from != "resume":
         if options.init_from not in NAMES and not os.path.exists(options.init_from):
             raise UserError(f"--init_from={options.init_from} is neither {', '.join(NAMES)} nor a folder or "
-                            "checkpoint that is there")
+                             f"checkpoint that is there{checkpoints_like(options.init_from)}")
         return [options.init_from]
     if options.ckpt:
         return [Path(name) for name in split_names(options.ckpt)]
@@ -751,8 +752,8 @@ def find_checkpoints(options: Options) -> list:
         last = path.with_name("last.pt")
         if os.path.isfile(last):
             raise UserError(f"no {path}, but {last} is there: --ckpt={last}")
-        runs = there_is(str(path.parent), runs_in())
-        raise UserError(f"no {path}{runs}" if runs else f"no {path}: train one first with python train.py")
+        there = checkpoints_like(str(path))
+        raise UserError(f"no {path}{there}" if there else f"no {path}: train one first with python train.py")
     purpose = "scoring with" if options.score else "sampling from"
     print(f"{purpose} {path}", file=sys.stderr, flush=True)
     return [path]

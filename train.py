@@ -1986,7 +1986,7 @@ def note_own_sets(cfg: Config, parsed: cli.Parsed):
 
 def main(argv: list, began: float | None = None) -> int:
     """Train as a command line says. began: see `train`. Returns the exit code."""
-    parsed = cli.parse(Config, argv, __doc__, hint=command_for_training, first=FIRST_IN_HELP)
+    parsed = cli.parse(Config, argv, __doc__, hint=partial(command_for_training, built_in=SETS), first=FIRST_IN_HELP)
     cfg = choose_length(Config(**parsed.values), parsed.typed)
     if not (cfg.eval_only or cfg.dry_run):
         outlive_output()

@@ -18,6 +18,7 @@ import torch
 from inkling.cli import UserError
 from inkling.files import HOLDER, LOCK, atomic_write, lock_folder
 from inkling.format import counted, shell_word, size
+from inkling.hints import checkpoints_like, paths_in
 
 CHECKPOINT_FORMAT = 1
 NOT_KNOWN = 2**31               # max_iters in a last.pt from before plans, where max_minutes had not measured the pace
@@ -247,12 +248,15 @@ def read_zip_of_tensors(path: Path, resumable: bool):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        way_out = "python train.py writes one"
+        way_out = f"python train.py writes one{checkpoints_like(str(path))}"
         if resumable:
             way_out = "there is no run to resume; leave --init_from out to start one"
+            way_out += checkpoints_like(str(path), "last.pt")
         raise UserError(f"no checkpoint {path}: {way_out}")
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name the checkpoint file in it, such as {path / 'ckpt.pt'}")
+        if inside := sorted(map(str, paths_in(path, "*.pt"))):
+            raise UserError(f"{path} is a folder; name a checkpoint in it: {', '.join(inside[:4])}")
+        raise UserError(f"{path} is a folder without a checkpoint (ckpt.pt){checkpoints_like(str(path))}")
     except MemoryError:
         raise UserError(f"{path} does not fit into this machine's memory")
     except OSError as error:

@@ -252,7 +252,8 @@ def nearest_config(word: str) -> str:
     close = difflib.get_close_matches(os.path.basename(word), known, n=1)
     if close:
         return f"; did you mean {known[close[0]]}?"
-    return there_is(word, [str(path) for path in known.values()]) if word.endswith(".py") else ""
+    lists_them = word.endswith(".py") or os.path.isdir(word)
+    return there_is(word, [str(path) for path in known.values()]) if lists_them else ""
 
 
 def expected(kind) -> str:
@@ -409,17 +410,18 @@ def join_values(argv: list, kinds: dict) -> tuple:
     left out."""
     words = []
     mistakes = []
-    rest = iter([*argv, None])
-    word = next(rest)
-    while word is not None:
-        following = next(rest)
-        is_split = following is not None and not following.startswith("-") and not following.endswith(".py")
-        if is_split and needs_value(word, kinds):
-            mistakes.append(f"{word} {following}: write {word}={shlex.quote(following)}")
-            following = next(rest)
-        else:
+    place = 0
+    while place < len(argv):
+        word = argv[place]
+        place += 1
+        loose = loose_words(argv, place)
+        if not loose or loose[0].startswith("-") or not needs_value(word, kinds):
             words.append(word)
-        word = following
+            continue
+        if kinds[word[2:].replace("-", "_")] not in (str, Texts) or os.path.exists(loose[0]):
+            loose = loose[:1]                           # the others are words by themselves
+        mistakes.append(f"{' '.join([word, *loose])}: write {word}={shlex.quote(' '.join(loose))}")
+        place += len(loose)
     return words, mistakes
 
 
@@ -435,7 +437,7 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files", hint
         print(help_text(options, doc, first=first), flush=True)
         raise SystemExit(0)
     words, mistakes = join_values(argv, kinds)
-    for word in words:
+    for place, word in enumerate(words):
         if word.startswith("--"):
             try:
                 name, value = read_flag(word, kinds)
@@ -447,8 +449,12 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files", hint
             parsed.values[name] = value
             parsed.typed.add(name)
         elif takes == "config files":
+            if flag := flag_in_quotes(words, place, kinds):
+                raise UserError(f"{word!r} stands apart from {words[place - 1]}: a text with spaces goes in quotes, "
+                                f"{flag}")
             word = expand_home(word)
-            for name, value in read_config_file(find_config_file(word, hint), kinds).items():
+            phrase = " ".join(loose_words(words, place))
+            for name, value in read_config_file(find_config_file(word, hint, phrase), kinds).items():
                 if name not in parsed.typed:
                     parsed.values[name] = value
             parsed.files.append(Path(word))
@@ -461,10 +467,29 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files", hint
     return parsed
 
 
-def find_config_file(word: str, hint=None) -> str:
-    """`word`, if it names a config file that is there."""
+def loose_words(words: list, place: int) -> list:
+    """The words from `place` on, up to the next flag or config file: a text may have been typed without quotes."""
+    following = words[place:]
+    ends = [number for number, word in enumerate(following) if word.startswith("--") or word.endswith(".py")]
+    return following[:ends[0]] if ends else following
+
+
+def flag_in_quotes(words: list, place: int, kinds: dict) -> str:
+    """The flag before `place` with the words that follow it, as --start='The fox' for --start=The fox; empty if
+    that flag takes no text or no loose word follows."""
+    name, equals, _ = words[place - 1].removeprefix("--").partition("=") if place else ("", "", "")
+    loose = loose_words(words, place)
+    takes_text = kinds.get(name.replace("-", "_")) in (str, Texts)
+    if not equals or not loose or not takes_text or os.path.exists(loose[0]):
+        return ""
+    _, _, text = " ".join([words[place - 1], *loose]).partition("=")
+    return f"--{name}={shlex.quote(text)}"
+
+
+def find_config_file(word: str, hint=None, phrase: str = "") -> str:
+    """`word`, if it names a config file that is there. phrase: it and the loose words after it."""
     if not word.endswith(".py"):
-        if command := hint(word) if hint else "":
+        if command := hint(word if os.path.exists(word) else phrase or word) if hint else "":
             raise UserError(f"{word!r} is neither a config file (NAME.py) nor a flag (--key=value); "
                             f"you may want: {command}")
         raise UserError(f"{word!r} is neither a config file (NAME.py) nor a flag (--key=value)"

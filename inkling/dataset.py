@@ -6,14 +6,13 @@ import json
 import mmap
 import os
 import re
-import unicodedata
 from pathlib import Path
 
 import numpy as np
 
 from inkling.cli import UserError
 from inkling.files import ROOT, atomic_write, lock_folder, sync_folder
-from inkling.hints import sets_in, there_is
+from inkling.hints import fits_set_name, set_name_like, sets_in, there_is
 
 SPLITS = ("train", "val")
 LARGEST_ARRAY = 1 << 22                 # elements up to which a permutation is an array
@@ -31,22 +30,21 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def is_set_name(name: str) -> bool:
     """Whether a data set may have this name: letters of any script, digits and . _ -, with a letter or
-    a digit first. (Marks, such as the vowel signs of Hindi, belong to the letters before them.)"""
-    if not name[:1].isalnum():
-        return False
-    return all(char.isalnum() or char in "._-" or unicodedata.category(char)[0] == "M" for char in name)
+    a digit first."""
+    return name[:1].isalnum() and all(map(fits_set_name, name))
 
 
 def data_folder(dataset: str, data_dir: str = "") -> Path:
     """data/NAME beside the programs, or `data_dir`/NAME; relative to the current folder where it
     lies below it."""
+    sets = Path(data_dir or ROOT / "data")
     if not is_set_name(dataset):
-        name = os.path.basename(dataset)
-        is_path = is_set_name(name) and has_set(Path(data_dir or ROOT / "data") / name)
-        way_out = f" (its name alone: {name})" if is_path else ""
+        name = os.path.basename(dataset.rstrip("/"))
+        is_path = is_set_name(name) and has_set(sets / name)
+        way_out = f" (its name alone: {name})" if is_path else f", but {set_name_like(name)} is"
         raise UserError(f"{dataset!r} is not a valid data set name{way_out}: use letters, digits and . _ -, "
-                        "starting with a letter or digit")
-    folder = Path(data_dir or ROOT / "data") / dataset
+                        f"starting with a letter or digit{there_is(name, sets_in(sets))}")
+    folder = sets / dataset
     if folder.is_relative_to(Path.cwd()):
         return folder.relative_to(Path.cwd())       # short in messages
     return folder

@@ -3,9 +3,11 @@
 import difflib
 import os
 import re
+import unicodedata
 from pathlib import Path
 from shlex import quote
 
+CLOSE = 0.6                             # likeness from which a name may be what was meant
 # What other programs and newcomers call a flag, and its names here; each program has at most one of them.
 OTHER_NAMES = {
     "lr": ["learning_rate"],
@@ -28,12 +30,20 @@ OTHER_NAMES = {
 }
 
 
+def likeness(word: str, name: str) -> float:
+    """How much alike two words are, whatever their case: 0 to 1, and 1 for the same."""
+    return difflib.SequenceMatcher(None, word.lower(), name.lower()).ratio()
+
+
 def nearest_first(word: str, names) -> list:
     """The names, those most like `word` first; equally near ones in alphabetical order."""
-    def distance(name: str) -> float:
-        return -difflib.SequenceMatcher(None, word.lower(), name.lower()).ratio()
+    return sorted(sorted(names), key=lambda name: -likeness(word, name))
 
-    return sorted(sorted(names), key=distance)
+
+def closest(word: str, names) -> str:
+    """The one name that was probably meant; empty if none comes close."""
+    nearest = nearest_first(word, names)
+    return nearest[0] if nearest and likeness(word, nearest[0]) >= CLOSE else ""
 
 
 def there_is(word: str, names, most: int = 6) -> str:
@@ -50,18 +60,42 @@ def nearest_flag(name: str, known) -> str:
     for meant in OTHER_NAMES.get(name, []):
         if meant in known:
             return meant
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return close[0] if close else ""
+    return closest(name, known)
 
 
-def files_near(word: str) -> list:
-    """The files and folders beside the one that `word` names whose names come close to its own."""
+def column_hint(column: str, names) -> str:
+    """The columns or fields that there are, nearest first, and the flag that names one of them."""
+    listed = ", ".join(nearest_first(column, names))[:300] or "no fields"
+    meant = closest(column, names)
+    return f"{listed} (--text_column={quote(meant) if meant else ''})"
+
+
+def files_near(word: str, most: int = 3) -> list:
+    """The files and folders beside the one that `word` names whose names come close to its own, with their
+    suffixes or without."""
     path = Path(word)
     try:
         names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
     except (OSError, ValueError):           # no such folder, or no name that a folder can have
         return []
-    return [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, n=3)]
+    likenesses = {name: max(likeness(path.name, name), likeness(path.stem, Path(name).stem)) for name in names}
+    near = [name for name in names if likenesses[name] >= CLOSE]
+    return [str(path.parent / name) for name in sorted(near, key=lambda name: (-likenesses[name], name))[:most]]
+
+
+def fits_set_name(char: str) -> bool:
+    """Whether a character may stand in the name of a data set. Marks, such as the vowel signs of Hindi,
+    belong to the letters before them."""
+    return char.isalnum() or char in "._-" or unicodedata.category(char)[0] == "M"
+
+
+def set_name_like(text: str) -> str:
+    """A name for a data set that comes close to `text`: my_book for my book."""
+    name = "".join(char if fits_set_name(char) else " " for char in text)
+    name = "_".join(name.split())
+    while name and not name[0].isalnum():
+        name = name[1:]
+    return name or "text"
 
 
 def sets_in(folder: Path) -> list:
@@ -77,13 +111,62 @@ def paths_in(folder: Path, pattern: str) -> list:
         return []
 
 
-def runs_in(folder: Path = Path("out")) -> list:
-    """The folders of the runs below `folder`."""
-    return [str(path.parent) for path in paths_in(folder, "*/ckpt.pt")]
+def runs_in(folder: Path = Path("out"), file: str = "ckpt.pt") -> list:
+    """The folders of the runs below `folder`, those that hold `file`."""
+    return [str(path.parent) for path in paths_in(folder, f"**/{file}")]
 
 
-def command_for_training(word: str) -> str:
-    """The command for a text, a data set or a model given to train.py; empty for any other word."""
+def runs_like(word: str, file: str = "ckpt.pt") -> list:
+    """The folders of the runs that hold `file`, under out/ and beside the run that `word` names by its folder
+    or its checkpoint; those with the most similar names first."""
+    path = Path(word)
+    wanted = path.parent if path.suffix == ".pt" and path.parent.name else path
+    beside = [str(found.parent) for found in paths_in(wanted.parent, f"*/{file}")]
+    runs = sorted({*runs_in(file=file), *beside})
+    return sorted(runs, key=lambda run: -likeness(wanted.stem, Path(run).name))
+
+
+def checkpoints_like(word: str, file: str = "ckpt.pt", most: int = 4) -> str:
+    """`; there is out/a/ckpt.pt, ...`: the checkpoints that exist, those of the most similar runs first."""
+    runs = runs_like(word, file)
+    if not runs:
+        return ""
+    more = f" and {len(runs) - most} more" if len(runs) > most else ""
+    return f"; there is {', '.join(f'{run}/{file}' for run in runs[:most])}{more}"
+
+
+def tokenizer_meant(word: str, encodings, models: dict) -> str:
+    """The value of --tokenizer that was probably meant; empty if none comes close. encodings: tiktoken's names;
+    models: {name of a model: its encoding}."""
+    if match := re.fullmatch(r"bpe\W?(\d+)", word, re.IGNORECASE):
+        return f"bpe:{match[1]}"
+    if os.path.isfile(Path(word, "meta.json")):
+        return f"{word}/meta.json"
+    if run := run_meant(word):
+        return f"{run}/ckpt.pt"
+    if os.path.isfile(Path(word, "ckpt.pt")):
+        return f"{word}/ckpt.pt"
+    if os.path.isfile(Path("data", word, "meta.json")):
+        return f"data/{word}/meta.json"
+    if word.lower() in models:
+        return models[word.lower()]
+    begun = [name for name in encodings if name.startswith(word.lower())]
+    return begun[0] if begun else closest(word, ["char", "byte", *encodings])
+
+
+def run_meant(word: str) -> str:
+    """The folder of the run that `word` names: out/book for book, and for out/bok, which comes close; else
+    empty."""
+    if os.path.isfile(Path("out", word, "ckpt.pt")):
+        return str(Path("out", word))
+    if os.sep not in word:
+        return ""
+    return closest(word, [run for run in runs_like(word) if Path(run).parent == Path(word).parent])
+
+
+def command_for_training(word: str, built_in=()) -> str:
+    """The command for a text, a data set, a run or a model given to train.py, or for the nearest one if there is
+    none of that name; empty for any other word. built_in: the names of the built-in sets."""
     path = Path(word)
     folder = path.parent if path.name in ("meta.json", "train.bin") else path
     if os.path.isfile(folder / "meta.json"):
@@ -91,9 +174,19 @@ def command_for_training(word: str) -> str:
         return f"python train.py --dataset={quote(place.name)} --data_dir={quote(str(place.parent))}"
     if word.endswith(".pt") or os.path.isfile(path / "config.json"):
         return f"python train.py --init_from={quote(word)} --dataset=NAME"
+    if word in built_in or os.path.isfile(Path("data", word, "meta.json")):
+        return f"python train.py --dataset={quote(word)}"
+    if os.path.isfile(path / "ckpt.pt"):
+        return f"python train.py --init_from={quote(word)} --dataset=NAME"
+    if os.path.isdir(word) and paths_in(path, "*.py"):
+        return ""                           # of configs, such as config/
     if os.path.exists(word):
-        name = re.sub("[^A-Za-z0-9._-]+", "_", path.resolve().stem).strip("._-") or "text"
+        name = set_name_like(path.resolve().stem)
         return f"python prepare.py {quote(word)} --name={name} && python train.py --dataset={name}"
+    if name := closest(word, [*built_in, *sets_in(Path("data"))]):
+        return f"python train.py --dataset={quote(name)}"
+    if near := [file for file in files_near(word) if Path(file).suffix != ".py"]:
+        return command_for_training(near[0])
     return ""
 
 
@@ -106,6 +199,8 @@ def command_for_sampling(word: str) -> str:
         return f"python sample.py --ckpt={quote(word)}"
     if os.path.isfile(word):
         return f"python sample.py --start={quote('FILE:' + word)}"
+    if run := run_meant(word):
+        return f"python sample.py --out_dir={quote(run)}"
     if not word.startswith("-") and not word.endswith(".py") and "=" not in word and word.strip():
         return f"python sample.py --start={quote(word)}"
     return ""

@@ -15,6 +15,7 @@ from inkling.dataset import is_part_of_set
 from inkling.download import BLOCK
 from inkling.files import HOLDER, LOCK
 from inkling.format import counted
+from inkling.hints import files_near, there_is
 from inkling.progress import Progress
 
 KINDS = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl",
@@ -75,7 +76,7 @@ def files_of(word: str, suffixes: tuple) -> list:
         elif not os.path.exists(match):
             print(f"note     {match} is a broken link and passed over")
     if not files:
-        raise UserError(f"no file {word}")
+        raise UserError(f"no file {word}{there_is(word, files_near(word))}")
     return files
 
 

@@ -21,7 +21,7 @@ from inkling.checkpoint import load_checkpoint
 from inkling.cli import FilePath, UserError, parse, printable, run
 from inkling.files import atomic_write
 from inkling.format import align_columns, duration, short
-from inkling.hints import runs_in, there_is
+from inkling.hints import runs_like
 
 # Fonts with letters that matplotlib's own lacks, such as Chinese, on Linux, macOS and Windows.
 MORE_FONTS = ["Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Source Han Sans SC", "PingFang SC",
@@ -233,8 +233,9 @@ def read_evaluated_run(folder: str) -> list:
         rows = read_log(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        runs = there_is(str(folder), runs_in())
-        raise UserError(f"{folder} holds no run: cannot read {path}: {reason}{runs}")
+        runs = ", ".join(runs_like(str(folder), "log.csv")[:6])
+        there = f"; there is {runs}" if runs else ""
+        raise UserError(f"{folder} holds no run: cannot read {path}: {reason}{there}")
     if not any({"train_loss", "val_loss"} <= row.keys() for row in rows):
         raise UserError(f"{path} holds no evaluation yet")
     return rows

@@ -9,6 +9,7 @@ from itertools import chain
 from inkling.archives import Metered, Part, spooled
 from inkling.cli import UserError, quoted
 from inkling.download import BLOCK
+from inkling.hints import column_hint
 from inkling.remarks import REPLACEMENT, Remarks
 
 RECORD = 1 << 25  # most characters of one row or JSON value, which is held whole
@@ -107,9 +108,9 @@ def find_column(names: list, column: str, name: str) -> int | None:
         return names.index(column)
     if column.isdecimal() and 1 <= int(column) <= len(names):
         return None
-    known = f"its first line names {', '.join(names)[:300]}" if names else "it is empty"
-    raise UserError(f"{name} has no column {column!r}; {known} (--text_column=; a number in a table without a header; "
-                    "--delimiter=)")
+    known = f"its first line names {column_hint(column, names)}" if names else "it is empty"
+    raise UserError(f"{name} has no column {column!r}; {known}; a table without a header takes a number, such as "
+                    "--text_column=1; --delimiter= says what stands between fields")
 
 
 def plain_rows(lines, delimiter: str):
@@ -251,10 +252,10 @@ def texts_at(value, fields: list, path: str):
     elif isinstance(value, dict) and fields:
         name = fields[0]
         if name not in value:
-            raise NoText(f"has no {join(path, name)!r}; it has {paths_of(value, path)} (--text_column=)")
+            raise NoText(f"has no {join(path, name)!r}; it has {column_hint(join(path, name), paths_of(value, path))}")
         yield from texts_at(value[name], fields[1:], join(path, name))
     elif isinstance(value, dict):
-        raise NoText(f"holds several fields in {path!r}: {paths_of(value, path)} (--text_column=)")
+        raise NoText(f"holds several fields in {path!r}: {column_hint(path, paths_of(value, path))}")
     else:
         raise NoText(f"holds no text: {path or 'it'} is {type(value).__name__}")
 
@@ -263,8 +264,8 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def paths_of(value: dict, path: str) -> str:
-    return ", ".join(join(path, str(name)) for name in value)[:300] or "no fields"
+def paths_of(value: dict, path: str) -> list:
+    return [join(path, str(name)) for name in value]
 
 
 # -- parquet ---------------------------------------------------------------------------------------
@@ -284,8 +285,7 @@ def read_parquet(part: Part, progress, column: str, remarks: Remarks):
             names = file.schema_arrow.names
             top = column if column in names else column.partition(".")[0]
             if top not in names:
-                raise UserError(f"{part.name} has no column {column!r}; it has {', '.join(names)[:300]} "
-                                "(--text_column=)")
+                raise UserError(f"{part.name} has no column {column!r}; it has {column_hint(column, names)}")
             if names.count(top) > 1:
                 raise UserError(f"{part.name} has {names.count(top)} columns {top!r}: give them different names")
             number = 0

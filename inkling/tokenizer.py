@@ -16,6 +16,7 @@ import numpy as np
 
 from inkling.cli import UserError, quoted, unescape
 from inkling.dataset import read_meta, token_dtype
+from inkling.hints import files_near, there_is, tokenizer_meant
 from inkling.readers import cut_pieces, to_newlines
 from inkling.tokenizer_json import JsonTokenizer
 
@@ -144,8 +145,10 @@ class Tokenizer:
             return cls(read_tiktoken_file(Path(name), pattern or PATTERN))
         known = tiktoken.list_encoding_names()
         if name not in known:
+            meant = tokenizer_meant(name, known, tiktoken.model.MODEL_TO_ENCODING)
+            hint = f"; did you mean --tokenizer={meant}?" if meant else ""
             raise UserError(f"tokenizer={name!r} is none of: char, byte, bpe:VOCAB, FILE.tiktoken, "
-                            f"FOLDER/meta.json, ckpt.pt, a Hugging Face folder, {', '.join(known)}")
+                            f"FOLDER/meta.json, ckpt.pt, a Hugging Face folder, {', '.join(known)}{hint}")
         try:
             encoding = tiktoken.get_encoding(name)
         except Exception as error:      # whatever its download raises
@@ -458,7 +461,8 @@ def read_tiktoken_file(path: Path, pattern: str) -> dict:
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}")
+        near = there_is(str(path), files_near(str(path)))
+        raise UserError(f"cannot read {path}: {error.strerror or error}{near}")
     except ValueError as error:
         raise UserError(f"{path} is not a tiktoken file, whose lines hold a token in base64 and "
                         f"its rank: {error}")
@@ -476,7 +480,7 @@ def bpe_size(tokenizer: str) -> int:
         return 0
     if not size.isdecimal() or not 257 <= int(size) <= 1 << 20:
         raise UserError(f"tokenizer={tokenizer} must be bpe:VOCAB with a VOCAB from 257 (the bytes "
-                        "and the end-of-text token) to 1,048,576")
+                        "and the end-of-text token) to 1,048,576, such as bpe:4096")
     return int(size)
 
 

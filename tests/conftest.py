@@ -176,13 +176,14 @@ def same_runs(one, other):
         assert [place for place in left if left[place] != right[place]] == []
 
 
-def one_line_error(process, *parts: str):
-    """The process left with 2 and one line on stderr that names every one of `parts`."""
+def one_line_error(process, *parts: str, without: str = ""):
+    """The process left with 2 and one line on stderr that names every one of `parts`, and not `without`."""
     lines = process.stderr.strip().splitlines()
     assert process.returncode == 2, process.stderr
     assert len(lines) == 1, process.stderr
     for part in parts:
         assert part in lines[0], lines[0]
+    assert not without or without not in lines[0], lines[0]
 
 
 @torch.no_grad()

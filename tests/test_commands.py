@@ -14,9 +14,11 @@ import pytest
 import torch
 from conftest import ROOT, TOY, ZYGOTE, flags, inside, one_line_error
 
+import convert
 import prepare
 import sample
 import train
+from inkling import plots
 
 TEXT = (ROOT / "data" / "fables" / "input.txt").read_text(encoding="utf-8")[:8000]
 
@@ -347,13 +349,92 @@ def test_what_is_not_found_comes_with_what_is_there(tmp_path, monkeypatch):
     one_line_error(inside(prepare.main, "bok.txt"), "no file bok.txt; there is book.txt")
     outcome = inside(prepare.main, "book.txt", "--data_dir=sets")
     assert outcome.stdout.splitlines()[-1].startswith("next     python train.py --dataset=book --data_dir=")
-    one_line_error(inside(train.main, "--dataset=bok", "--data_dir=sets"), "there is book, ")
+    one_line_error(inside(train.main, "--dataset=bok", "--data_dir=sets"), "did you mean --dataset=book?",
+                   "there is book, ")
+    one_line_error(inside(train.main, "--dataset=Book", "--data_dir=sets"), "did you mean --dataset=book?")
+    one_line_error(inside(train.main, "--dataset=book.txt", "--data_dir=sets"),
+                   "python prepare.py book.txt --name=book && python train.py --dataset=book")
+    one_line_error(inside(train.main, "--dataset=my book", "--data_dir=sets"), "but my_book is:", "there is book")
+    for word in ("--check", "--decode", "--anchors"):
+        one_line_error(inside(prepare.main, word, "bok", "--data_dir=sets"), "no data set in sets/bok", "there is book")
+        one_line_error(inside(prepare.main, word, "sets/book", "--data_dir=sets"), "its name alone: book")
     one_line_error(inside(train.main, "--dataset=sets/book", "--data_dir=sets"), "its name alone: book")
     for name in ("poem", "book"):
         Path("out", name).mkdir(parents=True)
         Path("out", name, "ckpt.pt").touch()
-    one_line_error(inside(sample.main, "--out_dir=book"), "no book/ckpt.pt; there is out/book, out/poem")
-    one_line_error(inside(sample.main, "out/book"), "python sample.py --out_dir=out/book")
+    both = "there is out/book/ckpt.pt, out/poem/ckpt.pt"
+    one_line_error(inside(sample.main, "--out_dir=book"), f"no book/ckpt.pt; {both}")
+    for source in ("bok", "out/bok", "out/bok/ckpt.pt", "elsewhere/book/ckpt.pt"):
+        one_line_error(inside(sample.main, f"--ckpt={source}"), f"no checkpoint {source}", both)
+        one_line_error(inside(sample.main, f"--init_from={source}"), both)
+        one_line_error(inside(train.main, f"--init_from={source}"), f"no checkpoint {source}", both)
+        one_line_error(inside(convert.main, "page", source, "--out=a.html"), f"no checkpoint {source}", both)
+    one_line_error(inside(sample.main, "--ckpt=out"), "out is a folder without a checkpoint", "out/book/ckpt.pt")
+    resumed = inside(train.main, "--init_from=resume", "--out_dir=bok")
+    one_line_error(resumed, "no run to resume", without="there is out")
+    Path("out/poem/last.pt").touch()
+    one_line_error(inside(train.main, "--init_from=resume", "--out_dir=bok"), "; there is out/poem/last.pt")
+    one_line_error(inside(plots.main, "bok"), "bok holds no run", without="there is")
+    Path("out/book/log.csv").touch()
+    one_line_error(inside(plots.main, "bok"), "; there is out/book")
+
+
+@pytest.mark.parametrize(("program", "words", "command"), [
+    (sample, ["The fox"], "python sample.py --start='The fox'"),
+    (sample, ["The", "fox", "ran"], "python sample.py --start='The fox ran'"),
+    (sample, ["--start=The", "fox", "--seed=1"], "in quotes, --start='The fox'"),
+    (sample, ["--start", "The", "fox"], "write --start='The fox'"),
+    (sample, ["--seed", "1"], "write --seed=1"),
+    (sample, ["out/book"], "python sample.py --out_dir=out/book"),
+    (sample, ["out/bok"], "python sample.py --out_dir=out/book"),
+    (sample, ["book"], "python sample.py --out_dir=out/book"),
+    (sample, ["story.txt"], "python sample.py --start=FILE:story.txt"),
+    (train, ["--dataset", "book"], "write --dataset=book"),
+    (train, ["--dataset=my", "book"], "in quotes, --dataset='my book'"),
+    (train, ["story.txt"], "python prepare.py story.txt --name=story && python train.py --dataset=story"),
+    (train, ["stroy.txt"], "python prepare.py story.txt --name=story && python train.py --dataset=story"),
+    (train, ["我的 小说.txt"], "--name=我的_小说 && "),
+    (train, ["book"], "python train.py --dataset=book"),
+    (train, ["bok"], "python train.py --dataset=book"),
+    (train, ["fables"], "python train.py --dataset=fables"),
+    (train, ["out/book"], "python train.py --init_from=out/book --dataset=NAME"),
+    (train, ["config"], "; there is config/mine.py"),
+    (convert, ["pag", "out/book"], "did you mean page?"),
+    (convert, ["import", "out/book"], "python sample.py --out_dir=out/book"),
+    (convert, ["import", "out/bok"], "; there is out/book"),
+    (convert, ["import", "gpt2-medum"], "nor one of gpt2-medium, "),
+    (prepare, ["my book.txt"], "python prepare.py 'my book.txt' --name=my_book"),
+    (prepare, ["story.txt", "--name=my story"], "python prepare.py story.txt --name=my_story"),
+    (prepare, ["stor"], "; there is story.txt"),
+    (prepare, ["fabels"], "the built-in sets are fables, "),
+    (prepare, ["story.txt", "--val=stroy.txt"], "no file stroy.txt; there is story.txt"),
+    (prepare, ["*.doc"], "no file *.doc"),
+    (prepare, ["--adopt", "dta", "--tokenizer=byte"], "no folder dta; there is data"),
+    (sample, ["--start=FILE:stroy.txt"], "; there is story.txt"),
+    (sample, ["--prompts=stroy.txt"], "; there is story.txt"),
+])
+def test_a_command_that_is_nearly_right_leads_to_the_right_one(tmp_path, monkeypatch, program, words, command):
+    monkeypatch.chdir(tmp_path)
+    texts = ("story.txt", "my book.txt", "我的 小说.txt")
+    for name in (*texts, "data/book/meta.json", "out/book/ckpt.pt", "config/mine.py"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("text")
+    one_line_error(inside(program.main, *words), command)
+
+
+@pytest.mark.parametrize(("name", "meant"), [
+    ("gpt-2", "gpt2"), ("gpt-4", "cl100k_base"), ("cl100k", "cl100k_base"), ("CL100K_BASE", "cl100k_base"),
+    ("bpe2048", "bpe:2048"), ("bpe-4096", "bpe:4096"), ("chars", "char"), ("out/book", "out/book/ckpt.pt"),
+    ("book", "out/book/ckpt.pt"), ("data/poem", "data/poem/meta.json"), ("poem", "data/poem/meta.json"),
+])
+def test_a_tokenizer_that_is_nearly_right_leads_to_the_right_one(tmp_path, monkeypatch, name, meant):
+    monkeypatch.chdir(tmp_path)
+    for path in ("out/book/ckpt.pt", "data/poem/meta.json"):
+        Path(path).parent.mkdir(parents=True)
+        Path(path).touch()
+    Path("text").write_text(TEXT)
+    outcome = inside(prepare.main, "text", f"--tokenizer={name}", "--data_dir=sets")
+    one_line_error(outcome, "is none of: char, byte", f"did you mean --tokenizer={meant}?")
 
 
 @pytest.mark.parametrize("out", ["used", "used/run", ".", "x" * 300])

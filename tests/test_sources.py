@@ -394,7 +394,8 @@ def test_a_tsv_has_no_quoting(here):
     ("a.csv", 'id,text\n"1\n1",one\n2\n', ["a.csv, line 4: 1 fields"]),
     ("a.tsv", "id\ttext\n1\tone\n2\ttwo\tmore\n", ["a.tsv, line 3: 3 fields, the first line has 2"]),
     ("a.csv", "text,id,text\none,1,two\n", ["a.csv", "2 columns 'text'"]),
-    ("a.csv", "id,body\n1,one\n", ["a.csv has no column 'text'", "id, body", "--text_column="]),
+    ("a.csv", "id,body\n1,one\n", ["a.csv has no column 'text'", "body, id (--text_column=)"]),
+    ("a.csv", "id,body,txt\n1,one,two\n", ["its first line names txt, body, id (--text_column=txt)"]),
     ("a.csv", "", ["a.csv", "empty"]),
 ])
 def test_a_table_that_does_not_fit_names_file_and_line(name, content, parts, here):
