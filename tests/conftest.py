@@ -53,6 +53,11 @@ TOY = dict(dataset="toy", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_s
            compile=False)
 
 
+def pytest_xdist_auto_num_workers(config) -> int:
+    """One process more than cores: a third of the time goes into waiting, for children and for the disk."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
+
+
 def flags(**settings) -> list:
     """None leaves a flag out."""
     return [f"--{name}={value}" for name, value in settings.items() if value is not None]
