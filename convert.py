@@ -321,7 +321,7 @@ def refuse_switches(kind: str, config: dict):
         named = ", ".join(f"{name}={config[name]}" for name in refused)
         raise ValueError(f"{TITLES[kind]} (positions={config['positions']}) has no counterpart of "
                          f"{named}: a web page has (python convert.py page CKPT.pt --out=NAME.html), and a model "
-                         "trained with config/shakespeare_char_nanogpt.py has none of these")
+                         "trained with config/portable.py has none of these")
 
 
 def gpt2_fields(config: dict, width: int) -> dict:

@@ -2,12 +2,13 @@
 the sizes, steps and settings that are published."""
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from conftest import ROOT, TOY, log_rows, trained
 
+from convert import settings_to_hf
 from inkling.cli import parse, problems
 from prepare import write_set
 from train import GPT, Config, window_starts
@@ -89,6 +90,16 @@ def test_the_layers_of_the_seeds_are_those_of_the_originals():
     assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]
     bound = (6 / 256) ** 0.5                            # Kaiming-uniform, fan_in 256, gain sqrt 2
     assert model.wte.weight.abs().max().item() == pytest.approx(bound, rel=1e-2)
+
+
+def test_portable_is_the_default_recipe_within_the_switches_of_qwen3():
+    cfg = settings("portable")
+    width = GPT(replace(cfg, n_embd=16, n_head=1), 30).blocks[0].mlp.up.out_features
+    assert settings_to_hf(asdict(cfg), width, 30)["model_type"] == "qwen3"
+    switches = {"ngrams", "embed_norm", "logit_cap", "shortcuts", "rope_fraction", "mlp"}
+    different = {name for name, value in asdict(Config()).items() if value != asdict(cfg)[name]}
+    assert different == switches | {"batch_size", "max_iters"}
+    assert cfg.batch_size * cfg.max_iters == Config().batch_size * Config().max_iters       # as many tokens
 
 
 # ---- patience

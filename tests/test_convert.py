@@ -516,7 +516,8 @@ def run_of(tmp_path, monkeypatch):
 ])
 def test_switches_without_a_counterpart_are_listed(run_of, settings, said):
     run_of(settings)
-    expect_refusal("export", "run/ckpt.pt", "--out=there", parts=["run/ckpt.pt", *said])
+    ways_out = ["python convert.py page CKPT.pt", "config/portable.py"]
+    expect_refusal("export", "run/ckpt.pt", "--out=there", parts=["run/ckpt.pt", *said, *ways_out])
 
 
 def test_every_switch_of_the_model_is_accounted_for():
