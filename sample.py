@@ -553,9 +553,12 @@ def make_adapter(model, masters: dict, rate: float) -> AdamW:
     that is also the output layer moves as a whole at every step, so it takes the rate of a matrix."""
     tables = set()
     for gpt in model.modules():
-        if isinstance(gpt, GPT):
-            tables |= set() if gpt.cfg.tie_weights else {gpt.wte.weight}
-            tables |= set() if gpt.ngrams is None else {gpt.ngrams.weight}
+        if not isinstance(gpt, GPT):
+            continue
+        if not gpt.cfg.tie_weights:
+            tables.add(gpt.wte.weight)
+        if gpt.ngrams is not None:
+            tables.add(gpt.ngrams.weight)
     groups = [dict(params=[master for p, master in masters.items() if p in tables], lr=ADAPT_TABLES * rate),
               dict(params=[master for p, master in masters.items() if p not in tables], lr=rate)]
     groups = [group for group in groups if group["params"]]

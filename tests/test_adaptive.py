@@ -161,7 +161,7 @@ def test_mistakes(words, parts):
 
 
 def test_a_rate_that_breaks_the_model_is_one_line():
-    ckpt = saved(kind="Llama")
-    outcome = inside(sample.main, f"--ckpt={ckpt}", "--device=cpu", "--score=text", "--adapt=1e9", "--json")
+    outcome = inside(sample.main, f"--ckpt={saved(kind='Llama')}", "--device=cpu", "--score=text", "--adapt=1e9",
+                     "--json")
     one_line_error(outcome, "--adapt=1e+09", "the loss is not a finite number after", "lower it")
     assert outcome.stdout == ""

@@ -52,10 +52,14 @@ def records(*words) -> list:
     return [json.loads(line) for line in outcome.stdout.splitlines()]
 
 
+def models_of(names: str) -> list:
+    return [load(f"{name}.pt")[0] for name in names]
+
+
 @torch.no_grad()
-def mean_probabilities(names: str, ids: list):
+def mean_probabilities(models: list, ids: list):
     """(T, V) by each model alone, without caches."""
-    return sum(load(f"{name}.pt")[0](torch.tensor([ids]))[0][0].softmax(-1) for name in names) / len(names)
+    return sum(model(torch.tensor([ids]))[0][0].softmax(-1) for model in models) / len(models)
 
 
 @pytest.mark.parametrize("names", ["ab", "abc", "ba"])
@@ -65,7 +69,7 @@ def test_the_probabilities_are_the_mean_of_the_models(names):
     ids = Tokenizer(CHARS).encode(TEXT).tolist()
     found = score["token_logprobs"]
     for end in [12, 19, 26]:                                        # the ends of windows
-        p = mean_probabilities(names, ids[end - 12:end])
+        p = mean_probabilities(models_of(names), ids[end - 12:end])
         new = range(0 if end == 12 else 5, 12)
         assert [found[end - 12 + at] for at in new] == pytest.approx(
             [p[at, ids[end - 12 + at + 1]].log().item() for at in new], abs=1e-4)
@@ -73,14 +77,14 @@ def test_the_probabilities_are_the_mean_of_the_models(names):
 
 def test_generation_with_caches_is_generation_without():
     """Beyond the context, too, which all models leave together."""
-    models = [load(f"{name}.pt")[0] for name in "abc"]
+    models = models_of("abc")
     ensemble = Ensemble(models)
     prompt = Tokenizer(CHARS).encode("the fox").tolist()
     window, expected = prompt, []
     for _ in range(30):
         if len(window) > 12:
             window = window[-6:]
-        expected.append(mean_probabilities("abc", window)[-1].argmax().item())
+        expected.append(mean_probabilities(models, window)[-1].argmax().item())
         window = [*window, expected[-1]]
     found = [ids.item() for ids in ensemble.generate(torch.tensor([prompt]), 30, lambda logits: draw(logits, 0))]
     assert found == expected
@@ -93,7 +97,7 @@ def test_several_texts_at_once_and_their_probabilities():
     batch = records(*words, "--num_samples=3")
     assert batch[2]["tokens"] == records(*words, "--seed=1339")[0]["tokens"]
     ids = [*Tokenizer(CHARS).encode("fox").tolist(), *batch[0]["tokens"]]
-    p = mean_probabilities("ac", ids)
+    p = mean_probabilities(models_of("ac"), ids)
     expected = [p[at - 1, ids[at]].log().item() for at in range(3, len(ids))]
     assert batch[0]["logprobs"] == pytest.approx(expected, abs=1e-4)
 
@@ -106,12 +110,12 @@ def test_a_checkpoint_twice_is_itself():
 
 def test_the_mean_adapts_as_one_model():
     ids = Tokenizer(CHARS).encode(TEXT)
-    ensemble = Ensemble([load(f"{name}.pt")[0] for name in "ab"])
+    ensemble = Ensemble(models_of("ab"))
     score, = records("--ckpt=a.pt,b.pt", "--score=text", "--score_tokens", "--adapt=1e-3")
     expected = adaptive_losses(ensemble, np.array(ids), 6, 1e-3)
     assert [-x for x in score["adaptive"]["token_logprobs"]] == pytest.approx(expected.tolist(), abs=1e-4)
     assert score["adaptive"]["loss"] < score["loss"] - 0.05
-    before = [dict(load(f"{name}.pt")[0].named_parameters()) for name in "ab"]
+    before = [dict(model.named_parameters()) for model in models_of("ab")]
     for model, weights in zip(ensemble.models, before, strict=True):        # each of them learns
         moved = {name: (p - weights[name]).abs().max().item() for name, p in model.named_parameters()}
         assert all(moved.values()), moved
