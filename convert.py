@@ -2,11 +2,11 @@
 checkpoint of Inkling; and a checkpoint to a Hugging Face directory, or to one web page that runs
 it.
 
+    python convert.py page out/book/ckpt.pt --out=book.html
     python convert.py import gpt2       # or gpt2-medium, gpt2-large, gpt2-xl
     python convert.py import path/to/folder --out=out/llama
     python convert.py import nanoGPT/out/ckpt.pt --out=out/nano
     python convert.py export out/book/ckpt.pt --out=book
-    python convert.py page out/book/ckpt.pt --out=book.html
 
 The folder to import holds config.json, model.safetensors and tokenizer.json; transformers loads the
 folder that an export writes, tokenizer included. Weights keep their bytes in both directions:
@@ -56,6 +56,9 @@ class Options:
                                         # directory: byte, a name that tiktoken knows, or the path
                                         # of a meta.json or ckpt.pt of Inkling
     bits: Literal[8, 16] = 8            # page: of each weight
+
+
+FIRST_IN_HELP = ("out", "bits", "tokenizer")
 
 
 # -- architectures ---------------------------------------------------------------------------------
@@ -963,7 +966,7 @@ FLAGS = {"import": {"out", "tokenizer"}, "export": {"out"}, "page": {"out", "bit
 
 
 def main(argv: list):
-    parsed = parse(Options, argv, __doc__, takes="words")
+    parsed = parse(Options, argv, __doc__, takes="words", first=FIRST_IN_HELP)
     if len(parsed.words) != 2 or parsed.words[0] not in COMMANDS:
         meant = closest(parsed.words[0], COMMANDS) if parsed.words and parsed.words[0] not in COMMANDS else ""
         guess = f"; did you mean {meant}?" if meant else "; see --help"

@@ -180,5 +180,5 @@ def fetch_address(url: str, folder: Path, again: bool) -> Path:
     try:
         download(url, path)
     except DownloadFailed as error:
-        raise UserError(f"{error}; put that file at {path} by hand and try again")
+        raise UserError(f"{error}; put that file at {path} by hand (after mkdir -p {folder}) and try again")
     return path

@@ -39,6 +39,9 @@ class Options:
     out: FilePath = "compare.png"       # the file to write
 
 
+FIRST_IN_HELP = ("out", "by")
+
+
 def read_log(path: Path) -> list:
     """The rows of a log.csv as dicts of numbers, without empty cells and without a row that a kill or
     a power cut has damaged."""
@@ -272,7 +275,7 @@ def count_stored(folder: Path) -> tuple:
 
 
 def main(argv: list) -> int:
-    parsed = parse(Options, argv, __doc__, takes="runs")
+    parsed = parse(Options, argv, __doc__, takes="runs", first=FIRST_IN_HELP)
     options = Options(**parsed.values)
     if not parsed.words:
         raise UserError("name the folders of runs to compare, such as out/a out/b")

@@ -17,6 +17,7 @@ from inkling.sniff import (
     PARQUET,
     encoding_with_escapes,
     encoding_with_nuls,
+    is_utf8_beyond_ascii,
     marked_encoding,
     markup_of,
     not_text,
@@ -75,6 +76,9 @@ def decode_part(part: Part, encoding: str, remarks: Remarks):
             raise UserError(f"{part.name} has a NUL beside nearly every letter: name its encoding (--encoding={wide})")
         if switching := encoding_with_escapes(part.head):
             raise UserError(f"{part.name} has escape sequences of another encoding: name it (--encoding={switching})")
+    elif not marked and is_utf8_beyond_ascii(part.head):
+        remarks.notice(part.name, "begins as valid UTF-8", f"read as {encoding} all the same: if that gives wrong "
+                       "letters, omit --encoding")
     yield from decode_blocks(part, encoding, remarks)
 
 

@@ -148,6 +148,12 @@ def suggest_encoding(head: bytes, raw: bytes, position: int, encoding: str) -> s
     return f"name its encoding (--encoding={likely_encodings(raw, position)})"
 
 
+def is_utf8_beyond_ascii(head: bytes) -> bool:
+    """Whether the beginning of a text is UTF-8 with letters beyond ASCII, as other encodings' texts hardly ever
+    are by chance: three or more of them."""
+    return len(re.findall(rb"[\xc2-\xf4][\x80-\xbf]+", head)) >= 3 and decodes(head, 0, "utf-8")
+
+
 def decodes(raw: bytes, position: int, encoding: str) -> bool:
     """Whether the bytes from the first letter beyond ASCII around `position` on are text in an encoding."""
     start = len(raw[:position].rstrip(bytes(range(128, 256))))

@@ -535,6 +535,14 @@ def test_every_program_names_eight_flags_first(program, names):
     assert len(set(names)) == 8
 
 
+@pytest.mark.parametrize(("program", "names"), [
+    (convert, ["out", "bits", "tokenizer"]), (plots, ["out", "by"])])
+def test_the_other_programs_begin_with_examples_too(program, names):
+    before, _, after = inside(program.main, "--help").stdout.partition("most used:")
+    assert "examples:" in before
+    assert re.findall(r"^  --(\w+)=", after, re.M) == names
+
+
 def test_all_wrong_flags_are_reported_at_once():
     one_line_error(train_with("--lr=1", "--zzz=2", "--dataset", "book", "--n_layer=six"), "--learning_rate", "--zzz",
                    "write --dataset=book", "n_layer=six")

@@ -387,6 +387,18 @@ def test_a_tsv_has_no_quoting(here):
     assert rows("a.tsv", 'id\ttext\n4\t"all\nof ""it"""\n', "--format=csv", r"--delimiter=\t") == ['all\nof "it"']
 
 
+@pytest.mark.parametrize(("encoding", "noticed"), [("latin-1", True), ("utf-8", False)])
+def test_utf8_that_is_read_as_something_else_is_noticed(encoding, noticed, here):
+    (here / "a.txt").write_text("Köln, Düren, Jülich, Höxter\n" * 20, encoding="utf-8")
+    said = prepared("a.txt", f"--encoding={encoding}", "--name=a")
+    assert ("begins as valid UTF-8; read as latin-1 all the same" in said) == noticed
+
+
+def test_latin_1_that_is_read_as_latin_1_is_not_noticed(here):
+    (here / "a.txt").write_text("Köln, Düren, Jülich, Höxter\n" * 20, encoding="latin-1")
+    assert "UTF-8" not in prepared("a.txt", "--encoding=latin-1")
+
+
 @pytest.mark.parametrize(("name", "content", "parts"), [
     ("a.csv", 'id,text\n1,one\n2,"Wait!\n3,three\n', ["a.csv, line 3", "quote", "--format=tsv --delimiter=','"]),
     ("a.csv", 'id,text\n1,"Hi," said Tom.\n', ["a.csv, line 2", "--format=tsv"]),
