@@ -6,9 +6,9 @@
     python sample.py --prompts=lines.txt --json > samples.jsonl
     python sample.py --interactive              # type, read, type again
     python sample.py --score=chapter.txt        # the loss of this text
-    python sample.py --num_samples=5 --novelty  # and what of it is copied
-    python sample.py --score=chapter.txt --adapt=1e-4   # and of a model that learns from it meanwhile
-    python sample.py --ckpt=a.pt,b.pt           # the mean of the probabilities of two models
+    python sample.py --score=chapter.txt --adapt=1e-4   # it learns meanwhile
+    python sample.py --num_samples=5 --novelty  # what of a sample is copied
+    python sample.py --ckpt=a.pt,b.pt           # the mean of two models
 
 A checkpoint holds the model, its settings and its tokenizer: one file is all you need to copy.
 """

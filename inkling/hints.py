@@ -36,8 +36,12 @@ def likeness(word: str, name: str) -> float:
 
 
 def nearest_first(word: str, names) -> list:
-    """The names, those most like `word` first; equally near ones in alphabetical order."""
-    return sorted(sorted(names), key=lambda name: -likeness(word, name))
+    """The names: first those that come close to `word`, the closest before the others, then the rest in
+    their order."""
+    names = list(names)
+    near = [name for name in names if likeness(word, name) >= CLOSE]
+    rest = [name for name in names if name not in near]
+    return sorted(near, key=lambda name: -likeness(word, name)) + rest
 
 
 def closest(word: str, names) -> str:
@@ -104,9 +108,10 @@ def sets_in(folder: Path) -> list:
 
 
 def paths_in(folder: Path, pattern: str) -> list:
-    """The paths that match; none in a folder that cannot be read, or whose name is too long for one."""
+    """The paths that match, in alphabetical order; none in a folder that cannot be read, or whose name is
+    too long for one."""
     try:
-        return list(Path(folder).glob(pattern))
+        return sorted(Path(folder).glob(pattern))
     except (OSError, ValueError):
         return []
 

@@ -691,7 +691,7 @@ def test_a_name_that_is_not_utf8_is_kept_and_known_again(tmp_path, capsys):
         write_set(tmp_path / "s", [path], "char", 0.1)
     assert "nothing has changed" in capsys.readouterr().out
     check_set(tmp_path / "s")
-    one_line_error(inside(prepare.main, path), "$'", "caf\\xe9.txt' --name=NAME")
+    one_line_error(inside(prepare.main, path), "$'", "caf\\xe9.txt' --name=caf")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows knows no such words")

@@ -204,7 +204,7 @@ def test_what_cannot_be_taken_over_is_one_line(words, parts, here):
     for split in ("train", "val"):
         np.array([1, 2, 400], np.uint16).tofile(here / f"{split}.bin")
     one_line_error(refused("--adopt", ".", *words), *parts)
-    one_line_error(refused("--adopt", "nowhere", "--tokenizer=sets/s/meta.json"), "nowhere/train.bin is missing")
+    one_line_error(refused("--adopt", "nowhere", "--tokenizer=sets/s/meta.json"), "no folder nowhere")
     assert not (here / "meta.json").exists()
 
 

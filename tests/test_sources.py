@@ -406,8 +406,8 @@ def test_latin_1_that_is_read_as_latin_1_is_not_noticed(here):
     ("a.csv", 'id,text\n"1\n1",one\n2\n', ["a.csv, line 4: 1 fields"]),
     ("a.tsv", "id\ttext\n1\tone\n2\ttwo\tmore\n", ["a.tsv, line 3: 3 fields, the first line has 2"]),
     ("a.csv", "text,id,text\none,1,two\n", ["a.csv", "2 columns 'text'"]),
-    ("a.csv", "id,body\n1,one\n", ["a.csv has no column 'text'", "body, id (--text_column=)"]),
-    ("a.csv", "id,body,txt\n1,one,two\n", ["its first line names txt, body, id (--text_column=txt)"]),
+    ("a.csv", "id,body\n1,one\n", ["a.csv has no column 'text'", "id, body (--text_column=)"]),
+    ("a.csv", "id,body,txt\n1,one,two\n", ["its first line names txt, id, body (--text_column=txt)"]),
     ("a.csv", "", ["a.csv", "empty"]),
 ])
 def test_a_table_that_does_not_fit_names_file_and_line(name, content, parts, here):
@@ -661,13 +661,14 @@ def test_a_set_may_have_a_name_in_any_script(name, here):
 
 
 def test_a_suggested_command_can_be_pasted(here):
-    for name in ("my note.txt", "it's.txt", "a&b.txt", "two\nlines.txt"):
+    names = {"my note.txt": "my_note", "it's.txt": "it_s", "a&b.txt": "a_b", "two\nlines.txt": "two_lines"}
+    for name, set_name in names.items():
         (here / name).write_text("a note")
         said = refused(name)
         one_line_error(said, "give the set a name: python prepare.py ")
         command = said.stderr.strip().partition("python prepare.py ")[2]
         words = subprocess.run(["bash", "-c", f"printf '%s|' {command}"], capture_output=True, text=True).stdout
-        assert words == f"{name}|--name=NAME|"
+        assert words == f"{name}|--name={set_name}|"
 
 
 def test_an_input_twice_is_said_and_read_once(here):
