@@ -77,6 +77,7 @@ GPT2_KEYS = {
     "layer_norm_epsilon": "attention.layer_norm_epsilon",
 }
 KEYS = {"gpt2": GPT2_KEYS, "llama": LLAMA_KEYS, "qwen3": LLAMA_KEYS}
+OPTIONAL_KEYS = {"attention.head_count_kv", "attention.key_length", "rope.freq_base"}   # llama.cpp has defaults
 
 
 def renamed(name: str, parts: dict) -> str:
@@ -221,6 +222,9 @@ def settings_from_gguf(fields: dict, theirs: dict) -> dict:
     own = {name.removeprefix(f"{kind}."): value for name, value in fields.items() if name.startswith(f"{kind}.")}
     hf = {"model_type": kind, "tie_word_embeddings": "output.weight" not in theirs,
           "vocab_size": len(theirs.get("token_embd.weight", []))}
+    missing = [f"{kind}.{key}" for key in KEYS[kind].values() if key not in own and key not in OPTIONAL_KEYS]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} is missing")
     for name, key in KEYS[kind].items():
         if key in own:
             hf[name] = in_decimals(own.pop(key))
@@ -392,7 +396,9 @@ def pre_tokenizer_name(content: dict) -> str:
     for name, known in PRE_TOKENIZERS:
         if found == [comparable(step) for step in known]:
             return name
-    described = found[0].get("pattern", found[0]["type"]) if found else "nothing"
+    described = "nothing"
+    if found:
+        described = found[0].get("pattern", {}).get("Regex") or found[0]["type"]
     raise ValueError(f"its tokenizer splits a text by {str(described)[:200]}, which llama.cpp has no name for: "
                      + WAY_OUT)
 
