@@ -1,17 +1,21 @@
-"""Models of other programs: a Hugging Face directory of GPT-2, Llama or Qwen3, or nanoGPT's ckpt.pt, to a
-checkpoint of Inkling; and a checkpoint to a Hugging Face directory, or to one web page that runs
-it.
+"""Models of other programs: a Hugging Face directory or a GGUF file of GPT-2, Llama or Qwen3, or
+nanoGPT's ckpt.pt, to a checkpoint of Inkling; and a checkpoint to a Hugging Face directory, to a
+GGUF file for llama.cpp and what is built on it, or to one web page that runs it.
 
     python convert.py page out/book/ckpt.pt --out=book.html
     python convert.py import gpt2       # or gpt2-medium, gpt2-large, gpt2-xl
     python convert.py import path/to/folder --out=out/llama
     python convert.py import nanoGPT/out/ckpt.pt --out=out/nano
+    python convert.py import model.gguf --out=out/model
     python convert.py export out/book/ckpt.pt --out=book
+    python convert.py gguf out/book/ckpt.pt --out=book.gguf
 
 The folder to import holds config.json, model.safetensors and tokenizer.json; transformers loads the
 folder that an export writes, tokenizer included. Weights keep their bytes in both directions:
-matrices are only split, joined and transposed. What one side has and the other cannot express is
-refused by name, never dropped. A name is looked up in the local Hugging Face cache (HF_HOME,
+matrices are only split, joined and transposed; a GGUF file holds fewer bits of them if --type says
+so. What one side has and the other cannot express is refused by name, never dropped. Any checkpoint
+can become a page; a directory or a GGUF file needs the switches of GPT-2, Llama or Qwen3, which a
+model of config/portable.py has. A name is looked up in the local Hugging Face cache (HF_HOME,
 HF_HUB_CACHE) and downloaded to it when it is not there; HF_ENDPOINT names another server.
 """
 
@@ -30,6 +34,13 @@ import torch
 from inkling.checkpoint import ForeignCheckpoint, RunFolder, load_checkpoint
 from inkling.cli import FilePath, UserError, parse, run
 from inkling.files import atomic_write
+from inkling.gguf import (
+    read_gguf,
+    settings_from_gguf,
+    tokenizer_from_gguf,
+    weights_from_gguf,
+    write_gguf,
+)
 from inkling.hints import closest, files_near, nearest_first, there_is
 from inkling.huggingface import (
     NAMES,
@@ -51,10 +62,12 @@ EXPORTED = {"config.json", "generation_config.json", "model.safetensors", "token
 class Options:
     # -- what is written
     out: FilePath = ""                  # import: folder of the run, empty: out/NAME; export: the
-                                        # directory to write; page: the file
+                                        # directory to write; gguf, page: the file
     tokenizer: FilePath = ""            # import: the model's tokenizer, if it is not in the
                                         # directory: byte, a name that tiktoken knows, or the path
                                         # of a meta.json or ckpt.pt of Inkling
+    type: Literal["f32", "f16", "q8_0"] = "f32"  # gguf: of the matrices' weights; q8_0: 8 bits and
+                                        # a scale for every 32 of them
     bits: Literal[8, 16] = 8            # page: of each weight
 
 
@@ -658,7 +671,9 @@ def other_weights(folder: Path) -> str:
     """What to do about weights in another form, or about none."""
     if (folder / "adapter_config.json").is_file():
         return ", but an adapter of peft: merge it into its model first (merge_and_unload, save_pretrained)"
-    for pattern in ("*.gguf", "tf_model.h5", "flax_model.msgpack", "*.safetensors", "*.bin", "*.pth"):
+    if found := sorted(folder.glob("*.gguf")):
+        return f", but {found[0].name}: python convert.py import {found[0]}"
+    for pattern in ("tf_model.h5", "flax_model.msgpack", "*.safetensors", "*.bin", "*.pth"):
         if found := sorted(folder.glob(pattern)):
             return (f", but {found[0].name}: let transformers load it and write a folder with "
                     "save_pretrained")
@@ -692,8 +707,8 @@ def find_folder(source: str) -> Path:
     if source in NAMES and not (folder / "config.json").is_file():
         return model_folder(source)
     if os.path.isfile(source):
-        raise UserError(f"{source} is a file: name the folder that holds it with its config.json, or "
-                        "a ckpt.pt of nanoGPT")
+        raise UserError(f"{source} is a file: name the folder that holds it with its config.json, a "
+                        ".gguf file, or a ckpt.pt of nanoGPT")
     if not os.path.isdir(source):
         near = there_is(source, files_near(source))
         raise UserError(f"{source} is neither a folder nor one of {', '.join(nearest_first(source, NAMES))}{near}")
@@ -706,8 +721,8 @@ def find_folder(source: str) -> Path:
 
 
 def import_model(source: str, tokenizer: str = "") -> dict:
-    """A checkpoint's content with the weights of a Hugging Face directory, of one of NAMES, or of a
-    ckpt.pt of nanoGPT. Raises UserError about what is not there, is damaged, or has no counterpart
+    """A checkpoint's content with the weights of a Hugging Face directory, of one of NAMES, of a GGUF
+    file, or of a ckpt.pt of nanoGPT. Raises UserError about what is not there, is damaged, or has no counterpart
     in Inkling."""
     source = str(source)
     if tokenizer == "char":
@@ -715,6 +730,8 @@ def import_model(source: str, tokenizer: str = "") -> dict:
                         "of its data set")
     if source.endswith(".pt"):
         return import_checkpoint(source, tokenizer)
+    if source.endswith(".gguf") and not os.path.isdir(source):
+        return import_gguf_file(source, tokenizer)
     folder = find_folder(source)
     hf = read_json(folder / "config.json")
     try:
@@ -766,6 +783,45 @@ def check_vocabulary(source, name: str, tokenizer: Tokenizer, rows: int):
     if rows not in {-(-size // multiple) * multiple for multiple in PADDED_TO}:
         raise UserError(f"--tokenizer={name} has {size:,} tokens, but the model in {source} has "
                         f"{rows:,}: name the tokenizer that it was trained with")
+
+
+# -- GGUF ------------------------------------------------------------------------------------------
+
+def import_gguf_file(path: str, tokenizer: str = "") -> dict:
+    """A checkpoint's content from a GGUF file, with its own tokenizer or the named one."""
+    if not os.path.isfile(path):
+        raise UserError(f"no file {path}")
+    fields, theirs = read_gguf(Path(path))
+    try:
+        hf = settings_from_gguf(fields, theirs)
+        settings_from_hf(hf)            # names what there is no counterpart of
+        chosen = Tokenizer.build(tokenizer) if tokenizer else tokenizer_from_gguf(fields)
+        config, tensors, rows = model_from_hf(hf, weights_from_gguf(hf, theirs))
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+        reason = str(error) if isinstance(error, ValueError) else f"damaged ({type(error).__name__}: {error})"
+        raise UserError(f"{path}: {reason[:400]}")
+    if tokenizer:
+        check_vocabulary(path, tokenizer, chosen, rows)
+    return checkpoint_of(path, config, tensors, rows, chosen)
+
+
+def export_gguf(source: str, options: Options):
+    """The command: a checkpoint to a GGUF file."""
+    if not options.out:
+        raise UserError(f"say where to: python convert.py gguf {source} --out=NAME.gguf")
+    out = Path(options.out)
+    config, tokenizer, hf, tensors = read_for_export(source)
+    try:
+        write_gguf(out, hf, tensors, tokenizer, options.type, name=out.stem)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}")
+    if config["mlp"] == "gelu":
+        print("note     mlp=gelu goes out as its tanh form, the only one that llama.cpp has for GPT-2; they differ by "
+              "less than 0.0005", flush=True)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    print(f"{out}: {TITLES[hf['model_type']]}, {parameters:,} parameters in {options.type}, and its tokenizer "
+          f"({tokenizer.kind})")
+    print(f"next     llama-cli -m {out} --no-conversation -p Once", flush=True)
 
 
 # -- nanoGPT ---------------------------------------------------------------------------------------
@@ -835,7 +891,8 @@ def nanogpt_tokenizer(path: str, rows: int, name: str) -> Tokenizer:
 
 def import_folder(source: str, options: Options):
     """The command: a Hugging Face directory to a run's folder."""
-    out = Path(options.out or Path("out") / (Path(source).resolve().name or "model"))
+    name = Path(source).resolve().name.removesuffix(".gguf")
+    out = Path(options.out or Path("out") / (name or "model"))
     content = import_model(source, options.tokenizer)
     config = content["config"]
     folder = RunFolder(out)
@@ -869,11 +926,8 @@ def export_folder(source: str, options: Options):
     if out.exists() and not is_replaceable(out):
         raise UserError(f"{out} is there and holds something other than an export: name a new "
                         "folder with --out")
-    content = load_checkpoint(source)
-    config = content["config"]
+    config, tokenizer, hf, tensors = read_for_export(source)
     try:
-        tokenizer = Tokenizer(content["tokenizer"])
-        hf, tensors = model_to_hf(config, content["model"], content["vocab_size"])
         ends = end_tokens(tokenizer)
         files = {
             "config.json": hf | ends,
@@ -883,14 +937,26 @@ def export_folder(source: str, options: Options):
         }
     except ValueError as error:
         raise UserError(f"{source}: {error}")
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise UserError(f"{source}: its parts do not fit together ({reason})")
     write_folder(out, files, tensors)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     print(f"{out}: {TITLES[hf['model_type']]}, {parameters:,} parameters, and its tokenizer "
           f"({tokenizer.kind})")
     print(f"next     hf upload USER/NAME {out}", flush=True)
+
+
+def read_for_export(source: str) -> tuple:
+    """(config, tokenizer, config.json's content, tensors by their names there) of a checkpoint."""
+    content = load_checkpoint(source)
+    config = content["config"]
+    try:
+        tokenizer = Tokenizer(content["tokenizer"])
+        hf, tensors = model_to_hf(config, content["model"], content["vocab_size"])
+    except ValueError as error:
+        raise UserError(f"{source}: {error}")
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError(f"{source}: its parts do not fit together ({reason})")
+    return config, tokenizer, hf, tensors
 
 
 def is_replaceable(path: Path) -> bool:
@@ -961,8 +1027,8 @@ def export_page(source: str, options: Options):
 
 # -- commands --------------------------------------------------------------------------------------
 
-COMMANDS = {"import": import_folder, "export": export_folder, "page": export_page}
-FLAGS = {"import": {"out", "tokenizer"}, "export": {"out"}, "page": {"out", "bits"}}
+COMMANDS = {"import": import_folder, "export": export_folder, "gguf": export_gguf, "page": export_page}
+FLAGS = {"import": {"out", "tokenizer"}, "export": {"out"}, "gguf": {"out", "type"}, "page": {"out", "bits"}}
 
 
 def main(argv: list):
@@ -970,8 +1036,8 @@ def main(argv: list):
     if len(parsed.words) != 2 or parsed.words[0] not in COMMANDS:
         meant = closest(parsed.words[0], COMMANDS) if parsed.words and parsed.words[0] not in COMMANDS else ""
         guess = f"; did you mean {meant}?" if meant else "; see --help"
-        raise UserError("say what to convert: python convert.py import DIR_OR_NAME, export CKPT.pt --out=DIR, or "
-                        f"page CKPT.pt --out=NAME.html{guess}")
+        raise UserError("say what to convert: python convert.py import DIR_OR_NAME, export CKPT.pt --out=DIR, gguf "
+                        f"CKPT.pt --out=NAME.gguf, or page CKPT.pt --out=NAME.html{guess}")
     command, source = parsed.words
     if unused := sorted(parsed.typed - FLAGS[command]):
         raise UserError(f"--{', --'.join(unused)} would change nothing in {command} (see --help): leave it out")
