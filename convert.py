@@ -71,7 +71,7 @@ class Options:
     bits: Literal[8, 16] = 8            # page: of each weight
 
 
-FIRST_IN_HELP = ("out", "bits", "tokenizer")
+FIRST_IN_HELP = ("out", "bits", "type", "tokenizer")
 
 
 # -- architectures ---------------------------------------------------------------------------------

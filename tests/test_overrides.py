@@ -536,7 +536,7 @@ def test_every_program_names_eight_flags_first(program, names):
 
 
 @pytest.mark.parametrize(("program", "names"), [
-    (convert, ["out", "bits", "tokenizer"]), (plots, ["out", "by"])])
+    (convert, ["out", "bits", "type", "tokenizer"]), (plots, ["out", "by"])])
 def test_the_other_programs_begin_with_examples_too(program, names):
     before, _, after = inside(program.main, "--help").stdout.partition("most used:")
     assert "examples:" in before
