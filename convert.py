@@ -643,7 +643,8 @@ def find_folder(source: str) -> Path:
                         "a ckpt.pt of nanoGPT")
     if not os.path.isdir(source):
         near = there_is(source, files_near(source))
-        raise UserError(f"{source} is neither a folder nor one of {', '.join(nearest_first(source, NAMES))}{near}")
+        names = nearest_first(source, NAMES) if closest(source, NAMES) else NAMES
+        raise UserError(f"{source} is neither a folder nor one of {', '.join(names)}{near}")
     if not (folder / "config.json").is_file() and (folder / "ckpt.pt").is_file():
         raise UserError(f"{folder} holds a run of Inkling already: python sample.py --out_dir={folder}; nanoGPT's is "
                         f"named by its file: {folder / 'ckpt.pt'}")

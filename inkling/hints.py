@@ -64,9 +64,11 @@ def nearest_flag(name: str, known) -> str:
 
 
 def column_hint(column: str, names) -> str:
-    """The columns or fields that there are, nearest first, and the flag that names one of them."""
-    listed = ", ".join(nearest_first(column, names))[:300] or "no fields"
+    """The columns or fields that there are, and the flag that names the one that was probably meant: the nearest
+    first if one comes close, else in their own order."""
     meant = closest(column, names)
+    ordered = nearest_first(column, names) if meant else names
+    listed = ", ".join(ordered)[:300] or "no fields"
     return f"{listed} (--text_column={quote(meant) if meant else ''})"
 
 

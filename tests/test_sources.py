@@ -406,7 +406,7 @@ def test_latin_1_that_is_read_as_latin_1_is_not_noticed(here):
     ("a.csv", 'id,text\n"1\n1",one\n2\n', ["a.csv, line 4: 1 fields"]),
     ("a.tsv", "id\ttext\n1\tone\n2\ttwo\tmore\n", ["a.tsv, line 3: 3 fields, the first line has 2"]),
     ("a.csv", "text,id,text\none,1,two\n", ["a.csv", "2 columns 'text'"]),
-    ("a.csv", "id,body\n1,one\n", ["a.csv has no column 'text'", "body, id (--text_column=)"]),
+    ("a.csv", "id,body\n1,one\n", ["a.csv has no column 'text'", "id, body (--text_column=)"]),
     ("a.csv", "id,body,txt\n1,one,two\n", ["its first line names txt, body, id (--text_column=txt)"]),
     ("a.csv", "", ["a.csv", "empty"]),
 ])
@@ -460,7 +460,7 @@ def test_a_path_of_fields_leads_to_the_text(name, column, expected, here):
     (here / name).write_text(content)
     if NotImplemented in expected:                      # the message says the way
         one_line_error(refused(name, f"--text_column={column}"), "2 holds several fields in 'messages.text'",
-                       "messages.text.type, messages.text.text")
+                       "messages.text.text, messages.text.type")
         return
     prepared(name, f"--text_column={column}", "--joiner=|", "--val_fraction=0")
     assert texts("a")[0] == "|".join(expected)
