@@ -21,6 +21,7 @@ seed = 123
 
 max_epochs = 10
 eval_interval = 5
+eval_iters = 0                          # all of val: its two windows
 log_interval = 1
 sample_interval = 9
 sample_start = "Every effort moves you"
