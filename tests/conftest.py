@@ -200,6 +200,22 @@ def perturbed(model: GPT, seed: int = 0) -> GPT:
     return model
 
 
+def convert_ok(*words):
+    """convert.py in this process, which must succeed."""
+    import convert  # only these tests need it
+    outcome = inside(convert.main, *words)
+    assert outcome.returncode == 0, outcome.stderr
+    return outcome
+
+
+def expect_refusal(*words, parts=()):
+    """convert.py must leave with one line, and nothing written but what was there."""
+    import convert  # only these tests need it
+    before = {path for path in Path().rglob("*") if path.name != ".lock"}
+    one_line_error(inside(convert.main, *words), *parts)
+    assert {path for path in Path().rglob("*") if path.name != ".lock"} == before
+
+
 def pairwise(**switches) -> list:
     """Settings (dicts) such that any two values of any two switches meet in at least one of them."""
     def pairs(row: dict) -> set:

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import ROOT, flags, inside, one_line_error, perturbed, serving
+from conftest import ROOT, convert_ok, expect_refusal, flags, inside, one_line_error, perturbed, serving
 from huggingface_hub import constants, try_to_load_from_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -177,20 +177,6 @@ def same_bytes(one: dict, other: dict):
     for name in one:
         assert one[name].shape == other[name].shape, name
         assert one[name].numpy().tobytes() == other[name].numpy().tobytes(), name
-
-
-def convert_ok(*words):
-    """convert.py in this process, which must succeed."""
-    outcome = inside(convert.main, *words)
-    assert outcome.returncode == 0, outcome.stderr
-    return outcome
-
-
-def expect_refusal(*words, parts=()):
-    """convert.py must leave with one line, and nothing written but what was there."""
-    before = {path for path in Path().rglob("*") if path.name != ".lock"}
-    one_line_error(inside(convert.main, *words), *parts)
-    assert {path for path in Path().rglob("*") if path.name != ".lock"} == before
 
 
 def edit_json(path: Path, **changes):

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, inside, one_line_error, perturbed
+from conftest import ROOT, convert_ok, expect_refusal, perturbed
 
-import convert
 import inkling.gguf
 import train
 from inkling.checkpoint import save_checkpoint
@@ -69,18 +68,6 @@ def run_of(tmp_path, monkeypatch):
                              step=7, model=dict(model.state_dict())), "run/ckpt.pt")
         return model, tokenizer
     return run_of
-
-
-def convert_ok(*words):
-    outcome = inside(convert.main, *words)
-    assert outcome.returncode == 0, outcome.stderr
-    return outcome
-
-
-def expect_refusal(*words, parts=()):
-    before = {path for path in Path().rglob("*") if path.name != ".lock"}
-    one_line_error(inside(convert.main, *words), *parts)
-    assert {path for path in Path().rglob("*") if path.name != ".lock"} == before
 
 
 def read(path="x.gguf") -> tuple:
@@ -211,7 +198,7 @@ def test_fewer_bits_round_the_matrices_and_nothing_else(run_of, weight_type, fil
             continue
         assert error.max() > 0
         blocks = ours.unflatten(-1, (-1, 32)).abs().amax(-1).repeat_interleave(32, dim=-1)
-        # The smallest number of 16 bits is 2^-24. The scale of a block is a number of 16 bits, too.
+        # The smallest number of 16 bits is 2^-24. The scale of a block has 16 bits as well.
         largest = ours.abs() if weight_type == "f16" else blocks
         assert (error <= 1.01 * bound * largest + 2**-25).all()
     logits = model(ids(3, 24))[0]
