@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from inkling import cli, compile_cost, cpu
+from inkling import plan as planning
 from inkling.checkpoint import (
     ForeignCheckpoint,
     RunFolder,
@@ -52,7 +53,7 @@ from inkling.cli import (
     at_least,
 )
 from inkling.clock import Deadline, StepFitter, Stopwatch, process_start
-from inkling.dataset import check_ids, data_folder, open_data, random_order, windows_at_once
+from inkling.dataset import check_ids, data_folder, open_data, random_order, read_meta, windows_at_once
 from inkling.device import (
     autocast,
     choose_device,
@@ -64,9 +65,10 @@ from inkling.device import (
     compiler_missing,
     device_type,
     seconds_of_a_pass,
+    synchronize,
 )
 from inkling.distributed import Ranks, gradient_sync
-from inkling.dry_run import TRIAL_WINDOWS, dry_run
+from inkling.dry_run import TRIAL_WINDOWS, dry_run, free_memory
 from inkling.evaluation import choose_interval, plan_evaluations
 from inkling.format import rough_duration
 from inkling.hints import command_for_training, sets_in
@@ -242,6 +244,8 @@ def read_breakpoints(text: str) -> list | None:
 # The settings that most people want first.
 FIRST_IN_HELP = ("dataset", "out_dir", "init_from", "max_iters", "max_minutes", "n_layer", "n_embd", "dry_run")
 MODEL_FIELDS = {model_field.name for model_field in fields(ModelConfig)}
+SAY_HOW_LONG = MODEL_FIELDS | {"max_iters", "max_epochs", "max_minutes"}
+MINUTES_UNLESS_SAID = 10.0              # of a run on a text of the user's own; see give_length
 FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer"}          # what a resumed run cannot change
 
 # --------------------------------------------------------------------------------------------------
@@ -1072,6 +1076,8 @@ class Origin:
     fit_to_time: max_minutes decides the number of steps.
     seconds_used: those of max_minutes that earlier processes of the run have taken.
     stamp: last.pt's file stamp when it was read; None if it does not matter.
+    given: of a new run by the clock, the settings that the user has given; a plan chooses others.
+        None: nothing is chosen.
     """
 
     checkpoint: dict | None = None
@@ -1080,6 +1086,7 @@ class Origin:
     fit_to_time: bool = False
     seconds_used: float = 0.0
     stamp: tuple | None = None
+    given: dict | None = None
 
 
 @dataclass
@@ -1141,6 +1148,7 @@ class Run:
     deadline: Deadline = field(default_factory=partial(Deadline, 0))
     seconds_per_window: float = 0.0     # of an evaluation
     steps_per_look: int = 1             # how often several processes look together at signals and the clock
+    choice: planning.Choice | None = None   # the settings that were chosen for it, and why
 
     @property
     def tokens_per_step(self) -> int:
@@ -1191,6 +1199,14 @@ def start(cfg: Config, origin: Origin | None = None) -> Run:
     device = ranks.join(cfg.backend, choose_device(cfg.device))
     configure_torch(device)
     folder = ensure_set(cfg.dataset, cfg.data_dir, ranks)
+    choice = choose_settings(cfg, origin, ranks, device, folder)
+    run = build_run(replace(cfg, **choice.settings), origin, ranks, device, folder)
+    run.choice = choice
+    return run
+
+
+def build_run(cfg: Config, origin: Origin, ranks: Ranks, device: str, folder: Path) -> Run:
+    """Build a run on the data set in `folder`, whose settings have been chosen. Raises UserError."""
     data, meta = open_data(folder, cfg.block_size)
     tokenizer = stored_tokenizer(folder, meta)
     if tokenizer.eot is None:
@@ -1226,6 +1242,43 @@ def start(cfg: Config, origin: Origin | None = None) -> Run:
     if device_type(device) not in ("cpu", "cuda") and ranks.first:
         compare_with_cpu(model, *next(run.batches(0)), device)
     return run
+
+
+def choose_settings(cfg: Config, origin: Origin, ranks: Ranks, device: str, folder: Path) -> planning.Choice:
+    """Choose, for a new run by the clock, the settings that the user has not given: see inkling/plan.py. For any
+    other run, choose nothing."""
+    given = origin.given
+    if given is None:
+        return planning.Choice({})
+    if origin.checkpoint:
+        defaults = {name: getattr(cfg, name) for name in planning.RATES}
+        return planning.choose_for_checkpoint(given, defaults)
+    meta = read_meta(folder)
+    train_tokens, val_tokens = (meta["splits"][split]["tokens"] for split in ("train", "val"))
+    text = planning.Text(train_tokens, val_tokens, meta["vocab_size"])
+    seconds = planning.seconds_of_training(cfg.max_minutes, compiled=cfg.compile in (True, "auto"))
+    dtype = ranks.broadcast(choose_dtype(device, cfg.dtype))
+    trial_origin = Origin(stored_plan={"device": device, "dtype": dtype, "compile": False})
+
+    def seconds_per_step(settings: dict) -> float:
+        trial = replace(cfg, max_minutes=0.0, **settings)
+        return time_a_step(build_run(trial, trial_origin, ranks, device, folder))
+
+    return planning.choose(text, seconds, ranks.broadcast(free_memory(device)), given, seconds_per_step, ranks.world)
+
+
+def time_a_step(run: Run) -> float:
+    """Return about how many seconds a step takes, the same on all ranks: the shorter of two, after one that warms
+    up. This trains the run's model a little."""
+    seconds = []
+    for step in range(3):
+        began = time.perf_counter()
+        update(run, step)
+        synchronize(run.plan.device)
+        seconds.append(run.ranks.broadcast(time.perf_counter() - began))
+        if seconds[0] > 5:              # long enough to be exact
+            break
+    return min(seconds)
 
 
 def configure_torch(device: str):
@@ -1920,8 +1973,9 @@ def find_origin(cfg: Config, parsed: cli.Parsed, out_dir: Path) -> tuple:
     if cfg.init_from == "resume" or (cfg.init_from == "auto" and stamp):
         return resume_from(last, stamp, parsed)
     fit_to_time = cfg.max_minutes > 0 and "max_iters" not in parsed.typed and not cfg.eval_only
+    given = parsed.values if fit_to_time else None
     if cfg.init_from in ("scratch", "auto"):
-        return replace(cfg, init_from="scratch"), Origin(fit_to_time=fit_to_time, stamp=stamp)
+        return replace(cfg, init_from="scratch"), Origin(fit_to_time=fit_to_time, stamp=stamp, given=given)
     content = read_checkpoint(cfg.init_from)
     typed = replace(parsed, typed=parsed.typed & MODEL_FIELDS)
     values, changed = cli.merge(
@@ -1929,7 +1983,7 @@ def find_origin(cfg: Config, parsed: cli.Parsed, out_dir: Path) -> tuple:
     cli.print_changes(changed)
     cli.print_overruled(values, parsed, MODEL_FIELDS, MODEL_FIELDS, cfg.init_from)
     model_settings = {name: values[name] for name in MODEL_FIELDS | {"init"}}
-    return replace(cfg, **model_settings), Origin(content, fit_to_time=fit_to_time)
+    return replace(cfg, **model_settings), Origin(content, fit_to_time=fit_to_time, given=given)
 
 
 def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
@@ -1960,6 +2014,19 @@ def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
     return cfg, Origin(content, True, plan, by_the_clock, seconds_used, stamp)
 
 
+def give_length(cfg: Config, parsed: cli.Parsed) -> Config:
+    """Return cfg with ten minutes to plan for, if the command names a data set of the user's own, and neither a
+    config file nor a setting that says how long to train or how large the model is."""
+    said = parsed.values.keys()
+    unplanned = parsed.files or cfg.dataset == Config.dataset or cfg.eval_only or said & SAY_HOW_LONG
+    if unplanned:
+        return cfg
+    if parsed.values.get("init_from", "scratch") == "scratch" and os.environ.get("RANK", "0") == "0":
+        print(f"note     no length was given, so this run is planned for {MINUTES_UNLESS_SAID:g} minutes: "
+              "--max_minutes=M plans for M, --max_iters=300 makes so many steps of the default model", flush=True)
+    return replace(cfg, max_minutes=MINUTES_UNLESS_SAID)
+
+
 def choose_length(cfg: Config, typed: set) -> Config:
     """Return cfg with one length of the run: what was typed takes precedence over a config file and
     the checkpoint, and max_iters over the others. (Typed with max_iters, max_minutes is a limit.)"""
@@ -1987,7 +2054,7 @@ def note_own_sets(cfg: Config, parsed: cli.Parsed):
 def main(argv: list, began: float | None = None) -> int:
     """Train as a command line says. began: see `train`. Returns the exit code."""
     parsed = cli.parse(Config, argv, __doc__, hint=partial(command_for_training, built_in=SETS), first=FIRST_IN_HELP)
-    cfg = choose_length(Config(**parsed.values), parsed.typed)
+    cfg = give_length(choose_length(Config(**parsed.values), parsed.typed), parsed)
     if not (cfg.eval_only or cfg.dry_run):
         outlive_output()
     name = parsed.files[-1].stem if parsed.files else cfg.dataset

@@ -282,6 +282,7 @@ class Report:
         splits = self.run.meta["splits"]
         self.label("data", f"{cfg.dataset}: {splits['train']['tokens']:,} train and {splits['val']['tokens']:,} val "
                            f"tokens, vocabulary {vocab_size:,}")
+        self.plan()
         self.label("model", self.describe_model())
         self.label("steps", self.describe_steps())
         if changed := changed_settings(cfg):
@@ -290,6 +291,18 @@ class Report:
             self.label("writes", f"{self.out_dir}/, resuming at step {self.run.first_step:,}")
         elif self.writes:
             self.label("writes", f"{self.out_dir}/")
+
+    def plan(self):
+        """Say what was chosen for the run, as a command, and why."""
+        choice = self.run.choice
+        if not (choice and choice.reasons):
+            return
+        given = [setting for setting in changed_settings(self.run.cfg) if setting.split("=")[0] not in choice.settings]
+        chosen = [f"{name}={value}" for name, value in choice.settings.items()]
+        words = [f"--{setting}" for setting in given + chosen]
+        self.say(f"plan     {shlex.join(['python', 'train.py', *words])}")
+        for reason in choice.reasons:
+            self.label("", reason)
 
     def describe_model(self) -> str:
         cfg = self.run.cfg

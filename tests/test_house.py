@@ -20,8 +20,8 @@ WITHOUT_TORCH = ["inkling.output", "inkling.hints", "inkling.cli", "inkling.form
                  "inkling.archives", "inkling.inputs", "inkling.records", "inkling.readers", "inkling.tokenizer_json",
                  "inkling.tokenizer", "inkling.split", "inkling.encode", "inkling.texts", "inkling.ngram",
                  "inkling.anchors", "inkling.runs", "inkling.novelty", "inkling.leaks", "inkling.dedup", "prepare"]
-ORDER = [*WITHOUT_TORCH, "inkling.compile_cost", "inkling.device", "inkling.cpu", "inkling.clock", "inkling.evaluation",
-         "inkling.checkpoint", "inkling.distributed", "inkling.stopping",
+ORDER = [*WITHOUT_TORCH, "inkling.compile_cost", "inkling.plan", "inkling.device", "inkling.cpu", "inkling.clock",
+         "inkling.evaluation", "inkling.checkpoint", "inkling.distributed", "inkling.stopping",
          "inkling.plots", "inkling.report", "inkling.dry_run", "inkling.huggingface", "inkling.gguf",
          "inkling.js_regex", "convert", "train", "inkling.web_page", "inkling.ensemble", "sample"]
 # A checkpoint's tokenizer is read with torch, a Hugging Face folder's by what makes Tokenizers of it; a page is made of

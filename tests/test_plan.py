@@ -1,0 +1,229 @@
+"""The plan of a run by the clock: what is chosen for a text, a machine and a time, and what is left as given."""
+
+import math
+import shlex
+
+import pytest
+import torch
+from conftest import TOY, inside, one_line_error
+
+import train
+from inkling import cli, plan
+from inkling.plan import SETTINGS, SHAPES, Text, choose
+from train import Config
+
+GB = 10**9
+BOOK = Text(train_tokens=900_000, val_tokens=100_000, vocab_size=80)
+
+
+def machine(flops: float):
+    """A machine's seconds_per_step: so many operations a second, and as long as 10**9 of them for each step."""
+    def seconds_per_step(settings: dict) -> float:
+        shape = plan.Shape(settings["n_layer"], settings["n_embd"], settings["n_head"])
+        return 1e9 / flops + 6 * shape.parameters * plan.tokens_per_step(settings) / flops
+    return seconds_per_step
+
+
+def chosen(text=BOOK, minutes=4.0, memory=8 * GB, flops=1e11, processes=1, **given) -> plan.Choice:
+    seconds = plan.seconds_of_training(minutes, compiled=False)
+    return choose(text, seconds, memory, given, machine(flops), processes)
+
+
+def parameters(choice: plan.Choice) -> int:
+    return choice.settings["n_layer"] * choice.settings["n_embd"]**2
+
+
+def test_more_time_never_makes_a_smaller_model_nor_a_smaller_batch():
+    choices = [chosen(minutes=minutes) for minutes in (0.1, 0.5, 1, 2, 4, 10, 30, 60, 600)]
+    sizes = [parameters(choice) for choice in choices]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+    of_one_shape = [choice for choice in choices if parameters(choice) == sizes[-1]]
+    batches = [plan.tokens_per_step(choice.settings) for choice in of_one_shape]
+    assert batches == sorted(batches)
+    assert batches[0] < batches[-1]
+
+
+def test_a_faster_machine_trains_a_larger_model():
+    assert parameters(chosen(flops=1e10)) < parameters(chosen(flops=1e13))
+
+
+def test_the_model_reads_as_many_tokens_as_the_rule_says_and_a_larger_one_would_not():
+    seconds = plan.seconds_of_training(4.0, compiled=False)
+    for flops in (1e10, 1e11, 1e12):
+        settings = chosen(flops=flops).settings
+        rung, = [number for number, shape in enumerate(SHAPES) if shape.settings().items() <= settings.items()]
+        for shape, is_enough in ((SHAPES[rung], True), (SHAPES[rung + 1], False)):
+            trial = settings | shape.settings() | {"batch_size": plan.BATCH_TOKENS // settings["block_size"],
+                                                   "gradient_accumulation_steps": 1}
+            tokens = seconds / machine(flops)(trial) * plan.tokens_per_step(trial)
+            assert (tokens >= plan.TOKENS_PER_PARAMETER * shape.parameters) == is_enough
+
+
+def test_a_short_text_and_little_memory_bound_the_model():
+    rich = dict(flops=1e15, minutes=60, memory=100 * GB)
+    assert parameters(chosen(Text(20_000, 2_000, 60), **rich)) < parameters(chosen(BOOK, **rich))
+    assert parameters(chosen(BOOK, **rich)) < parameters(chosen(Text(10**9, 10**7, 80), **rich))
+    long = Text(10**9, 10**7, 80)
+    assert parameters(chosen(long, **rich | {"memory": GB})) < parameters(chosen(long, **rich))
+    not_known = chosen(long, **rich | {"memory": 0})
+    assert parameters(not_known) == parameters(chosen(long, **rich))
+
+
+@pytest.mark.parametrize("text", [
+    Text(18_000, 2_000, 60), Text(900_000, 100_000, 1), Text(90_000, 10_000, 50_257), Text(10**8, 10**7, 8192),
+    Text(300, 40, 20)], ids=str)
+@pytest.mark.parametrize("minutes", [0.1, 1.0, 15.0])
+@pytest.mark.parametrize("flops", [1e9, 1e11, 1e14])
+def test_every_plan_is_a_run_that_can_begin(text, minutes, flops):
+    choice = chosen(text, minutes, flops=flops)
+    assert set(choice.settings) <= set(SETTINGS)
+    cfg = Config(**choice.settings)
+    assert not cli.problems(cfg)
+    assert cfg.block_size < min(text.train_tokens, text.val_tokens)
+    assert cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size <= text.train_tokens
+    assert choice.steps >= 1
+    assert all("\n" not in reason for reason in choice.reasons)
+
+
+def test_what_is_given_stays():
+    for name, value in dict(n_layer=7, block_size=100, batch_size=5, dropout=0.3, ngram_decay=9.0).items():
+        assert name not in chosen(**{name: value}).settings
+    assert chosen(block_size=100).settings["batch_size"] > chosen(block_size=500).settings["batch_size"]
+
+
+@pytest.mark.parametrize("given", [dict(n_embd=100), dict(n_embd=66), dict(n_embd=6), dict(n_head=3), dict(n_layer=5),
+                                   dict(n_embd=768, n_layer=1)], ids=str)
+def test_the_rest_of_a_given_shape_fits_it(given):
+    assert not cli.problems(Config(**chosen(**given).settings | given))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_processes_share_a_step_equally(processes):
+    settings = chosen(processes=processes, flops=1e13, minutes=30).settings
+    assert settings["batch_size"] * settings["gradient_accumulation_steps"] % processes == 0
+
+
+def noting(tried: list, pace):
+    """`pace`, which notes the width of what it is asked about."""
+    def seconds_per_step(settings: dict) -> float:
+        tried.append(settings["n_embd"])
+        return pace(settings)
+    return seconds_per_step
+
+
+def test_few_shapes_are_tried():
+    for flops in (1e9, 1e11, 1e13, 1e15):
+        tried = []
+        choose(Text(10**8, 10**7, 80), 200, 0, {}, noting(tried, machine(flops)))
+        assert len(tried) == len(set(tried)) <= len(SHAPES) - plan.FIRST_TRIED + 1
+
+
+def test_a_text_that_is_read_more_often_is_regularized_more():
+    rare = plan.choose_regularization(0.5)
+    often = plan.choose_regularization(50)
+    assert often["ngram_decay"] >= rare["ngram_decay"]
+    assert often["dropout"] >= rare["dropout"]
+    assert often != rare
+
+
+# -- in train.py --------------------------------------------------------------------------------------
+
+PLANNED = dict.fromkeys(("n_layer", "n_head", "n_embd", "ngrams", "ngram_rows", "block_size", "batch_size",
+                         "max_iters"))
+
+
+@pytest.fixture
+def few_shapes(monkeypatch):
+    """Toy shapes and a toy table, so that trying and training them takes no time."""
+    monkeypatch.setattr(plan, "SHAPES", [plan.Shape(1, 16, 1), plan.Shape(1, 32, 1), plan.Shape(2, 32, 1)])
+    monkeypatch.setattr(plan, "FIRST_TRIED", 1)
+    monkeypatch.setattr(plan, "NGRAM_ROWS", 97)
+    monkeypatch.setattr(plan, "BATCH_TOKENS", 256)
+
+
+def planned_words(output: str) -> list:
+    line, = [line for line in output.splitlines() if line.startswith("plan ")]
+    return shlex.split(line)[3:]
+
+
+def stored(folder) -> dict:
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def test_a_run_by_the_clock_is_planned_and_can_be_repeated(start, few_shapes, tmp_path, data_dir):
+    done = start("run", **PLANNED, max_minutes=0.1)
+    assert done.returncode == 0, done.stderr
+    config = stored(tmp_path / "run")["config"]
+    words = planned_words(done.stdout)
+    for name in ("n_layer", "n_embd", "n_head", "batch_size", "block_size", "ngram_decay", "dropout"):
+        assert f"--{name}={config[name]}" in words
+    assert (config["n_layer"], config["n_embd"], config["n_head"]) in [(1, 16, 1), (1, 32, 1), (2, 32, 1)]
+
+    command, = [line for line in done.stdout.splitlines() if line.startswith("repeat ")]
+    again = inside(train.main, *shlex.split(command)[3:], f"--out_dir={tmp_path / 'again'}")
+    assert again.returncode == 0, again.stderr
+    assert "plan " not in again.stdout
+    first, second = (stored(tmp_path / name)["model"] for name in ("run", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(start, few_shapes, tmp_path):
+    done = start("run", **PLANNED, max_minutes=1, dry_run=True)
+    assert done.returncode == 0, done.stderr
+    assert planned_words(done.stdout)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_that_leaves_nothing_open_measures_nothing(start, few_shapes, monkeypatch):
+    given = dict(n_layer=1, n_head=1, n_embd=16, batch_size=2, ngram_decay=1.0, dropout=0.0)
+    monkeypatch.setattr(train, "time_a_step", lambda run: pytest.fail("measured"))
+    assert start("run", **PLANNED | given, max_minutes=0.05).returncode == 0
+
+
+def test_a_resumed_run_keeps_its_plan(start, few_shapes, tmp_path, monkeypatch):
+    assert start("run", **PLANNED, max_minutes=0.1).returncode == 0
+    before = stored(tmp_path / "run")["config"]
+    monkeypatch.setattr(train, "time_a_step", lambda run: pytest.fail("planned again"))
+    done = inside(train.main, f"--out_dir={tmp_path / 'run'}", "--init_from=resume", "--max_minutes=0.1")
+    assert done.returncode == 0, done.stderr
+    after = stored(tmp_path / "run")["config"]
+    assert {name: after[name] for name in SETTINGS} == {name: before[name] for name in SETTINGS}
+
+
+def test_a_checkpoint_keeps_its_model_and_starts_at_lower_rates(start, few_shapes, tmp_path, monkeypatch):
+    assert start("base").returncode == 0
+    monkeypatch.setattr(train, "time_a_step", lambda run: pytest.fail("measured"))
+    done = start("tuned", **PLANNED, max_minutes=0.05, init_from=str(tmp_path / "base" / "ckpt.pt"), head_lr=0.5)
+    assert done.returncode == 0, done.stderr
+    config = stored(tmp_path / "tuned")["config"]
+    assert config["n_embd"] == TOY["n_embd"]
+    assert config["learning_rate"] == pytest.approx(plan.CHECKPOINT_RATES * Config.learning_rate)
+    assert config["head_lr"] == 0.5
+
+
+@pytest.mark.parametrize(("words", "minutes"), [
+    (["--dataset=book"], train.MINUTES_UNLESS_SAID),
+    (["--dataset=book", "--device=cpu", "--out_dir=x", "--seed=3", "--learning_rate=0.01"], train.MINUTES_UNLESS_SAID),
+    ([], 0), (["--dataset=fables"], 0), (["config/portable.py", "--dataset=book"], 0),
+    (["--dataset=book", "--n_layer=3"], 0), (["--dataset=book", "--max_iters=300"], 0),
+    (["--dataset=book", "--max_epochs=2"], 0), (["--dataset=book", "--max_minutes=3"], 3.0),
+    (["--dataset=book", "--eval_only"], 0)], ids=str)
+def test_a_text_without_a_length_gets_ten_minutes(words, minutes, monkeypatch):
+    monkeypatch.chdir(train.cli.__file__.rsplit("inkling", 1)[0])
+    parsed = cli.parse(Config, words, train.__doc__)
+    cfg = train.give_length(train.choose_length(Config(**parsed.values), parsed.typed), parsed)
+    assert math.isclose(cfg.max_minutes, minutes)
+
+
+def test_ten_minutes_are_announced_and_how_to_change_them(start, few_shapes, monkeypatch):
+    monkeypatch.setattr(train, "MINUTES_UNLESS_SAID", 0.05)
+    done = start("run", **PLANNED)
+    assert done.returncode == 0, done.stderr
+    assert "--max_minutes=" in done.stdout.split("\nplan ")[0]
+
+
+def test_a_time_for_no_step_is_one_line(start, few_shapes, monkeypatch):
+    monkeypatch.setattr(train, "time_a_step", lambda run: 60.0)
+    monkeypatch.setattr(train, "seconds_of_a_pass", lambda *args: 60.0)
+    one_line_error(start("run", **PLANNED, max_minutes=0.05), "max_minutes=0.05", "a step takes about")
