@@ -139,7 +139,8 @@ class Config(ModelConfig):
     seed: NonNegativeInt = 1337         # for the initial weights, the batches and dropout
     max_iters: Annotated[int, at_least(0).below(2**31)] = 300  # optimizer steps
     max_epochs: NonNegativeFloat = 0.0  # passes over the training tokens; above 0 it sets max_iters
-    max_minutes: NonNegativeFloat = 0.0  # wall-clock limit in minutes; max_iters is fitted to it; 0: none
+    max_minutes: NonNegativeFloat = 0.0  # wall-clock minutes: max_iters and what else is not given, such as the
+                                        # model's size, are planned for them; 0: no limit
     breakpoints: str = ""               # STEP:END,...: at these steps the end moved; to repeat a run by the clock
     dry_run: bool = False               # estimate memory, time and files from three real steps; write nothing
     # -- evaluation and reports

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, TOY, flags, log_rows, trained
 
 import train
+from inkling import plan
 from inkling.distributed import Ranks
 from train import main
 
@@ -133,6 +134,26 @@ def test_processes_whose_clocks_and_paces_differ_agree_on_the_moving_end(data_di
     assert agreed == repr(plan["breakpoints"])
     assert len(plan["breakpoints"]) > 2
     assert log_rows(tmp_path / "run")[-1]["step"] == str(plan["breakpoints"][-1][1])
+
+
+def test_processes_of_different_paces_and_memories_agree_on_one_plan(tmp_path, data_dir):
+    def before(rank):
+        plan.SHAPES = [plan.Shape(1, 16, 1), plan.Shape(1, 32, 1), plan.Shape(2, 32, 1), plan.Shape(3, 32, 1)]
+        plan.NGRAM_ROWS, plan.BATCH_TOKENS = 97, 256
+        train.free_memory = lambda device: 10**9 // (1 + 10**6 * rank)
+        time_of, choose_settings = time.perf_counter, train.choose_settings
+        time.perf_counter = lambda: (1 + 99 * rank) * time_of()
+
+        def noted_choice(*arguments):
+            choice = choose_settings(*arguments)
+            (tmp_path / f"settings-{rank}").write_text(repr(choice.settings))
+            return choice
+        train.choose_settings = noted_choice
+
+    settings = dict.fromkeys(("n_layer", "n_head", "n_embd", "ngrams", "ngram_rows", "block_size", "batch_size"))
+    settings |= dict(max_iters=None, max_minutes=5, dry_run=True)
+    assert together(data_dir, tmp_path / "run", 2, before, **settings) == [0, 0]
+    assert (tmp_path / "settings-0").read_text() == (tmp_path / "settings-1").read_text() != "{}"
 
 
 def test_the_first_process_alone_speaks_and_writes(runs):
