@@ -1254,9 +1254,7 @@ def choose_settings(cfg: Config, origin: Origin, ranks: Ranks, device: str, fold
     if origin.checkpoint:
         defaults = {name: getattr(cfg, name) for name in planning.RATES}
         return planning.choose_for_checkpoint(given, defaults)
-    meta = read_meta(folder)
-    train_tokens, val_tokens = (meta["splits"][split]["tokens"] for split in ("train", "val"))
-    text = planning.Text(train_tokens, val_tokens, meta["vocab_size"])
+    text = planning.Text.of(read_meta(folder))
     seconds = planning.seconds_of_training(cfg.max_minutes, compiled=cfg.compile in (True, "auto"))
     dtype = ranks.broadcast(choose_dtype(device, cfg.dtype))
     trial_origin = Origin(stored_plan={"device": device, "dtype": dtype, "compile": False})

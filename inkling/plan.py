@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from inkling import compile_cost
+from inkling.anchors import usable_anchors
 from inkling.format import counted, rough_duration, short
 
 
@@ -48,8 +49,13 @@ BATCH_EXPONENT = 0.4                    # this power
 FEWEST_STEPS = 50                       # that a batch leaves
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 MOST_AT_ONCE = 64                       # sequences of a micro-batch
-NGRAM_DECAY = {3: 1.0, 10: 3.0}         # by how often a run reads each token; between them by the logarithm
-DROPOUT = {3: 0.0, 10: 0.1, 40: 0.2}    # the same
+NGRAM_DECAY = {2.5: 1.0, 5: 3.0}        # by how often a run reads each token; between them by the logarithm
+DROPOUT = {5: 0.0, 10: 0.1, 40: 0.2}    # the same
+# What a planned model reaches, as a share of the bits per byte of the set's n-gram model, by how often it reads each
+# token that the n-gram model has counted; and how far runs lay from that.
+SHARE_OF_NGRAM = {0.4: 1.10, 0.8: 1.06, 2.5: 0.955, 11: 0.93}
+BAND = 0.04
+SAMPLED_BAND = 0.16                     # downward, where it has counted a sample of the text only
 BLOCK_SIZE = 256
 FEWEST_WINDOWS = 4                      # of the val split; a short one gets a shorter context
 NGRAM_ROWS = 65536
@@ -71,19 +77,34 @@ SETTINGS = (*MODEL_SETTINGS, "batch_size", "gradient_accumulation_steps", "ngram
 
 @dataclass(frozen=True)
 class Text:
-    """What a plan asks of a data set: its numbers of tokens."""
+    """What a plan asks of a data set: its numbers of tokens, and, where it is known, how well an n-gram model does
+    (inkling/anchors.py)."""
 
     train_tokens: int
     val_tokens: int
     vocab_size: int
+    ngram_bits: float = 0.0             # per byte of val; 0: not known
+    ngram_share: float = 1.0            # of the train split, that it has counted
+
+    @classmethod
+    def of(cls, meta: dict):
+        """That of the set which a meta.json describes."""
+        splits = meta["splits"]
+        anchors = meta.get("anchors")
+        ngram_bits = usable_anchors(meta).get("ngram", 0.0)
+        counted_characters = anchors.get("sampled", {}).get("train") if ngram_bits else None
+        share = counted_characters / splits["train"]["characters"] if counted_characters else 1.0
+        return cls(splits["train"]["tokens"], splits["val"]["tokens"], meta["vocab_size"], ngram_bits, share)
 
 
 @dataclass
 class Choice:
-    """A plan: the settings that it chooses, about how many steps will fit, and the reasons, a line each."""
+    """A plan: the settings that it chooses, about how many steps will fit, the reasons, a line each, and the least and
+    the most bits per byte of val to be expected at the end."""
 
     settings: dict
     steps: int = 0                      # 0: not known
+    expected: tuple = ()                # empty: not known
     reasons: list = field(default_factory=list)
 
 
@@ -112,7 +133,12 @@ def choose(text: Text, seconds: float, memory: int, given: dict, seconds_per_ste
     settings = {name: chosen[name] for name in SETTINGS if name in chosen and name not in given}
     if given.keys() & BATCH_SETTINGS:   # one of the two says it all
         settings = {name: value for name, value in settings.items() if name not in BATCH_SETTINGS}
-    return Choice(settings, steps, [reason, describe_batch(chosen, steps), describe_epochs(text, tokens, chosen)])
+    reasons = [reason, describe_batch(chosen, steps), describe_epochs(text, tokens, chosen)]
+    expected = expected_bits(text, tokens)
+    if expected:
+        reasons.append(f"expect   {expected[0]:.2f} to {expected[1]:.2f} bits per byte at the end (8-gram "
+                       f"{text.ngram_bits:.2f})")
+    return Choice(settings, steps, expected, reasons)
 
 
 def seconds_of_training(minutes: float, compiled: bool) -> float:
@@ -214,9 +240,23 @@ def tokens_per_step(settings: dict) -> int:
 
 def choose_regularization(epochs: float) -> dict:
     """What keeps a model from memorizing a text that it reads so often."""
-    ngram_decay = np.interp(math.log(epochs), [math.log(count) for count in NGRAM_DECAY], list(NGRAM_DECAY.values()))
-    dropout = np.interp(math.log(epochs), [math.log(count) for count in DROPOUT], list(DROPOUT.values()))
-    return {"ngram_decay": round(float(ngram_decay), 1), "dropout": round(float(dropout), 2)}
+    return {"ngram_decay": round(by_count(NGRAM_DECAY, epochs), 1), "dropout": round(by_count(DROPOUT, epochs), 2)}
+
+
+def by_count(table: dict, count: float) -> float:
+    """The value of a table {count: value} at any count: between its counts by their logarithms, outside as at the
+    nearest."""
+    return float(np.interp(math.log(count), [math.log(known) for known in table], list(table.values())))
+
+
+def expected_bits(text: Text, tokens: float) -> tuple:
+    """(least, most) bits per byte of val of a planned model that reads so many tokens; empty where it is not known."""
+    counted_tokens = text.ngram_share * text.train_tokens
+    if not text.ngram_bits or tokens < min(SHARE_OF_NGRAM) * counted_tokens:
+        return ()
+    middle = text.ngram_bits * by_count(SHARE_OF_NGRAM, tokens / counted_tokens)
+    below = BAND if text.ngram_share == 1 else SAMPLED_BAND
+    return middle * (1 - below), middle * (1 + BAND)
 
 
 # -- in words -----------------------------------------------------------------------------------------

@@ -617,7 +617,7 @@ class Report:
         self.label("done", f"{state.step:,} steps{self.cut_short()} in {duration(seconds)} of training; "
                            f"best val loss {state.best_val_loss:.4f} at step {state.best_step}")
         if words := judge(state.best_val_loss * self.bits_per_byte, self.anchors):
-            self.label("compared", words)
+            self.label("compared", words + self.compare_with_expectation(state.best_val_loss * self.bits_per_byte))
         self.label("speed", self.describe_speed(state.tokens, seconds))
         self.say_whether_compiling_paid()
         last_val_loss = state.losses.get("val", -math.inf)
@@ -631,6 +631,14 @@ class Report:
         if len(run.plan.breakpoints) > 1 or run.cfg.max_minutes:
             self.say(f"repeat   {self.repeat_command()}")
         self.say(f"next     python sample.py --out_dir={shlex.quote(str(self.out_dir))}")     # whole, to be copied
+
+    def compare_with_expectation(self, bits: float) -> str:
+        """What to add about the bits per byte that the plan expected, if there was one."""
+        if not (self.run.choice and self.run.choice.expected):
+            return ""
+        least, most = self.run.choice.expected
+        place = "below the" if bits < least else "above the" if bits > most else "within the"
+        return f"; {place} {least:.2f} to {most:.2f} that the plan expected"
 
     def say_whether_compiling_paid(self):
         """Compare the steps of this process with the estimate of uncompiled ones."""

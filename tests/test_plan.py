@@ -127,6 +127,27 @@ def test_a_text_that_is_read_more_often_is_regularized_more():
     assert often != rare
 
 
+def test_what_is_expected_lies_about_the_ngrams_and_falls_with_what_is_read():
+    text = Text(1_000_000, 100_000, 65, ngram_bits=2.0)
+    bands = [plan.expected_bits(text, tokens) for tokens in (5e5, 2e6, 1e7)]
+    assert all(least < most for least, most in bands)
+    assert bands == sorted(bands, reverse=True)
+    assert bands[0][0] > 2.0 > bands[2][0]
+    assert plan.expected_bits(text, 1e5) == ()              # of a text that is hardly read
+    assert plan.expected_bits(BOOK, 2e6) == ()              # of a set without anchors
+    sampled = Text(1_000_000, 100_000, 65, ngram_bits=2.0, ngram_share=0.2)
+    least, most = plan.expected_bits(sampled, 2e6)
+    assert least < bands[1][0]
+
+
+def test_the_text_of_a_set_knows_what_its_ngrams_have_counted():
+    splits = {split: {"tokens": 500, "characters": 1000, "bytes": 1000} for split in ("train", "val")}
+    meta = {"splits": splits, "vocab_size": 65, "anchors": {"ngram": 2.5, "sampled": {"train": 250}}}
+    assert Text.of(meta) == Text(500, 500, 65, 2.5, 0.25)
+    assert Text.of(meta | {"anchors": {"ngram": 2.5}}).ngram_share == 1
+    assert Text.of(meta | {"anchors": "damaged"}).ngram_bits == Text.of(meta | {"anchors": None}).ngram_bits == 0
+
+
 # -- in train.py --------------------------------------------------------------------------------------
 
 PLANNED = dict.fromkeys(("n_layer", "n_head", "n_embd", "ngrams", "ngram_rows", "block_size", "batch_size",
