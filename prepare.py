@@ -30,7 +30,7 @@ import json
 import os
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -74,6 +74,7 @@ from inkling.tokenizer import (
     stored_tokenizer,
     train_bpe,
 )
+from inkling.tokenizer_choice import MANY_CHARACTERS, choose_tokenizer
 
 SHAKESPEARE = {
     "url": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -98,7 +99,6 @@ SETS = {
     "verdict": {"tokenizer": "gpt2", **VERDICT},
     "tinystories": {"tokenizer": "bpe:32000", "separator": END_OF_TEXT, **STORIES},
 }
-LARGE_ALPHABET = 8_000                  # characters above which a BPE is the better choice
 Count = Annotated[int, at_least(0)]     # of bytes, characters or tokens, which may be more than 2**31
 PositiveCount = Annotated[int, at_least(1)]
 
@@ -123,10 +123,11 @@ class Options:
     # -- what to prepare
     name: str = ""                  # name of the set, a folder under data/; empty: the set's or the
                                     # file's own name
-    tokenizer: FilePath = ""        # char | byte | gpt2 | cl100k_base | o200k_base | any other name
-                                    # that tiktoken knows | bpe:VOCAB, trained on this text | a
-                                    # .tiktoken file | another set's meta.json | a ckpt.pt; empty:
-                                    # the built-in set's own, char for a file
+    tokenizer: FilePath = ""        # char | byte | auto: what suits the text | gpt2 | cl100k_base |
+                                    # o200k_base | any other name that tiktoken knows | bpe:VOCAB,
+                                    # trained on this text | a .tiktoken file | another set's
+                                    # meta.json | a ckpt.pt; empty: the built-in set's own, char
+                                    # for a file
     val_fraction: Annotated[float, at_least(0).below(1)] = 0.1  # fraction kept for validation: of a
                                     # single text, its last characters; of many documents, some
                                     # chosen by a seeded hash of their text
@@ -367,7 +368,7 @@ class Corpus:
 
 def survey_corpus(paths: list, val_paths: list, options: Options) -> Corpus:
     """Read everything once, to count what the split and the tokenizer depend on."""
-    is_char = options.tokenizer in ("char", "")
+    is_char = options.tokenizer in ("char", "", "auto")
     reader = Reader(paths, options)
     val_reader = Reader(val_paths, options)
     if options.dedup:
@@ -425,9 +426,23 @@ def note_same_content(paths: list, sources: list):
 
 def existing_tokenizer(options: Options) -> Tokenizer | None:
     """The tokenizer that `options` name; None if it is made from the text."""
-    if options.tokenizer in ("char", "") or bpe_size(options.tokenizer):
+    if options.tokenizer in ("char", "", "auto") or bpe_size(options.tokenizer):
         return None
     return Tokenizer.build(options.tokenizer, "", options.pattern)
+
+
+def settle_tokenizer(options: Options, survey: Survey) -> Options:
+    """The options with a tokenizer in place of auto, which is said; where none was given, say which other one would
+    serve the text better."""
+    if options.tokenizer not in ("auto", ""):
+        return options
+    name, reason = choose_tokenizer(survey.counts)
+    if options.tokenizer == "auto":
+        print(f"note     --tokenizer=auto takes {name}: {reason}")
+        return replace(options, tokenizer=name)
+    if name != "char" and np.count_nonzero(survey.counts) <= MANY_CHARACTERS:      # of more, another note says it
+        print(f"note     --tokenizer=auto would take {name}: {reason}")
+    return options
 
 
 def make_tokenizer(corpus: Corpus, options: Options) -> Tokenizer:
@@ -455,7 +470,7 @@ def char_tokenizer(survey: Survey, options: Options, joiner: str) -> Tokenizer:
         print(f"note     {len(rare):,} rare characters ({times:,} times in all) are spelled in "
               f"bytes: {examples}")
         tokenizer = Tokenizer(tokenizer.stored | {"bytes": True})
-    if len(chars) > LARGE_ALPHABET:
+    if len(chars) > MANY_CHARACTERS:
         hint = ", --min_count=5 spells rare characters in bytes" if options.min_count == 1 else ""
         print(f"note     {len(chars):,} different characters are a large vocabulary of mostly "
               f"rare tokens: --tokenizer=bpe:4096 learns a smaller one from this text{hint}")
@@ -503,8 +518,9 @@ def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction:
         note_same_content([*paths, *val_sources], origin["sources"] + origin.get("val_sources", []))
 
     corpus = survey_corpus(paths, val_sources, options)
-    if tokenizer is None:
-        tokenizer = make_tokenizer(corpus, options)
+    options = settle_tokenizer(options, corpus.survey)
+    if tokenizer is None:               # auto may have become byte
+        tokenizer = existing_tokenizer(options) or make_tokenizer(corpus, options)
     joiner = choose_joiner(corpus, tokenizer, options)
     try:
         writers, used = write_token_files(folder, corpus, tokenizer, joiner, options)
@@ -614,7 +630,7 @@ def is_unchanged(folder: Path, origin: dict, tokenizer_name: str, tokenizer: Tok
         if tokenizer:
             same_tokenizer = stored == tokenizer.stored
         else:
-            same_tokenizer = tokenizer_name == stored.get("name", stored["kind"])
+            same_tokenizer = tokenizer_name in ("auto", stored.get("name", stored["kind"]))
         keys = ("val_fraction", "sources", "val_sources")
         same_origin = all(meta.get(key) == origin.get(key) for key in keys) and same_options(meta, origin)
         item_size = np.dtype(meta["dtype"]).itemsize

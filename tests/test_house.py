@@ -18,8 +18,9 @@ for path in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("inkling/*.py"))]:
 WITHOUT_TORCH = ["inkling.output", "inkling.hints", "inkling.cli", "inkling.format", "inkling.progress",
                  "inkling.files", "inkling.dataset", "inkling.sniff", "inkling.remarks", "inkling.download",
                  "inkling.archives", "inkling.inputs", "inkling.records", "inkling.readers", "inkling.tokenizer_json",
-                 "inkling.tokenizer", "inkling.split", "inkling.encode", "inkling.texts", "inkling.ngram",
-                 "inkling.anchors", "inkling.runs", "inkling.novelty", "inkling.leaks", "inkling.dedup", "prepare"]
+                 "inkling.tokenizer", "inkling.tokenizer_choice", "inkling.split", "inkling.encode", "inkling.texts",
+                 "inkling.ngram", "inkling.anchors", "inkling.runs", "inkling.novelty", "inkling.leaks",
+                 "inkling.dedup", "prepare"]
 ORDER = [*WITHOUT_TORCH, "inkling.compile_cost", "inkling.plan", "inkling.device", "inkling.cpu", "inkling.clock",
          "inkling.evaluation", "inkling.checkpoint", "inkling.distributed", "inkling.stopping",
          "inkling.plots", "inkling.report", "inkling.dry_run", "inkling.huggingface", "inkling.gguf",
