@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 import inkling.tokenizer
 from inkling.readers import WORD_END, find_cut
 from inkling.tokenizer import BOUNDED, END_OF_TEXT, PATTERN, Tokenizer, train_bpe
-from prepare import LARGE_ALPHABET, Options, sample_training_text, write_set
+from inkling.tokenizer_choice import MANY_CHARACTERS
+from prepare import Options, sample_training_text, write_set
 
 FABLES = (ROOT / "data" / "fables" / "input.txt").read_text(encoding="utf-8")
 GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -233,7 +234,7 @@ def test_rare_characters_are_spelled_or_refused(here):
 
 def test_thousands_of_characters_bring_a_hint(here):
     """Not below the size of the vocabulary that it recommends."""
-    for name, count in (("many", LARGE_ALPHABET + 1), ("few", LARGE_ALPHABET)):
+    for name, count in (("many", MANY_CHARACTERS + 1), ("few", MANY_CHARACTERS)):
         (here / f"{name}.txt").write_text("".join(map(chr, range(0x4e00, 0x4e00 + count))), encoding="utf-8")
     assert "8,001 different characters" in prepared("many.txt")
     assert "bpe:" not in prepared("few.txt")
