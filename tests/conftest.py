@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +24,12 @@ SHARED = ROOT.parent / "shared"                 # larger texts, where a develope
 if (SHARED / "tiktoken_cache").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
 torch.set_num_threads(1)                        # toy sizes run faster so, and results do not depend on the machine
+
+# Who starts pytest in the background of a script has it ignore SIGINT, and all that it starts; the programs leave an
+# ignored signal ignored, as they should.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 import prepare  # noqa: E402
 import sample  # noqa: E402, F401, for the children

@@ -49,15 +49,15 @@ def test_micro_batches_divide_the_same_batch(toy, sampling):
         assert (window_starts(step, whole, 18_000) == window_starts(step, quarters, 18_000)).all()
 
 
-@pytest.mark.parametrize(("optimizer", "adam_eps"), [("muon", 1e-10), ("adamw", 1e-8)])
-def test_accumulation_trains_the_same_model(start, tmp_path, optimizer, adam_eps):
-    """adam_eps: where AdamW trains the matrices, one that rounding does not reach; with a smaller one it makes a step
-    out of the last digits of a gradient near 0 (of one weight of 4,096 here)."""
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_accumulation_trains_the_same_model(start, tmp_path, optimizer):
+    """In another order the sums of float32 change the gradients by about 1e-10, on every CPU in another way. Near 0,
+    Adam makes of that learning_rate / adam_eps times as much: a whole step with its usual adam_eps, 5e-9 with this."""
     results = []
     for size in (4, 2, 1):
         folder = f"{optimizer}{size}"
         assert start(folder, batch_size=size, gradient_accumulation_steps=4 // size, dropout=0, max_iters=4,
-                     optimizer=optimizer, learning_rate=0.005, adam_eps=adam_eps).returncode == 0
+                     optimizer=optimizer, learning_rate=0.005, adam_eps=1e-4).returncode == 0
         losses = [float(row["loss"]) for row in log_rows(tmp_path / folder) if row["loss"]]
         results.append((losses, torch.load(tmp_path / folder / "last.pt")["model"]))
     (losses, weights), *others = results

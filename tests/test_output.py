@@ -210,7 +210,8 @@ class Terminal:
 
 
 def take_terminal(descriptor: int):
-    """Make the terminal the one that sends this process its SIGHUP."""
+    """Make the terminal the one that sends this process its SIGHUP, which it does not ignore, even if pytest does."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
 
 

@@ -1,5 +1,6 @@
 """Several processes share the steps of one run: the same model, one of them writes, and when one goes, all go."""
 
+import gc
 import os
 import re
 import signal
@@ -34,6 +35,8 @@ def free_port() -> int:
 def together(data_dir, folder, count: int, before=lambda rank: None, **settings) -> list:
     """train.py in `count` forked processes, with what torchrun would tell them; their exit codes. `before(rank)` is
     called in each, to spoil something. What they print goes to folder-RANK.txt."""
+    import torch._dynamo  # noqa: F401, which takes 2 s: once, rather than in every child
+
     place = dict(WORLD_SIZE=count, MASTER_ADDR="localhost", MASTER_PORT=free_port())
     children = []
     for rank in range(count):
@@ -41,6 +44,7 @@ def together(data_dir, folder, count: int, before=lambda rank: None, **settings)
             children.append(pid)
             continue
         code = 99
+        gc.freeze()                                     # what pytest has made is not searched, nor copied for it
         signal.alarm(150)                               # rather a red test than one that waits for ever
         try:
             os.environ.update({key: str(value) for key, value in dict(RANK=rank, LOCAL_RANK=rank, **place).items()})
@@ -232,11 +236,12 @@ def test_a_sharded_run_trains_the_model_of_one_process(tmp_path, data_dir, chang
     """Its checkpoints are whole: each kind of run resumes from the other's."""
     settings = SHARDED | changes
     assert together(data_dir, tmp_path / "sharded", 2, shard=True, **settings) == [0, 0]
-    assert trained(data_dir, tmp_path / "one", **settings).returncode == 0
+    alone = trained(data_dir, tmp_path / "one", **settings)
+    assert alone.returncode == 0
     same_run(tmp_path / "sharded", tmp_path / "one")
     assert (tmp_path / "sharded-1.txt").read_text() == ""
     samples = [re.findall("--- sample at step 0\n.*", text) for text in
-               ((tmp_path / "sharded-0.txt").read_text(), trained(data_dir, tmp_path / "two", **settings).stdout)]
+               ((tmp_path / "sharded-0.txt").read_text(), alone.stdout)]
     assert len(samples[0]) == 1
     assert samples[0] == samples[1]
     one, two = ((tmp_path / name / "last.pt").read_bytes() for name in ("one", "sharded"))
