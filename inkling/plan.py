@@ -52,10 +52,9 @@ MOST_AT_ONCE = 64                       # sequences of a micro-batch
 NGRAM_DECAY = {2.5: 1.0, 5: 3.0}        # by how often a run reads each token; between them by the logarithm
 DROPOUT = {5: 0.0, 10: 0.1, 40: 0.2}    # the same
 # What a planned model reaches, as a share of the bits per byte of the set's n-gram model, by how often it reads each
-# token that the n-gram model has counted; and how far runs lay from that.
-SHARE_OF_NGRAM = {0.4: 1.10, 0.8: 1.06, 2.5: 0.955, 11: 0.93}
+# token; and how far runs lay from that.
+SHARE_OF_NGRAM = {0.4: 1.10, 0.8: 1.06, 2.5: 0.95, 11: 0.93}
 BAND = 0.04
-SAMPLED_BAND = 0.16                     # downward, where it has counted a sample of the text only
 BLOCK_SIZE = 256
 FEWEST_WINDOWS = 4                      # of the val split; a short one gets a shorter context
 NGRAM_ROWS = 65536
@@ -83,18 +82,16 @@ class Text:
     train_tokens: int
     val_tokens: int
     vocab_size: int
-    ngram_bits: float = 0.0             # per byte of val; 0: not known
-    ngram_share: float = 1.0            # of the train split, that it has counted
+    ngram_bits: float = 0.0             # per byte of val; 0: not known of all of the text
 
     @classmethod
     def of(cls, meta: dict):
         """That of the set which a meta.json describes."""
         splits = meta["splits"]
-        anchors = meta.get("anchors")
         ngram_bits = usable_anchors(meta).get("ngram", 0.0)
-        counted_characters = anchors.get("sampled", {}).get("train") if ngram_bits else None
-        share = counted_characters / splits["train"]["characters"] if counted_characters else 1.0
-        return cls(splits["train"]["tokens"], splits["val"]["tokens"], meta["vocab_size"], ngram_bits, share)
+        if ngram_bits and "train" in meta["anchors"].get("sampled", {}):     # which a model that reads all leaves behind
+            ngram_bits = 0.0
+        return cls(splits["train"]["tokens"], splits["val"]["tokens"], meta["vocab_size"], ngram_bits)
 
 
 @dataclass
@@ -251,12 +248,11 @@ def by_count(table: dict, count: float) -> float:
 
 def expected_bits(text: Text, tokens: float) -> tuple:
     """(least, most) bits per byte of val of a planned model that reads so many tokens; empty where it is not known."""
-    counted_tokens = text.ngram_share * text.train_tokens
-    if not text.ngram_bits or tokens < min(SHARE_OF_NGRAM) * counted_tokens:
+    epochs = tokens / text.train_tokens
+    if not text.ngram_bits or epochs < min(SHARE_OF_NGRAM):
         return ()
-    middle = text.ngram_bits * by_count(SHARE_OF_NGRAM, tokens / counted_tokens)
-    below = BAND if text.ngram_share == 1 else SAMPLED_BAND
-    return middle * (1 - below), middle * (1 + BAND)
+    middle = text.ngram_bits * by_count(SHARE_OF_NGRAM, epochs)
+    return middle * (1 - BAND), middle * (1 + BAND)
 
 
 # -- in words -----------------------------------------------------------------------------------------

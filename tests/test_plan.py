@@ -135,16 +135,13 @@ def test_what_is_expected_lies_about_the_ngrams_and_falls_with_what_is_read():
     assert bands[0][0] > 2.0 > bands[2][0]
     assert plan.expected_bits(text, 1e5) == ()              # of a text that is hardly read
     assert plan.expected_bits(BOOK, 2e6) == ()              # of a set without anchors
-    sampled = Text(1_000_000, 100_000, 65, ngram_bits=2.0, ngram_share=0.2)
-    least, most = plan.expected_bits(sampled, 2e6)
-    assert least < bands[1][0]
 
 
-def test_the_text_of_a_set_knows_what_its_ngrams_have_counted():
+def test_the_text_of_a_set_knows_its_ngrams_if_they_have_counted_all_of_it():
     splits = {split: {"tokens": 500, "characters": 1000, "bytes": 1000} for split in ("train", "val")}
-    meta = {"splits": splits, "vocab_size": 65, "anchors": {"ngram": 2.5, "sampled": {"train": 250}}}
-    assert Text.of(meta) == Text(500, 500, 65, 2.5, 0.25)
-    assert Text.of(meta | {"anchors": {"ngram": 2.5}}).ngram_share == 1
+    meta = {"splits": splits, "vocab_size": 65, "anchors": {"ngram": 2.5, "sampled": {"xz_train": 250}}}
+    assert Text.of(meta) == Text(500, 500, 65, 2.5)
+    assert Text.of(meta | {"anchors": {"ngram": 2.5, "sampled": {"train": 250}}}).ngram_bits == 0
     assert Text.of(meta | {"anchors": "damaged"}).ngram_bits == Text.of(meta | {"anchors": None}).ngram_bits == 0
 
 
