@@ -41,7 +41,7 @@ SHAPES = [Shape(1, 64, 1), Shape(2, 96, 1), Shape(2, 128, 2), Shape(3, 192, 2), 
 FIRST_TRIED = 2                         # a rung that two slow cores train in a minute
 LARGEST_MEASURED = SHAPES[4]            # in bench/plan.csv: above it, the rules extrapolate
 
-TOKENS_PER_PARAMETER = 3.0              # at least, of those read in the time
+TOKENS_PER_PARAMETER = 2.0              # at least, of those read in the time
 TEXT_PER_PARAMETER = 0.05               # at least, of the different tokens of the text
 BATCH_TOKENS = 6144                     # of a step, in a run that reads
 BATCH_RUN_TOKENS = 2.5e6                # so many in all; with more, it grows by
