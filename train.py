@@ -139,8 +139,8 @@ class Config(ModelConfig):
     seed: NonNegativeInt = 1337         # for the initial weights, the batches and dropout
     max_iters: Annotated[int, at_least(0).below(2**31)] = 300  # optimizer steps
     max_epochs: NonNegativeFloat = 0.0  # passes over the training tokens; above 0 it sets max_iters
-    max_minutes: NonNegativeFloat = 0.0  # wall-clock minutes: max_iters and what else is not given, such as the
-                                        # model's size, are planned for them; 0: no limit
+    max_minutes: NonNegativeFloat = 0.0  # wall-clock limit in minutes; plans max_iters and whatever else is not
+                                        # set, such as the model's size; 0: none
     breakpoints: str = ""               # STEP:END,...: at these steps the end moved; to repeat a run by the clock
     dry_run: bool = False               # estimate memory, time and files from three real steps; write nothing
     # -- evaluation and reports
@@ -245,7 +245,8 @@ def read_breakpoints(text: str) -> list | None:
 # The settings that most people want first.
 FIRST_IN_HELP = ("dataset", "out_dir", "init_from", "max_iters", "max_minutes", "n_layer", "n_embd", "dry_run")
 MODEL_FIELDS = {model_field.name for model_field in fields(ModelConfig)}
-SAY_HOW_LONG = MODEL_FIELDS | {"max_iters", "max_epochs", "max_minutes"}
+SAY_HOW_LONG = MODEL_FIELDS | {"max_iters", "max_epochs", "max_minutes", "breakpoints", "lr_decay_iters"}
+LEAST_SECONDS_TO_PLAN = 2.0
 MINUTES_UNLESS_SAID = 10.0              # of a run on a text of the user's own; see give_length
 FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer"}          # what a resumed run cannot change
 
@@ -1079,6 +1080,7 @@ class Origin:
     stamp: last.pt's file stamp when it was read; None if it does not matter.
     given: of a new run by the clock, the settings that the user has given; a plan chooses others.
         None: nothing is chosen.
+    deadline: the end of that run's time; None: max_minutes begin with the plan.
     """
 
     checkpoint: dict | None = None
@@ -1088,6 +1090,7 @@ class Origin:
     seconds_used: float = 0.0
     stamp: tuple | None = None
     given: dict | None = None
+    deadline: Deadline | None = None
 
 
 @dataclass
@@ -1150,6 +1153,7 @@ class Run:
     seconds_per_window: float = 0.0     # of an evaluation
     steps_per_look: int = 1             # how often several processes look together at signals and the clock
     choice: planning.Choice | None = None   # the settings that were chosen for it, and why
+    given: dict = field(default_factory=dict)   # those that could have been chosen, but were given
 
     @property
     def tokens_per_step(self) -> int:
@@ -1201,8 +1205,13 @@ def start(cfg: Config, origin: Origin | None = None) -> Run:
     configure_torch(device)
     folder = ensure_set(cfg.dataset, cfg.data_dir, ranks)
     choice = choose_settings(cfg, origin, ranks, device, folder)
-    run = build_run(replace(cfg, **choice.settings), origin, ranks, device, folder)
+    typed = {name: getattr(cfg, name) for name in planning.SETTINGS if name in (origin.given or {})}
+    cfg = replace(cfg, **choice.settings)
+    if "max_iters" in choice.settings:  # a plan that ends before the time is over
+        origin = replace(origin, fit_to_time=False)
+    run = build_run(cfg, origin, ranks, device, folder)
     run.choice = choice
+    run.given = typed
     return run
 
 
@@ -1248,31 +1257,54 @@ def build_run(cfg: Config, origin: Origin, ranks: Ranks, device: str, folder: Pa
 def choose_settings(cfg: Config, origin: Origin, ranks: Ranks, device: str, folder: Path) -> planning.Choice:
     """Choose, for a new run by the clock, the settings that the user has not given: see inkling/plan.py. For any
     other run, choose nothing."""
-    given = origin.given
-    if given is None:
+    if origin.given is None:
         return planning.Choice({})
+    given = origin.given | without_effect(cfg)
     if origin.checkpoint:
-        defaults = {name: getattr(cfg, name) for name in planning.RATES}
-        return planning.choose_for_checkpoint(given, defaults)
+        return planning.choose_for_checkpoint(given, {name: getattr(cfg, name) for name in planning.RATES})
     text = planning.Text.of(read_meta(folder))
-    seconds = planning.seconds_of_training(cfg.max_minutes, compiled=cfg.compile in (True, "auto"))
+    if given.keys() & {*MODEL_FIELDS, *planning.SETTINGS, "optimizer"}:
+        text = replace(text, ngram_bits=0.0)        # what to expect is known of planned models only
+    seconds_left = ranks.broadcast(origin.deadline.seconds_left() if origin.deadline else 60 * cfg.max_minutes)
+    if seconds_left < LEAST_SECONDS_TO_PLAN:
+        raise UserError(f"max_minutes={cfg.max_minutes:g} leaves {max(0, seconds_left):.1f} s for training: give more, "
+                        "such as --max_minutes=1")
+    may_compile = cfg.compile in (True, "auto") and not compiler_missing(device)
+    seconds = planning.seconds_of_training(seconds_left, may_compile)
     dtype = ranks.broadcast(choose_dtype(device, cfg.dtype))
     trial_origin = Origin(stored_plan={"device": device, "dtype": dtype, "compile": False})
 
     def seconds_per_step(settings: dict) -> float:
         trial = replace(cfg, max_minutes=0.0, **settings)
+        cli.check(trial)
         return time_a_step(build_run(trial, trial_origin, ranks, device, folder))
 
-    return planning.choose(text, seconds, ranks.broadcast(free_memory(device)), given, seconds_per_step, ranks.world)
+    memory = free_memory(device)
+    if device_type(device) == "cpu":    # which the processes of a machine share
+        memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return planning.choose(text, seconds, ranks.broadcast(memory), given, seconds_per_step, ranks.world)
+
+
+def without_effect(cfg: Config) -> dict:
+    """Return the settings that a plan could choose, but that have no effect with the others, as they are."""
+    names = set()
+    if cfg.ngrams < 2 or cfg.optimizer != "muon":
+        names.add("ngram_decay")
+    if cfg.optimizer != "muon":
+        names |= set(planning.RATES) - {"learning_rate"}
+    return {name: getattr(cfg, name) for name in names}
 
 
 def time_a_step(run: Run) -> float:
     """Return about how many seconds a step takes, the same on all ranks: the shorter of two, after one that warms
-    up. This trains the run's model a little."""
+    up. This trains the run's model a little. Raises UserError if a loss is not finite."""
     seconds = []
     for step in range(3):
         began = time.perf_counter()
-        update(run, step)
+        try:
+            update(run, step)
+        except NotFinite as error:
+            raise UserError(f"while the run was planned, {error}: try a lower --learning_rate", 3)
         synchronize(run.plan.device)
         seconds.append(run.ranks.broadcast(time.perf_counter() - began))
         if seconds[0] > 5:              # long enough to be exact
@@ -1579,7 +1611,7 @@ def train(cfg: Config, out_dir: Path, origin: Origin | None = None, began: float
     origin = origin or Origin()
     deadline = Deadline(0 if cfg.eval_only else cfg.max_minutes, began, origin.seconds_used)
     check_loggers(cfg)
-    run = start(cfg, origin)
+    run = start(cfg, replace(origin, deadline=deadline))
     run.deadline = deadline
     report = Report(run, out_dir, deadline.began)
     check_ranks_agree(run, origin)
@@ -2020,9 +2052,6 @@ def give_length(cfg: Config, parsed: cli.Parsed) -> Config:
     unplanned = parsed.files or cfg.dataset == Config.dataset or cfg.eval_only or said & SAY_HOW_LONG
     if unplanned:
         return cfg
-    if parsed.values.get("init_from", "scratch") == "scratch" and os.environ.get("RANK", "0") == "0":
-        print(f"note     no length was given, so this run is planned for {MINUTES_UNLESS_SAID:g} minutes: "
-              "--max_minutes=M plans for M, --max_iters=300 makes so many steps of the default model", flush=True)
     return replace(cfg, max_minutes=MINUTES_UNLESS_SAID)
 
 
@@ -2040,9 +2069,21 @@ def choose_length(cfg: Config, typed: set) -> Config:
     return replace(cfg, **dict.fromkeys(unwanted, 0.0))
 
 
+def note_length(origin: Origin, parsed: cli.Parsed):
+    """Say so if a new run is planned for a time that the command does not name."""
+    if origin.given is not None and "max_minutes" not in parsed.values and is_first_process():
+        print(f"note     no length was given, so this run is planned for {MINUTES_UNLESS_SAID:g} minutes; "
+              "--max_minutes=M plans for M, and --max_iters=300 trains for 300 steps without a plan", flush=True)
+
+
+def is_first_process() -> bool:
+    """Return whether this is the process that speaks, before the processes have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def note_own_sets(cfg: Config, parsed: cli.Parsed):
     """Say which data sets of the user's own are there, if the command names none."""
-    if parsed.files or "dataset" in parsed.values or cfg.init_from != "scratch" or os.environ.get("RANK", "0") != "0":
+    if parsed.files or "dataset" in parsed.values or cfg.init_from != "scratch" or not is_first_process():
         return
     folder = data_folder(cfg.dataset, cfg.data_dir).parent
     if own := sorted(set(sets_in(folder)) - set(SETS)):
@@ -2062,6 +2103,7 @@ def main(argv: list, began: float | None = None) -> int:
     cfg = replace(choose_length(cfg, parsed.typed), out_dir=str(out_dir))
     cli.check(cfg)
     note_own_sets(cfg, parsed)
+    note_length(origin, parsed)
     with explain_failures(out_dir):
         return train(cfg, out_dir, origin, began)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from inkling import compile_cost
 from inkling.anchors import usable_anchors
-from inkling.format import counted, rough_duration, short
+from inkling.format import counted, short
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Those of the blocks' matrices."""
+        """The number of weights in the blocks' matrices."""
         return self.n_layer * 12 * self.n_embd**2
 
     def settings(self) -> dict:
@@ -41,37 +41,43 @@ SHAPES = [Shape(1, 64, 1), Shape(2, 96, 1), Shape(2, 128, 2), Shape(3, 192, 2), 
 FIRST_TRIED = 2                         # a rung that two slow cores train in a minute
 LARGEST_MEASURED = SHAPES[4]            # in bench/plan.csv: above it, the rules extrapolate
 
-TOKENS_PER_PARAMETER = 2.0              # at least, of those read in the time
-TEXT_PER_PARAMETER = 0.05               # at least, of the different tokens of the text
-BATCH_TOKENS = 6144                     # of a step, in a run that reads
-BATCH_RUN_TOKENS = 2.5e6                # so many in all; with more, it grows by
-BATCH_EXPONENT = 0.4                    # this power
-FEWEST_STEPS = 50                       # that a batch leaves
+TOKENS_PER_PARAMETER = 2.0              # tokens read in the time for each weight of the blocks, at least
+TEXT_PER_PARAMETER = 0.05               # tokens of the text for each of them, at least
+BATCH_TOKENS = 6144                     # tokens of a step in a run that reads BATCH_RUN_TOKENS
+BATCH_RUN_TOKENS = 2.5e6
+BATCH_EXPONENT = 0.4                    # the power with which the first grows with the second
+FEWEST_STEPS = 50                       # a batch leaves at least so many
+FEWEST_STEPS_OF_AN_EPOCH = 4            # and so many to an epoch
+ROUNDED_UP = 1.2                        # how much larger than wanted a batch may be, to be one of BATCH_SIZES
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 MOST_AT_ONCE = 64                       # sequences of a micro-batch
-NGRAM_DECAY = {2.5: 1.0, 5: 3.0}        # by how often a run reads each token; between them by the logarithm
-DROPOUT = {5: 0.0, 10: 0.1, 40: 0.2}    # the same
+NGRAM_DECAY = {250_000: 3.0, 1_000_000: 1.0}    # by the tokens of the text; between them by the logarithm
+DROPOUT = {2.5: 0.0, 5: 0.1}            # by how often a run reads each of them, in the same way
+MOST_EPOCHS = {55: 5, 3800: 12}         # by how often an entry of the vocabulary occurs, on average, in the same way:
+                                        # a run ends then, as reading a text more often memorizes it
+WORTH_ENDING = 1.25                     # times as many epochs as that, at least, for a run to end before its time
 # What a planned model reaches, as a share of the bits per byte of the set's n-gram model, by how often it reads each
 # token; and how far runs lay from that.
 SHARE_OF_NGRAM = {0.4: 1.10, 0.8: 1.06, 2.5: 0.95, 11: 0.93}
 BAND = 0.04
 BLOCK_SIZE = 256
 FEWEST_WINDOWS = 4                      # of the val split; a short one gets a shorter context
-NGRAM_ROWS = 65536
-OF_THE_TIME = 0.9                       # what is training, of a long run
-STARTING = 10                           # seconds that a run takes before its first step, at most
+OF_THE_TIME = 0.92                      # the share that is training, of what is left of a long run when it is planned
+AROUND = 8                              # seconds that a run takes before its first step and after its last, and of a
+AROUND_SHORT = 0.15                     # short one this share
 FEW_SECONDS = 15                        # a shorter run tries the smallest shape first
+NGRAM_ROWS = 65536                      # of the default recipe
 BYTES_PER_PARAMETER = 16                # weights, gradients and AdamW's two averages, in float32
 BYTES_PER_ACTIVATION = 160              # of a token, for each layer and each dimension of its width
 MEMORY_SHARE = 0.5                      # of what is free, that a run may take by this estimate
 CHECKPOINT_RATES = 0.3                  # times the usual rates, for weights that are trained already
 
 RATES = ("learning_rate", "embed_lr", "head_lr", "scalar_lr")
-MODEL_SETTINGS = ("n_layer", "n_embd", "n_head", "block_size", "ngram_rows")
-BATCH_SETTINGS = {"batch_size", "gradient_accumulation_steps"}
-NEED_PACE = {"n_layer", "n_embd", "n_head", "ngram_decay", "dropout"}   # and the batch: all else can be chosen without
+SHAPE_SETTINGS = {"n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "ffn_dim"}    # one of them says: my own shape
+BATCH_SETTINGS = {"batch_size", "gradient_accumulation_steps"}                          # and one of these: my own batch
 # All that a plan may choose, if the user has not.
-SETTINGS = (*MODEL_SETTINGS, "batch_size", "gradient_accumulation_steps", "ngram_decay", "dropout", *RATES)
+SETTINGS = ("n_layer", "n_embd", "n_head", "block_size", "batch_size", "gradient_accumulation_steps", "ngram_decay",
+            "dropout", *RATES)
 
 
 @dataclass(frozen=True)
@@ -110,27 +116,29 @@ def choose(text: Text, seconds: float, memory: int, given: dict, seconds_per_ste
 
     seconds: of training. memory: bytes that are free; 0: not known. given: the settings that are not to be chosen,
     with their values. seconds_per_step(settings): how long a step takes with these. processes: that share a step."""
-    given = {name: value for name, value in given.items() if name in SETTINGS}
+    own_batch = {name: given[name] for name in BATCH_SETTINGS & given.keys()}
+    if given.keys() & SHAPE_SETTINGS and own_batch and given.keys() >= {"ngram_decay", "dropout"}:
+        return Choice({})               # the pace would decide nothing
     block_size = given.get("block_size", choose_block_size(text))
-    if given.keys() >= NEED_PACE and given.keys() & BATCH_SETTINGS:
-        free = {"block_size": block_size, "ngram_rows": NGRAM_ROWS}
-        return Choice({name: value for name, value in free.items() if name not in given})
 
     def tokens_in_time(shape: dict) -> float:
         """How many tokens a model of that shape reads."""
-        trial = {**shape, "block_size": block_size, "ngram_rows": NGRAM_ROWS,
-                 **choose_batch(text, BATCH_RUN_TOKENS, block_size, processes, given)} | given
-        return seconds / seconds_per_step(trial) * tokens_per_step(trial)
+        batch = own_batch or choose_batch(text, BATCH_RUN_TOKENS, block_size, processes)
+        trial = {**shape, "block_size": block_size, **batch}
+        return seconds / seconds_per_step(without(trial, given)) * tokens_per_step(trial)
 
     shape, tokens, reason = choose_shape(text, seconds, memory, block_size, given, tokens_in_time)
-    chosen = {**shape, "block_size": block_size, "ngram_rows": NGRAM_ROWS,
-              **choose_batch(text, tokens, block_size, processes, given),
-              **choose_regularization(tokens / text.train_tokens)} | given
-    steps = max(1, int(tokens / tokens_per_step(chosen)))
-    settings = {name: chosen[name] for name in SETTINGS if name in chosen and name not in given}
-    if given.keys() & BATCH_SETTINGS:   # one of the two says it all
-        settings = {name: value for name, value in settings.items() if name not in BATCH_SETTINGS}
-    reasons = [reason, describe_batch(chosen, steps), describe_epochs(text, tokens, chosen)]
+    most_tokens = text.train_tokens * by_count(MOST_EPOCHS, text.train_tokens / text.vocab_size)
+    ends_early = tokens > WORTH_ENDING * most_tokens
+    if ends_early:
+        tokens = most_tokens
+    batch = own_batch or choose_batch(text, tokens, block_size, processes)
+    settings = without({**shape, "block_size": block_size, **batch, **choose_regularization(text, tokens)}, given)
+    steps = max(1, int(tokens / tokens_per_step({"block_size": block_size, **batch})))
+    reasons = [reason, describe_batch(batch, block_size, steps), describe_epochs(text, tokens)]
+    if ends_early:
+        settings |= {"max_iters": steps, "max_minutes": 0.0}
+        reasons.append("end      before the time is over: to read so short a text more often would only memorize it")
     expected = expected_bits(text, tokens)
     if expected:
         reasons.append(f"expect   {expected[0]:.2f} to {expected[1]:.2f} bits per byte at the end (8-gram "
@@ -138,11 +146,15 @@ def choose(text: Text, seconds: float, memory: int, given: dict, seconds_per_ste
     return Choice(settings, steps, expected, reasons)
 
 
-def seconds_of_training(minutes: float, compiled: bool) -> float:
-    """About how many seconds a run of so many minutes trains, in seconds of uncompiled training: starting, evaluating
-    and saving take the rest. compiled: whether it may be compiled, where that pays."""
-    seconds = 60 * minutes
-    training = OF_THE_TIME * seconds - min(STARTING, 0.2 * seconds)
+def without(settings: dict, given: dict) -> dict:
+    """The settings that are not given."""
+    return {name: value for name, value in settings.items() if name not in given}
+
+
+def seconds_of_training(seconds_left: float, compiled: bool) -> float:
+    """About how much of the time that is left is training, in seconds of uncompiled training: starting, evaluating and
+    saving take the rest. compiled: whether the run may be compiled, where that pays."""
+    training = OF_THE_TIME * seconds_left - min(AROUND, AROUND_SHORT * seconds_left)
     if compiled and compile_cost.pays(training, compile_cost.EXPECTED_SECONDS):
         return (training - compile_cost.EXPECTED_SECONDS) * compile_cost.EXPECTED_GAIN
     return training
@@ -165,9 +177,8 @@ def choose_block_size(text: Text) -> int:
 
 def choose_shape(text: Text, seconds: float, memory: int, block_size: int, given: dict, tokens_in_time) -> tuple:
     """(the settings of the shape, the tokens that it reads in the time, a line that says why)."""
-    if any(name in given for name in ("n_layer", "n_embd", "n_head")):
-        shape = shape_around(given)
-        return shape, tokens_in_time(shape), "model    as given"
+    if given.keys() & SHAPE_SETTINGS:
+        return {}, tokens_in_time({}), "model    of the shape that was given"
     shapes = shapes_that_fit(text, memory, block_size)
     rung = 0 if seconds < FEW_SECONDS else min(FIRST_TRIED, len(shapes) - 1)
     read = {rung: tokens_in_time(shapes[rung].settings())}
@@ -183,20 +194,8 @@ def choose_shape(text: Text, seconds: float, memory: int, block_size: int, given
         if read[rung + 1] < enough:
             break
         rung += 1
-    shape = shapes[rung]
     larger = shapes[rung + 1] if rung + 1 < len(shapes) else None
-    return shape.settings(), read[rung], describe_shape(shape, larger, read[rung], seconds)
-
-
-def shape_around(given: dict) -> dict:
-    """A shape with what is given of it."""
-    n_embd = given.get("n_embd", SHAPES[FIRST_TRIED].n_embd)
-    n_layer = given.get("n_layer", SHAPES[FIRST_TRIED].n_layer)
-    if "n_head" in given and "n_embd" not in given:
-        n_embd = 64 * given["n_head"]
-    heads = [count for count in range(1, n_embd // 64 + 1) if n_embd % count == 0 and n_embd // count % 2 == 0]
-    n_head = given.get("n_head", max(heads, default=1))
-    return {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head}
+    return shapes[rung].settings(), read[rung], describe_shape(shapes[rung], larger, read[rung])
 
 
 def shapes_that_fit(text: Text, memory: int, block_size: int) -> list:
@@ -210,34 +209,33 @@ def shapes_that_fit(text: Text, memory: int, block_size: int) -> list:
 def needed_memory(shape: Shape, text: Text, block_size: int) -> int:
     """About how many bytes a run takes beside what Python and PyTorch do."""
     parameters = shape.parameters + (NGRAM_ROWS + 2 * text.vocab_size) * shape.n_embd
-    at_once = min(MOST_AT_ONCE * block_size, 2 * BATCH_TOKENS)
+    at_once = MOST_AT_ONCE * block_size
     return BYTES_PER_PARAMETER * parameters + BYTES_PER_ACTIVATION * at_once * shape.n_layer * shape.n_embd
 
 
 # -- the batch and the regularization ---------------------------------------------------------------------
 
-def choose_batch(text: Text, tokens: float, block_size: int, processes: int, given: dict) -> dict:
-    """The batch of a run that reads so many tokens."""
-    if given.keys() & BATCH_SETTINGS:
-        return {"batch_size": 12, "gradient_accumulation_steps": 1} | {
-            name: given[name] for name in BATCH_SETTINGS & given.keys()}
+def choose_batch(text: Text, tokens: float, block_size: int, processes: int) -> dict:
+    """The batch of a run that reads so many tokens: of at most MOST_AT_ONCE sequences at once in each process."""
     wanted = BATCH_TOKENS * (tokens / BATCH_RUN_TOKENS)**BATCH_EXPONENT / block_size
-    most = min(tokens / FEWEST_STEPS, text.train_tokens / 4) / block_size
-    sequences = max((size for size in BATCH_SIZES if size <= 1.2 * min(wanted, most)), default=1)
-    sequences = processes * max(1, round(sequences / processes))
-    micro_batches = math.ceil(sequences / (MOST_AT_ONCE * processes))
-    while sequences % (micro_batches * processes):
-        micro_batches += 1
-    return {"batch_size": sequences // micro_batches, "gradient_accumulation_steps": micro_batches}
+    most = min(tokens / FEWEST_STEPS, text.train_tokens / FEWEST_STEPS_OF_AN_EPOCH) / block_size
+    sequences = max((size for size in BATCH_SIZES if size <= ROUNDED_UP * min(wanted, most)), default=1)
+    of_a_process = max(1, round(sequences / processes))
+    micro_batches = math.ceil(of_a_process / MOST_AT_ONCE)
+    return {"batch_size": math.ceil(of_a_process / micro_batches),
+            "gradient_accumulation_steps": micro_batches * processes}
 
 
 def tokens_per_step(settings: dict) -> int:
-    return settings["batch_size"] * settings["gradient_accumulation_steps"] * settings["block_size"]
+    """Where one of the two settings of the batch is not there, it is the default's."""
+    sequences = settings.get("batch_size", 12) * settings.get("gradient_accumulation_steps", 1)
+    return sequences * settings["block_size"]
 
 
-def choose_regularization(epochs: float) -> dict:
-    """What keeps a model from memorizing a text that it reads so often."""
-    return {"ngram_decay": round(by_count(NGRAM_DECAY, epochs), 1), "dropout": round(by_count(DROPOUT, epochs), 2)}
+def choose_regularization(text: Text, tokens: float) -> dict:
+    """What keeps a model that reads so many tokens from memorizing the text."""
+    return {"ngram_decay": round(by_count(NGRAM_DECAY, text.train_tokens), 1),
+            "dropout": round(by_count(DROPOUT, tokens / text.train_tokens), 2)}
 
 
 def by_count(table: dict, count: float) -> float:
@@ -257,28 +255,28 @@ def expected_bits(text: Text, tokens: float) -> tuple:
 
 # -- in words -----------------------------------------------------------------------------------------
 
-def describe_shape(shape: Shape, larger: Shape | None, tokens: float, seconds: float) -> str:
+def describe_shape(shape: Shape, larger: Shape | None, tokens: float) -> str:
     """larger: the next rung, which reads too little; None: text or memory end the ladder here."""
     reason = (f"model    {counted(shape.n_layer, 'layer')}, {shape.n_embd} wide: it reads {short(tokens)} tokens in "
-              f"{rough_duration(seconds)}, {tokens / shape.parameters:.1f} for each of the {short(shape.parameters)} "
-              f"weights of its blocks; ")
+              f"the time, {tokens / shape.parameters:.1f} for each of the {short(shape.parameters)} weights of its "
+              "blocks; ")
     if larger:
         reason += f"one of {larger.n_layer} layers, {larger.n_embd} wide would read less than {TOKENS_PER_PARAMETER:g}"
     elif shape == SHAPES[-1]:
         reason += "the plan knows no larger one"
     else:
-        reason += "a larger one would take more text, or more memory"
+        reason += "for a larger one, the text is too short or the memory too small"
     if shape.parameters > LARGEST_MEASURED.parameters:
         reason += ". The rule was measured on smaller models"
     return reason
 
 
-def describe_batch(settings: dict, steps: int) -> str:
-    sequences = settings["batch_size"] * settings["gradient_accumulation_steps"]
-    return (f"batch    {counted(sequences, 'sequence')} of {settings['block_size']:,} tokens, which leaves about "
+def describe_batch(batch: dict, block_size: int, steps: int) -> str:
+    sequences = tokens_per_step(batch | {"block_size": 1})
+    return (f"batch    {counted(sequences, 'sequence')} of {block_size:,} tokens, which leaves about "
             f"{counted(steps, 'step')}")
 
 
-def describe_epochs(text: Text, tokens: float, settings: dict) -> str:
-    return (f"text     {short(text.train_tokens)} tokens, each read {tokens / text.train_tokens:.1f} times: "
-            f"ngram_decay={settings['ngram_decay']:g}, dropout={settings['dropout']:g}")
+def describe_epochs(text: Text, tokens: float) -> str:
+    return (f"text     {short(text.train_tokens)} tokens, each read {tokens / text.train_tokens:.1f} times, which "
+            "decides how much dropout and decay keep the model from memorizing it")

@@ -297,9 +297,9 @@ class Report:
         choice = self.run.choice
         if not (choice and choice.reasons):
             return
-        given = [setting for setting in changed_settings(self.run.cfg) if setting.split("=")[0] not in choice.settings]
-        chosen = [f"{name}={value}" for name, value in choice.settings.items()]
-        words = [f"--{setting}" for setting in given + chosen]
+        settings = dict(setting.split("=", 1) for setting in changed_settings(self.run.cfg))
+        settings |= self.run.given | choice.settings
+        words = [f"--{name}={value}" for name, value in settings.items()]
         self.say(f"plan     {shlex.join(['python', 'train.py', *words])}")
         for reason in choice.reasons:
             self.label("", reason)
@@ -637,8 +637,12 @@ class Report:
         if not (self.run.choice and self.run.choice.expected):
             return ""
         least, most = self.run.choice.expected
-        place = "below the" if bits < least else "above the" if bits > most else "within the"
-        return f"; {place} {least:.2f} to {most:.2f} that the plan expected"
+        place = "within"
+        if bits < least:
+            place = "below"
+        elif bits > most:
+            place = "above"
+        return f"; {place} the {least:.2f} to {most:.2f} that the plan expected"
 
     def say_whether_compiling_paid(self):
         """Compare the steps of this process with the estimate of uncompiled ones."""
@@ -670,7 +674,8 @@ class Report:
         words = [f"--{name}={value}" for name, value in decided.items()]
         for setting in changed_settings(run.cfg):
             name = setting.partition("=")[0]
-            if name not in decided and name not in ("max_minutes", "init_from"):
+            begins_anew = name == "init_from" and run.cfg.init_from in ("scratch", "auto", "resume")
+            if name not in decided and name != "max_minutes" and not begins_anew:
                 words.append(f"--{setting}")
         return shlex.join(["python", "train.py", *words])
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,7 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 import prepare  # noqa: E402
 import sample  # noqa: E402, F401, for the children
+import train  # noqa: E402
 from inkling.cli import exit_code  # noqa: E402
 from inkling.dataset import read_meta  # noqa: E402
 from inkling.report import TIMINGS  # noqa: E402
@@ -236,3 +238,40 @@ def pairwise(**switches) -> list:
         chosen.append(max(rows, key=lambda row: len(pairs(row) & missing)))
         missing -= pairs(chosen[-1])
     return chosen
+
+
+class Clock:
+    """Stands in for the time module's clocks: nothing passes but what a test adds."""
+
+    def __init__(self):
+        self.now = 1000.0
+        self.seconds_of_step = lambda step: 1.0     # but for the first, which takes 10, as if it compiled
+
+    def read(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock.read)
+    monkeypatch.setattr(time, "perf_counter", clock.read)
+    return clock
+
+
+@pytest.fixture
+def paced(clock, monkeypatch):
+    """The clock of a machine on which an evaluation takes 5 seconds, and a step what clock.seconds_of_step says."""
+    update, estimate_loss = train.update, train.estimate_loss
+
+    def timed_update(run, step):
+        clock.now += 10 if step == 0 else clock.seconds_of_step(step)
+        return update(run, step)
+
+    def timed_estimate_loss(*args, **settings):
+        clock.now += 5
+        return estimate_loss(*args, **settings)
+
+    monkeypatch.setattr(train, "update", timed_update)
+    monkeypatch.setattr(train, "estimate_loss", timed_estimate_loss)
+    return clock

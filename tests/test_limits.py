@@ -21,43 +21,6 @@ from inkling.distributed import Ranks
 from train import GPT
 
 
-class Clock:
-    """Stands in for the time module's clocks: nothing passes but what a test adds."""
-
-    def __init__(self):
-        self.now = 1000.0
-        self.seconds_of_step = lambda step: 1.0     # but for the first, which takes 10, as if it compiled
-
-    def read(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(time, "monotonic", clock.read)
-    monkeypatch.setattr(time, "perf_counter", clock.read)
-    return clock
-
-
-@pytest.fixture
-def paced(clock, monkeypatch):
-    """The clock of a machine on which an evaluation takes 5 seconds, and a step what clock.seconds_of_step says."""
-    update, estimate_loss = train.update, train.estimate_loss
-
-    def timed_update(run, step):
-        clock.now += 10 if step == 0 else clock.seconds_of_step(step)
-        return update(run, step)
-
-    def timed_estimate_loss(*args, **settings):
-        clock.now += 5
-        return estimate_loss(*args, **settings)
-
-    monkeypatch.setattr(train, "update", timed_update)
-    monkeypatch.setattr(train, "estimate_loss", timed_estimate_loss)
-    return clock
-
-
 def last_step(folder) -> int:
     return int(log_rows(folder)[-1]["step"])
 
