@@ -4,10 +4,10 @@
     python bench/exported.py out/portable/ckpt.pt               # convert, then compare
     python bench/exported.py out/portable/ckpt.pt --type=q8_0 --text=book.txt
 
-Prompts are continued greedily by both, with a cache of 32-bit numbers in llama.cpp. They must agree up to the first
-token where our two best logits are nearer than 0.01 to each other (with --type=q8_0 they need not: it says what eight
-bits cost). The ids of a text, the bytes of these ids and the mean loss, which must agree to 0.01, are compared, too;
-and each end-of-text token must end a text in llama.cpp.
+Prompts and the start of a text are continued greedily by both, with a cache of 32-bit numbers in llama.cpp. They must
+agree up to the first token where our two best logits are nearer than 0.01 to each other (with --type=q8_0 they need
+not: it says what eight bits cost). The ids of the text, the bytes of these ids and the mean loss, which must agree to
+0.01, are compared, too; and each end-of-text token must end a text in llama.cpp.
 """
 
 import ctypes
@@ -118,8 +118,9 @@ def compare(ckpt: str, gguf: str, options: Options) -> int:
     context = ours.cfg.block_size
     theirs = open_theirs(gguf, context)
     failed = 0
-    for prompt in PROMPTS:
-        if tokenizer.count_unknown(prompt):
+    text = Path(ROOT, options.text).read_text(encoding="utf-8")[-20_000:].strip()
+    for prompt in (*PROMPTS, text[:40]):
+        if tokenizer.fallback is None and tokenizer.count_unknown(prompt):
             continue
         ids = tokenizer.encode_prompt(prompt).tolist()
         same_prompt = ids == theirs.tokenize(prompt.encode(), add_bos=True, special=False)
@@ -136,7 +137,6 @@ def compare(ckpt: str, gguf: str, options: Options) -> int:
         failed += verdict.startswith("DIFFERENT") and options.type != "q8_0"
         print(f"{verdict}  {same} of {len(one)} tokens after {prompt!r}: "
               f"{tokenizer.decode(one, begins=False)[:50]!r}", flush=True)
-    text = Path(ROOT, options.text).read_text(encoding="utf-8")[-20_000:].strip()
     ids = tokenizer.encode(text).tolist()
     same_ids = ids == theirs.tokenize(text.encode(), add_bos=False, special=False)
     print(f"{'same' if same_ids else 'DIFFERENT'}  {len(ids):,} ids of the end of {options.text}")
