@@ -89,7 +89,7 @@ class Text:
         """That of the set which a meta.json describes."""
         splits = meta["splits"]
         ngram_bits = usable_anchors(meta).get("ngram", 0.0)
-        if ngram_bits and "train" in meta["anchors"].get("sampled", {}):     # which a model that reads all leaves behind
+        if ngram_bits and "train" in meta["anchors"].get("sampled", {}):     # which a model reading all leaves behind
             ngram_bits = 0.0
         return cls(splits["train"]["tokens"], splits["val"]["tokens"], meta["vocab_size"], ngram_bits)
 
