@@ -18,7 +18,8 @@ from inkling.checkpoint import LATER_ENTRIES, RESUME_ENTRIES, build_model
 from prepare import write_set
 from train import GPT
 
-MEMORY, SECONDS = 1 << 30, 30                   # bytes beyond what importing took; until a child is killed
+MEMORY, SECONDS = 1 << 30, 30                   # bytes beyond what importing took; until it is killed
+SERIES = 25                                     # programs in turn in one child
 TUNED = dict(max_iters=1, eval_iters=1, sample_tokens=4, eval_interval=1)
 POSITIONS = dict(char="learned", bpe="rope")
 NUMBERS = [-1, 0, 1, 255, 10**6, 2**31 - 1, 2**31, 2**40, 2**62, 2**63, 10**30, -2**40, 0.5, -1e300, 1e300,
@@ -51,27 +52,59 @@ def home(data_dir, tmp_path_factory):
 
 
 class Trials:
-    """Children, two at a time; `wrong` tells of those that did anything but work or be refused in one line."""
+    """Programs in series of SERIES in a child, two children at a time; `wrong` tells of those that did anything but
+    work or be refused in one line. Who kills the child is judged by its death, and the next start in a new one."""
 
-    def __init__(self, codes=(0, 2)):
-        self.codes, self.running, self.wrong, self.count, self.ends = codes, deque(), [], 0, Counter()
+    def __init__(self, folder, codes=(0, 2)):
+        self.folder, self.codes, self.cases, self.running, self.wrong = folder, codes, [], deque(), []
+        self.count, self.ends, self.children = 0, Counter(), 0
 
     def start(self, what, program: str, *words, folder):
-        self.running.append((what, ZYGOTE.start(program, *words, folder=folder, seconds=SECONDS, memory=MEMORY)))
+        self.cases.append((what, (program, list(map(str, words)), str(folder))))
         self.count += 1
+        if len(self.cases) == SERIES:
+            self.start_series()
+
+    def start_series(self):
+        path = self.folder / f"series{self.count}"
+        path.write_text(json.dumps([case for _, case in self.cases]))
+        self.running.append((path, self.cases, self.child(path, 0)))
+        self.cases = []
         if len(self.running) > 1:
             self.judge()
 
+    def child(self, path, first: int):
+        self.children += 1
+        return ZYGOTE.start("forks:series", path, first, SECONDS, folder=self.folder, seconds=SECONDS, memory=MEMORY)
+
     def judge(self):
-        what, child = self.running.popleft()
-        done = child.wait()
-        self.ends[done.returncode] += 1
-        lines = done.stderr.strip().splitlines()
-        if done.returncode not in self.codes or "Traceback" in done.stderr or (
-                done.returncode == 2 and len(lines) != 1) or "\x1b" in done.stdout + done.stderr:
-            self.wrong.append((what, child.words, done.returncode, lines[-3:]))
+        path, cases, child = self.running.popleft()
+        ends = path.with_name(f"{path.name}.ends")
+        while True:
+            code = child.wait().returncode
+            if code:
+                with open(ends, "a") as file:
+                    file.write(f"{code}\n")                 # of the one that it was at
+            codes = list(map(int, ends.read_text().split()))
+            if len(codes) == len(cases):
+                break
+            child = self.child(path, len(codes))
+        for number, ((what, (program, words, folder)), code) in enumerate(zip(cases, codes, strict=True)):
+            out, err = (path.with_name(f"{path.name}.{number}.{name}").read_text(encoding="utf-8", errors="replace")
+                        for name in ("out", "err"))
+            self.ends[code] += 1
+            if self.is_wrong(code, out, err):
+                alone = ZYGOTE.run(program, *words, folder=folder, seconds=SECONDS, memory=MEMORY)
+                self.wrong.append((what, words, code, err.splitlines()[-3:], "and in a child of its own",
+                                   alone.returncode, alone.stderr.splitlines()[-3:]))
+
+    def is_wrong(self, code: int, out: str, err: str) -> bool:
+        return (code not in self.codes or "Traceback" in err or code == 2 and len(err.strip().splitlines()) != 1
+                or "\x1b" in out + err)
 
     def none_wrong(self):
+        if self.cases:
+            self.start_series()
         while self.running:
             self.judge()
         assert self.wrong == [], "\n\n".join(map(str, [len(self.wrong), *self.wrong[:20]]))
@@ -123,7 +156,7 @@ def repacked(path, chance: random.Random) -> bytes:
 @pytest.mark.parametrize("tokens", ["char", "bpe"])
 def test_125_mutated_archives(home, tmp_path, tokens):
     """Found out by their checksums, or by what reads an archive."""
-    chance, trials = random.Random(tokens), Trials()
+    chance, trials = random.Random(tokens), Trials(tmp_path)
     raw = (home / tokens / "last.pt").read_bytes()
     for number in range(125):
         given(trials, (tokens, "archive", number), mutated(chance, raw), home, tmp_path / str(number), number % 3)
@@ -133,7 +166,7 @@ def test_125_mutated_archives(home, tmp_path, tokens):
 @pytest.mark.parametrize("tokens", ["char", "bpe"])
 def test_125_mutated_pickles(home, tmp_path, tokens):
     """Their checksums are right, as an attacker's would be."""
-    chance, trials = random.Random(tokens), Trials((0, 2, 3))
+    chance, trials = random.Random(tokens), Trials(tmp_path, (0, 2, 3))
     for number in range(125):
         content = repacked(home / tokens / "last.pt", chance)
         given(trials, (tokens, "pickle", number), content, home, tmp_path / str(number), number % 3)
@@ -160,7 +193,7 @@ def changed(node, path: tuple, value):
 
 
 def test_200_mutated_meta_json(home, tmp_path):
-    chance, trials = random.Random(0), Trials()
+    chance, trials = random.Random(0), Trials(tmp_path)
     for number in range(200):
         name = chance.choice(["char", "bpe"])
         shutil.copytree(home / "sets" / name, tmp_path / str(number) / "sets" / name)
@@ -183,7 +216,7 @@ def test_200_mutated_meta_json(home, tmp_path):
 
 
 def test_50_mutated_bin_files(home, tmp_path):
-    chance, trials = random.Random(0), Trials()
+    chance, trials = random.Random(0), Trials(tmp_path)
     for number in range(50):
         name, split = chance.choice(["char", "bpe"]), chance.choice(["train", "val"])
         shutil.copytree(home / "sets" / name, tmp_path / str(number) / "sets" / name)
@@ -286,7 +319,7 @@ def hostile(good: dict, tokens: str):
 
 @pytest.mark.filterwarnings("ignore:torch.quantize")
 def test_400_checkpoints_that_lie(home, tmp_path):
-    trials = Trials((0, 2, 3))
+    trials = Trials(tmp_path, (0, 2, 3))
     for tokens in ("char", "bpe"):
         good = torch.load(home / tokens / "last.pt")
         for number, (what, content) in enumerate(hostile(good, tokens)):
@@ -330,7 +363,7 @@ def test_a_gzip_bomb_takes_no_memory_for_what_it_holds(tmp_path):
         for _ in range(80):
             file.write(b"a" * 10**6)
     words = ["bomb.txt.gz", "--tokenizer=byte", "--data_dir=sets", "--workers=1"]
-    done = ZYGOTE.run("prepare.py", *words, folder=tmp_path, memory=140_000_000)
+    done = ZYGOTE.run("prepare.py", *words, folder=tmp_path, memory=150_000_000)
     assert (done.returncode, done.stderr) == (0, "")
     assert "80,000,000 characters" in done.stdout
 
