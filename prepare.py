@@ -74,7 +74,7 @@ from inkling.tokenizer import (
     stored_tokenizer,
     train_bpe,
 )
-from inkling.tokenizer_choice import MANY_CHARACTERS, choose_tokenizer
+from inkling.tokenizer_choice import MANY_CHARACTERS, best_tokenizer, choose_tokenizer
 
 SHAKESPEARE = {
     "url": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -436,10 +436,11 @@ def settle_tokenizer(options: Options, survey: Survey) -> Options:
     serve the text better."""
     if options.tokenizer not in ("auto", ""):
         return options
-    name, reason = choose_tokenizer(survey.counts)
     if options.tokenizer == "auto":
+        name, reason = choose_tokenizer(survey.counts)
         print(f"note     --tokenizer=auto takes {name}: {reason}")
         return replace(options, tokenizer=name)
+    name, reason = best_tokenizer(survey.counts)
     if name != "char" and np.count_nonzero(survey.counts) <= MANY_CHARACTERS:      # of more, another note says it
         print(f"note     --tokenizer=auto would take {name}: {reason}")
     return options

@@ -6,12 +6,13 @@
 
 A row of bench/plan.csv is a run: a text, seconds of training and the settings that were tried, and the val loss of
 the final weights. Its number of steps is that of the time at the pace of a step on the whole machine, uncompiled, which
-is measured first, and alone. The runs themselves are counted in steps, so a few may go side by side, a thread each: the
+is measured first, alone. The runs themselves are counted in steps, so a few may go side by side, a thread each: the
 loss does not depend on the pace. The cheapest come first, a row is written as soon as it is known, and a run that is
 cut goes on where it was. Texts are data sets: prepare those that you want to be measured, and name them.
 
 `fit` shows, for values of TOKENS_PER_PARAMETER, how much worse (in bits per byte) the shape that the rule takes is
-than the best that was tried on a text in a time, and how the losses lie beside the set's own 8-gram.
+than the best that was tried on a text in a time, and which settings were best for each. The other constants were read
+off that table by hand.
 """
 
 import csv
@@ -31,7 +32,7 @@ from inkling.cli import FilePath, UserError, check, parse, run
 from inkling.dataset import data_folder, read_meta
 
 CSV = ROOT / "bench" / "plan.csv"
-OVERHEAD = 0.25                         # of a minute, what is not training; see "By the clock" in RESULTS.md
+OVERHEAD = 0.25                         # the share of the time that is not training ("By the clock" in RESULTS.md)
 EVALUATION_WINDOWS = 600                # of a longer val split, spread evenly
 CANDIDATES = [0.5, 1, 1.5, 2, 3, 4, 6, 10, 20]
 

@@ -12,6 +12,8 @@ from inkling import tokenizer_choice
 from inkling.tokenizer_choice import BPE, bytes_of, choose_tokenizer
 
 ENGLISH = "the quick brown fox jumps over a lazy dog. "
+HINDI = "\u0928\u092e\u0938\u094d\u0924\u0947 \u0926\u0941\u0928\u093f\u092f\u093e "
+KOREAN = "\uc548\ub155\ud558\uc138\uc694 \uc138\uacc4 "
 POEMS = "\u5e8a\u524d\u660e\u6708\u5149\u7591\u662f\u5730\u4e0a\u971c"
 MANY = "".join(map(chr, range(0x4E00, 0x4E00 + 9000)))
 
@@ -26,9 +28,11 @@ def test_bytes_are_those_of_utf_8(text):
 
 
 @pytest.mark.parametrize(("text", "times", "expected"), [
-    (ENGLISH, 1000, "char"), (ENGLISH, 100_000, BPE), (POEMS, 1000, "char"), (POEMS, 100_000, "char"), (MANY, 3, BPE)],
-    ids=["short", "long", "ideographs", "many ideographs", "many different characters"])
+    (ENGLISH, 1000, "char"), (ENGLISH, 100_000, BPE), (HINDI, 100_000, BPE), (POEMS, 1000, "char"),
+    (POEMS, 100_000, "char"), (KOREAN, 100_000, "char"), (MANY, 3, BPE)],
+    ids=["short", "long", "Hindi", "few poems", "many poems", "Korean", "many different characters"])
 def test_by_script_and_size(text, times, expected):
+    pytest.importorskip("rustbpe")
     name, reason = choose_tokenizer(counts_of(text, times))
     assert name == expected
     assert reason
@@ -85,3 +89,8 @@ def test_those_who_gave_none_are_told(book, monkeypatch):
     assert said.count("--tokenizer=auto would take") == 1
     assert kind() == "char"
     assert "auto" not in prepared("book.txt", "--name=book", "--tokenizer=char", "--force")
+
+
+def test_they_are_told_without_rustbpe_too(book, without_rustbpe, monkeypatch):
+    monkeypatch.setattr(tokenizer_choice, "BPE_FROM", 1000)
+    assert "--tokenizer=auto would take bpe:300" in prepared("book.txt", "--name=book")
