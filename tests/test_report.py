@@ -21,6 +21,7 @@ from conftest import ROOT, TOY, inside, one_line_error, trained
 from inkling import plots
 from inkling.cli import UserError
 from inkling.format import duration, fit_line, milliseconds, short
+from inkling.plan import Choice
 from inkling.plots import plot_comparison, plot_run, read_log
 from inkling.report import COLUMNS, LogFile, Report, check_loggers, count_parameters, evaluations_left
 from train import GPT, Config, load
@@ -58,7 +59,7 @@ def make_run(tmp_path):
             cfg=cfg, state=SimpleNamespace(**state), plan=SimpleNamespace(**plan),
             ranks=SimpleNamespace(rank=0, world=1, first=first), model=GPT(cfg, 20),
             meta={"splits": {"train": split, "val": split}, "vocab_size": 20}, stopwatch=FakeStopwatch(),
-            tokens_per_step=128, tokens_per_epoch=992, first_step=state["step"])
+            tokens_per_step=128, tokens_per_epoch=992, first_step=state["step"], choice=None, given={})
     return make_run
 
 
@@ -891,6 +892,18 @@ def test_an_evaluation_and_the_summary_say_where_the_model_stands(make_run, tmp_
     said = capsys.readouterr().out
     assert "bits per byte | 8-gram 2.19, xz 2.75 | best so far" in said
     assert "less than the 8-gram (2.19)" in " ".join(said.split())
+
+
+@pytest.mark.parametrize(("expected", "place"), [((2.0, 3.0), "within"), ((0.1, 0.2), "above"), ((8.0, 9.0), "below")])
+def test_the_summary_says_whether_the_loss_was_expected(make_run, tmp_path, capsys, expected, place):
+    run = make_run(state=DONE)
+    run.meta["anchors"] = ANCHORS
+    run.choice = Choice({}, expected=expected)
+    run.state.best_val_loss = 2.5 / Report(run, tmp_path).bits_per_byte
+    report = Report(run, tmp_path)
+    report.finish(None, {})
+    assert f"; {place} the {expected[0]:.2f} to {expected[1]:.2f} that the plan expected" in " ".join(
+        capsys.readouterr().out.split())
 
 
 def test_memorizing_is_said_once_with_figures_and_ways_out(make_run, tmp_path, capsys):
