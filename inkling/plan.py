@@ -141,8 +141,8 @@ def choose(text: Text, seconds: float, memory: int, given: dict, seconds_per_ste
         reasons.append("end      before the time is over: to read so short a text more often would only memorize it")
     expected = expected_bits(text, tokens)
     if expected:
-        reasons.append(f"expect   {expected[0]:.2f} to {expected[1]:.2f} bits per byte at the end (8-gram "
-                       f"{text.ngram_bits:.2f})")
+        reasons.append(f"expect   {expected[0]:.2f} to {expected[1]:.2f} bits per byte at the end; less is better, and "
+                       f"the 8-gram, which only counts, has {text.ngram_bits:.2f}")
     return Choice(settings, steps, expected, reasons)
 
 
@@ -261,7 +261,8 @@ def describe_shape(shape: Shape, larger: Shape | None, tokens: float) -> str:
               f"the time, {tokens / shape.parameters:.1f} for each of the {short(shape.parameters)} weights of its "
               "blocks; ")
     if larger:
-        reason += f"one of {larger.n_layer} layers, {larger.n_embd} wide would read less than {TOKENS_PER_PARAMETER:g}"
+        reason += (f"one of {larger.n_layer} layers, {larger.n_embd} wide would read fewer than "
+                   f"{TOKENS_PER_PARAMETER:g} tokens for each weight, too few to learn from")
     elif shape == SHAPES[-1]:
         reason += "the plan knows no larger one"
     else:
@@ -273,10 +274,10 @@ def describe_shape(shape: Shape, larger: Shape | None, tokens: float) -> str:
 
 def describe_batch(batch: dict, block_size: int, steps: int) -> str:
     sequences = tokens_per_step(batch | {"block_size": 1})
-    return (f"batch    {counted(sequences, 'sequence')} of {block_size:,} tokens, which leaves about "
-            f"{counted(steps, 'step')}")
+    return (f"batch    {counted(sequences, 'sequence')} of {block_size:,} tokens in each step, of which about "
+            f"{steps:,} fit into the time")
 
 
 def describe_epochs(text: Text, tokens: float) -> str:
-    return (f"text     {short(text.train_tokens)} tokens, each read {tokens / text.train_tokens:.1f} times, which "
-            "decides how much dropout and decay keep the model from memorizing it")
+    return (f"text     {short(text.train_tokens)} tokens, each read {tokens / text.train_tokens:.1f} times: more often "
+            "means more dropout, and a shorter text more ngram_decay, against memorizing it")

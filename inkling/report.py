@@ -250,6 +250,7 @@ class Report:
         val = run.meta["splits"]["val"]
         self.anchors = usable_anchors(run.meta)
         self.parting_said = False           # that the run memorizes
+        self.best_on_all: float | None = None       # the loss of ckpt.pt that `best` has said
         self.bits_per_byte = val["tokens"] / max(1, val["bytes"]) / math.log(2)     # at a loss of 1 nat per token
 
     # -- plain lines
@@ -616,8 +617,9 @@ class Report:
             self.label("note", "nothing was left to do: a larger --max_iters trains longer")
         self.label("done", f"{state.step:,} steps{self.cut_short()} in {duration(seconds)} of training; "
                            f"best val loss {state.best_val_loss:.4f} at step {state.best_step}")
-        if words := judge(state.best_val_loss * self.bits_per_byte, self.anchors):
-            self.label("compared", words + self.compare_with_expectation(state.best_val_loss * self.bits_per_byte))
+        bits = (self.best_on_all or state.best_val_loss) * self.bits_per_byte
+        if words := judge(bits, self.anchors):
+            self.label("compared", words + self.compare_with_expectation(bits))
         self.label("speed", self.describe_speed(state.tokens, seconds))
         self.say_whether_compiling_paid()
         last_val_loss = state.losses.get("val", -math.inf)

@@ -906,6 +906,16 @@ def test_the_summary_says_whether_the_loss_was_expected(make_run, tmp_path, caps
         capsys.readouterr().out.split())
 
 
+def test_the_summary_compares_the_loss_on_all_of_val_where_it_is_known(make_run, tmp_path, capsys):
+    run = make_run(state=DONE)
+    run.meta["anchors"] = ANCHORS
+    run.data = {"val": range(10_000)}
+    report = Report(run, tmp_path)
+    report.best(2.5 / report.bits_per_byte, windows=100)
+    report.finish(None, {})
+    assert "compared 2.50 bits per byte" in capsys.readouterr().out
+
+
 def test_memorizing_is_said_once_with_figures_and_ways_out(make_run, tmp_path, capsys):
     run = make_run(dropout=0.1)
     report = Report(run, tmp_path)
