@@ -1205,13 +1205,13 @@ def start(cfg: Config, origin: Origin | None = None) -> Run:
     configure_torch(device)
     folder = ensure_set(cfg.dataset, cfg.data_dir, ranks)
     choice = choose_settings(cfg, origin, ranks, device, folder)
-    typed = {name: getattr(cfg, name) for name in planning.SETTINGS if name in (origin.given or {})}
+    given = {name: getattr(cfg, name) for name in planning.SETTINGS if name in (origin.given or {})}
     cfg = replace(cfg, **choice.settings)
     if "max_iters" in choice.settings:  # a plan that ends before the time is over
         origin = replace(origin, fit_to_time=False)
     run = build_run(cfg, origin, ranks, device, folder)
     run.choice = choice
-    run.given = typed
+    run.given = given
     return run
 
 
