@@ -186,7 +186,7 @@ def build_page(content: dict, source: str, bits: int) -> str:
     parts = {
         "title": html.escape(card["name"]),
         "style": read_part("page.css"),
-        "worker": "\n".join(map(read_part, ("tokenizer.js", "model.js", "worker.js"))),
+        "worker": "\n".join(map(read_part, ("tokenizer.js", "tensors.js", "model.js", "worker.js"))),
         "page": "\n".join(map(read_part, ("texts.js", "page.js"))),
         "model": to_json({"config": {name: config[name] for name in sorted(MODEL_FIELDS)}, "tensors": tensors,
                           "tokenizer": stored_tokenizer, "card": card}),

@@ -1,9 +1,6 @@
 // The page: what a person sees and does. The worker computes. Whatever comes from a person, a model or a
 // checkpoint is set as textContent, so that it is text and nothing else.
-"use strict";
 
-const LANGUAGE = navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en";
-const SAY = TEXTS[LANGUAGE];
 const KEYS = "1234567890";              // of the likeliest tokens
 
 const $ = (id) => document.getElementById(id);
@@ -16,18 +13,6 @@ let selected = null;                    // the place of the token that is looked
 let job = 0;                            // answers to former ones are ignored
 let isWriting = false;
 let began = {time: 0, count: 0};        // when the first new token came, for the speed
-
-function number(value, digits = 0) {
-  return value.toLocaleString(LANGUAGE, {minimumFractionDigits: digits, maximumFractionDigits: digits});
-}
-
-function short(value) {
-  return value.toLocaleString(LANGUAGE, {notation: "compact", maximumSignificantDigits: 3});
-}
-
-function percent(p) {
-  return p < 0.0001 ? `<${number(0.01, 2)}%` : `${number(100 * p, p < 0.0995 ? 2 : 1)}%`;
-}
 
 function element(tag, text, className = "") {
   const created = document.createElement(tag);
@@ -211,11 +196,6 @@ function showSpeed(count) {
 }
 
 // -- the token that is looked at
-
-// White space made visible.
-function visible(name) {
-  return name.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "␍") || "∅";
-}
 
 function showToken(place) {
   const token = tokens[place];

@@ -1,4 +1,4 @@
-// What the page says, in English and in Chinese.
+// What the page says, in English and in Chinese, and how it writes numbers and tokens.
 
 const TEXTS = {
   en: {
@@ -63,3 +63,23 @@ const TEXTS = {
     bitsOf: (bits) => `每个 ${bits} 位，每行一个比例系数`,
   },
 };
+
+const LANGUAGE = navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en";
+const SAY = TEXTS[LANGUAGE];
+
+function number(value, digits = 0) {
+  return value.toLocaleString(LANGUAGE, {minimumFractionDigits: digits, maximumFractionDigits: digits});
+}
+
+function short(value) {
+  return value.toLocaleString(LANGUAGE, {notation: "compact", maximumSignificantDigits: 3});
+}
+
+function percent(p) {
+  return p < 0.0001 ? `<${number(0.01, 2)}%` : `${number(100 * p, p < 0.0995 ? 2 : 1)}%`;
+}
+
+// White space made visible.
+function visible(name) {
+  return name.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "␍") || "∅";
+}
