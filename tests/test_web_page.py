@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from dataclasses import asdict
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from conftest import ROOT, inside, one_line_error, pairwise, perturbed
 import convert
 from inkling import web_page
 from inkling.checkpoint import save_checkpoint
-from inkling.cli import UserError
+from inkling.cli import UserError, parse
 from inkling.js_regex import to_javascript
 from inkling.tokenizer import END_OF_TEXT, PATTERN, SINGLE_BYTES, Tokenizer, rank_lines
 from inkling.web_page import build_page, pack, packed_size, page_weights, quantize
@@ -35,6 +36,7 @@ SWITCHES = pairwise(
     n_kv_head=[0, 1, 2], pad_vocab_to=[1, 64], ngrams=[0, 2, 5], ngram_edges=[False, True],
     ngram_rows=[97, 65_536], head_dim=[0, 12], ffn_dim=[0, 50], rope_scaling=["none", "linear", "llama3"],
     norm_eps=[1e-6, 1e-2])
+CONFIGS = sorted((ROOT / "config").glob("*.py"))
 CHARS = {"kind": "char", "chars": "\n ,.abcdefghijklmnopqrstuvwxyz\u00e9\u72d0"}
 HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>{{weights}}\u2028"
 
@@ -287,14 +289,22 @@ def bpe(pattern: str = PATTERN) -> dict:
 
 # -- in node: the model
 
+def switches_of(config: Path) -> dict:
+    """A config file's settings of the model, in small sizes."""
+    values = parse(Config, [str(config)], "").values
+    switches = {name: value for name, value in values.items() if name in MODEL_FIELDS - TINY.keys() - {"ffn_dim"}}
+    return switches | {"n_kv_head": min(switches.get("n_kv_head", 0), 2)}
+
+
 @node
 def test_logits_are_pythons_whatever_the_switches(tmp_path):
-    """On each pair of values of all switches, with weights in 32 bits."""
+    """On each pair of values of all switches and on those of each config file, with weights in 32 bits."""
     ids = [3, 0, 29, 5, 5, 7, 3, 0, 29, 5, 11, 2]
-    contents = [content_of(seed=seed, **switches) for seed, switches in enumerate(SWITCHES)]
+    all_switches = [*SWITCHES, *map(switches_of, CONFIGS)]
+    contents = [content_of(seed=seed, **switches) for seed, switches in enumerate(all_switches)]
     answers = ask(tmp_path, *((build_page(content, "toy.pt", 32), [["logits", ids]]) for content in contents))
     assert len(SWITCHES) > 20
-    for content, switches, (logits,) in zip(contents, SWITCHES, answers, strict=True):
+    for content, switches, (logits,) in zip(contents, all_switches, answers, strict=True):
         with torch.no_grad():
             expected = model_of(content)(torch.tensor([ids]))[0][0]
         assert expected.std() > 0.05
