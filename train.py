@@ -2081,9 +2081,9 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def note_own_sets(cfg: Config, parsed: cli.Parsed):
-    """Say which data sets of the user's own are there, if the command names none."""
-    if parsed.files or "dataset" in parsed.values or cfg.init_from != "scratch" or not is_first_process():
+def note_own_sets(cfg: Config, origin: Origin, parsed: cli.Parsed):
+    """Say which data sets of the user's own are there, if the command of a new run names none."""
+    if parsed.files or "dataset" in parsed.values or origin.checkpoint or not is_first_process():
         return
     folder = data_folder(cfg.dataset, cfg.data_dir).parent
     if own := sorted(set(sets_in(folder)) - set(SETS)):
@@ -2102,7 +2102,7 @@ def main(argv: list, began: float | None = None) -> int:
     cfg, origin = find_origin(cfg, parsed, out_dir)
     cfg = replace(choose_length(cfg, parsed.typed), out_dir=str(out_dir))
     cli.check(cfg)
-    note_own_sets(cfg, parsed)
+    note_own_sets(cfg, origin, parsed)
     note_length(origin, parsed)
     with explain_failures(out_dir):
         return train(cfg, out_dir, origin, began)

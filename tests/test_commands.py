@@ -129,6 +129,13 @@ def test_resuming_after_the_end_changes_nothing(start):
     assert contents(Path("out")) == before
 
 
+def test_a_resumed_run_is_not_told_of_the_set_that_it_trains_on(book, monkeypatch):
+    monkeypatch.chdir(book[0])
+    outcome = inside(train.main, "--init_from=resume", "--out_dir=out/book", "--eval_only=True")
+    assert outcome.returncode == 0, outcome.stderr
+    assert "your own in" not in outcome.stdout
+
+
 def test_resuming_with_more_steps_goes_on(start):
     start()
     assert start("--init_from=resume", max_iters=3).returncode == 0
