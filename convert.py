@@ -41,7 +41,7 @@ from inkling.gguf import (
     weights_from_gguf,
     write_gguf,
 )
-from inkling.hints import closest, files_near, nearest_first, there_is
+from inkling.hints import closest, files_near, nearest_first, run_meant, there_is
 from inkling.huggingface import (
     NAMES,
     load_tokenizer,
@@ -805,10 +805,15 @@ def import_gguf_file(path: str, tokenizer: str = "") -> dict:
     return checkpoint_of(path, config, tensors, rows, chosen)
 
 
+def checkpoint_meant(source: str) -> str:
+    """The checkpoint that `source` names in a command to type: itself if it is there, out/book for book."""
+    return source if os.path.exists(source) else run_meant(source) or source
+
+
 def export_gguf(source: str, options: Options):
     """The command: a checkpoint to a GGUF file."""
     if not options.out:
-        raise UserError(f"say where to: python convert.py gguf {source} --out=NAME.gguf")
+        raise UserError(f"say where to: python convert.py gguf {checkpoint_meant(source)} --out=NAME.gguf")
     out = Path(options.out)
     config, tokenizer, hf, tensors = read_for_export(source)
     try:
@@ -921,7 +926,7 @@ def import_folder(source: str, options: Options):
 def export_folder(source: str, options: Options):
     """The command: a checkpoint to a Hugging Face directory."""
     if not options.out:
-        raise UserError(f"say where to: python convert.py export {source} --out=DIR")
+        raise UserError(f"say where to: python convert.py export {checkpoint_meant(source)} --out=DIR")
     out = Path(options.out)
     if out.exists() and not is_replaceable(out):
         raise UserError(f"{out} is there and holds something other than an export: name a new "
@@ -1019,7 +1024,7 @@ def write_folder(out: Path, files: dict, tensors: dict):
 def export_page(source: str, options: Options):
     """The command: a checkpoint to a web page."""
     if not options.out:
-        raise UserError(f"say where to: python convert.py page {source} --out=NAME.html")
+        raise UserError(f"say where to: python convert.py page {checkpoint_meant(source)} --out=NAME.html")
     from inkling.web_page import write_page  # imports train.py, which imports this module
 
     write_page(source, options.out, options.bits)

@@ -59,7 +59,16 @@ from inkling.download import DownloadFailed, download, fetch_address, is_address
 from inkling.encode import SplitWriter, cores, encode_pieces
 from inkling.files import ROOT, hold_folder, sha256
 from inkling.format import counted, shell_word
-from inkling.hints import closest, command_for_training, files_near, nearest_first, set_name_like, sets_in, there_is
+from inkling.hints import (
+    closest,
+    command_for_training,
+    files_near,
+    flag_meant,
+    nearest_first,
+    set_name_like,
+    sets_in,
+    there_is,
+)
 from inkling.inputs import describe_source, expand, is_stream, plain_name, spool
 from inkling.leaks import Leaks, find_leaks, leak_lines
 from inkling.output import outlive_output
@@ -925,6 +934,13 @@ def check_inputs(words: list, options: Options):
         raise UserError("standard input is one text: INPUT or --val, not both")
     for word in words:
         if not (word == "-" or is_address(word) or os.path.lexists(word) or glob.glob(word, recursive=True)):
+            if flag := flag_meant(word, {field.name for field in fields(Options)}):
+                raise UserError(f"no file {word}; as a flag, write {flag}")
+            phrase = " ".join(words)
+            if os.path.exists(phrase):
+                name = options.name or set_name_like(plain_name(phrase))
+                raise UserError(f"no file {word}: a name with spaces goes in quotes: "
+                                f"python prepare.py {shell_word(phrase)} --name={name}")
             there = there_is(word, files_near(word))
             raise UserError(f"no file {word}{there}; the built-in sets are {', '.join(nearest_first(word, SETS))}")
 

@@ -666,7 +666,10 @@ def refuse_unused(options: Options, typed: set):
     if "adapt" in typed and options.score and not options.adapt:
         raise UserError("--adapt=0 would learn nothing: give a learning rate above 0, such as 1e-4, or leave it out")
     if flags:
-        raise UserError(f"{', '.join(flags)} would change nothing here (see --help): leave it out")
+        way_out = "leave it out"
+        if not options.score and typed & {"stride", "score_tokens", "adapt"}:
+            way_out = "add --score=FILE, or leave it out"
+        raise UserError(f"{', '.join(flags)} would change nothing here (see --help): {way_out}")
 
 
 def read_text(name: str, flag: str) -> str:

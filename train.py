@@ -53,7 +53,7 @@ from inkling.cli import (
     at_least,
 )
 from inkling.clock import Deadline, StepFitter, Stopwatch, process_start
-from inkling.dataset import check_ids, data_folder, open_data, random_order, read_meta, windows_at_once
+from inkling.dataset import check_ids, data_folder, has_set, open_data, random_order, read_meta, windows_at_once
 from inkling.device import (
     autocast,
     choose_device,
@@ -71,7 +71,7 @@ from inkling.distributed import Ranks, gradient_sync
 from inkling.dry_run import TRIAL_WINDOWS, dry_run, free_memory
 from inkling.evaluation import choose_interval, plan_evaluations
 from inkling.format import rough_duration
-from inkling.hints import command_for_training, sets_in
+from inkling.hints import closest, command_for_training, sets_in
 from inkling.output import outlive_output
 from inkling.report import Report, check_loggers
 from inkling.stopping import Guard, NotFinite, Stop, explain_failures
@@ -248,6 +248,7 @@ MODEL_FIELDS = {model_field.name for model_field in fields(ModelConfig)}
 SAY_HOW_LONG = MODEL_FIELDS | {"max_iters", "max_epochs", "max_minutes", "breakpoints", "lr_decay_iters"}
 LEAST_SECONDS_TO_PLAN = 2.0
 MINUTES_UNLESS_SAID = 10.0              # of a run on a text of the user's own; see give_length
+STARTS = ("scratch", "resume", "auto", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")    # init_from without a file
 FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer"}          # what a resumed run cannot change
 
 # --------------------------------------------------------------------------------------------------
@@ -2007,6 +2008,7 @@ def find_origin(cfg: Config, parsed: cli.Parsed, out_dir: Path) -> tuple:
     given = parsed.values if fit_to_time else None
     if cfg.init_from in ("scratch", "auto"):
         return replace(cfg, init_from="scratch"), Origin(fit_to_time=fit_to_time, stamp=stamp, given=given)
+    check_start(cfg.init_from)
     content = read_checkpoint(cfg.init_from)
     typed = replace(parsed, typed=parsed.typed & MODEL_FIELDS)
     values, changed = cli.merge(
@@ -2015,6 +2017,16 @@ def find_origin(cfg: Config, parsed: cli.Parsed, out_dir: Path) -> tuple:
     cli.print_overruled(values, parsed, MODEL_FIELDS, MODEL_FIELDS, cfg.init_from)
     model_settings = {name: values[name] for name in MODEL_FIELDS | {"init"}}
     return replace(cfg, **model_settings), Origin(content, fit_to_time=fit_to_time, given=given)
+
+
+def check_start(init_from: str):
+    """Raise a UserError for a misspelled value of init_from, such as resum or gpt2-small."""
+    if init_from in STARTS or os.path.exists(init_from) or not re.fullmatch(r"[\w-]+", init_from):
+        return
+    if init_from.startswith("gpt"):
+        raise UserError(f"init_from={init_from}: no such model; there is {', '.join(STARTS[3:])}")
+    if meant := closest(init_from, STARTS[:3]):
+        raise UserError(f"init_from={init_from}: no such checkpoint; did you mean --init_from={meant}?")
 
 
 def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
@@ -2069,9 +2081,12 @@ def choose_length(cfg: Config, typed: set) -> Config:
     return replace(cfg, **dict.fromkeys(unwanted, 0.0))
 
 
-def note_length(origin: Origin, parsed: cli.Parsed):
-    """Say so if a new run is planned for a time that the command does not name."""
-    if origin.given is not None and "max_minutes" not in parsed.values and is_first_process():
+def note_length(cfg: Config, origin: Origin, parsed: cli.Parsed):
+    """Say so if a new run is planned for a time that the command does not name, on a data set that is there or can
+    be prepared."""
+    if origin.given is None or "max_minutes" in parsed.values or not is_first_process():
+        return
+    if cfg.dataset in SETS or has_set(data_folder(cfg.dataset, cfg.data_dir)):
         print(f"note     no length was given, so this run is planned for {MINUTES_UNLESS_SAID:g} minutes; "
               "--max_minutes=M plans for M, and --max_iters=300 trains for 300 steps without a plan", flush=True)
 
@@ -2103,7 +2118,7 @@ def main(argv: list, began: float | None = None) -> int:
     cfg = replace(choose_length(cfg, parsed.typed), out_dir=str(out_dir))
     cli.check(cfg)
     note_own_sets(cfg, origin, parsed)
-    note_length(origin, parsed)
+    note_length(cfg, origin, parsed)
     with explain_failures(out_dir):
         return train(cfg, out_dir, origin, began)
 

@@ -41,7 +41,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
-from inkling.hints import nearest_flag, there_is
+from inkling.hints import QUOTES, flag_meant, nearest_flag, number_meant, there_is
 from inkling.output import open_streams
 
 Texts = tuple[str, ...]                 # a flag that may be given several times
@@ -262,7 +262,8 @@ def expected(kind) -> str:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
     if is_union(kind):
         return "auto or a whole number"
-    return {bool: "True or False", int: "a whole number", float: "a number", str: "text"}.get(kind, "text")
+    words = {bool: "True or False", int: "a whole number", float: "a number", FilePath: "path"}
+    return words.get(kind, "text")
 
 
 def is_union(kind) -> bool:
@@ -380,22 +381,38 @@ def read_config_file(path: str, kinds: dict) -> dict:
     return values
 
 
-def read_flag(word: str, kinds: dict) -> tuple:
-    """(name, value) of --name=value; a bare --name means True."""
+def read_flag(word: str, kinds: dict, takes: str) -> tuple:
+    """(name, value) of --name=value; a bare --name means True. takes: as in `parse`."""
     key, equals, text = word[2:].partition("=")
     name = key.replace("-", "_")
     if name not in kinds:
-        raise UserError(f"unknown flag --{key}{nearest(name, kinds) or '; see --help'}")
+        raise UserError(f"unknown flag --{key}{way_to_a_flag(word, kinds)}")
     if not equals and kinds[name] is AutoPath:
         return name, "auto"
     if not equals:
         if needs_value(word, kinds):
             raise UserError(f"--{key} needs a value: --{key}={expected(kinds[name]).upper().replace(' ', '_')}")
         text = "True"
+    glued = re.search(r"[\u3000\xa0\uff0c\u3001\uff1b,;]+(--(\w+).*)", text)      # where no shell splits
+    if glued and glued[2] in kinds:
+        raise UserError(f"--{key}={text}: write a space, and nothing else, before {glued[1]}")
     try:
         return name, convert(text, kinds[name])
     except BadValue as problem:
-        raise UserError(f"--{key}={text} is not {problem}")
+        meant = number_meant(text, kinds[name] is int) if kinds[name] in (int, float) else ""
+        way_out = f"; write --{key}={meant}" if meant else ""
+        if kinds[name] is bool and takes == "words" and text:           # --check=book
+            way_out = f"; write --{key} {shlex.quote(text)}"
+        raise UserError(f"--{key}={text} is not {problem}{way_out}")
+
+
+def way_to_a_flag(word: str, kinds: dict) -> str:
+    """What to write instead of a word that begins with -- and is no flag."""
+    meant = flag_meant(word, kinds)
+    name, equals, _ = word[2:].partition("=")
+    if meant and (not equals or not re.fullmatch(r"[\w-]+", name)):
+        return f"; write {meant}" if ":" in word or not name.isascii() or meant == "--help" else nearest(name, kinds)
+    return nearest(name.replace("-", "_"), kinds) or "; see --help"
 
 
 def needs_value(word: str, kinds: dict) -> bool:
@@ -415,12 +432,22 @@ def join_values(argv: list, kinds: dict) -> tuple:
         word = argv[place]
         place += 1
         loose = loose_words(argv, place)
+        meant = flag_meant(word, kinds) if word.startswith("-") and word[2:].replace("-", "_") not in kinds else ""
+        if loose and not os.path.exists(loose[0]) and needs_value(meant, kinds):        # --minute 3, -o out/a
+            mistakes.append(f"{word} {loose[0]}: write {meant}={shlex.quote(loose[0])}")
+            place += 1
+            continue
         if not loose or loose[0].startswith("-") or not needs_value(word, kinds):
             words.append(word)
             continue
+        if loose[0] == "=" and len(loose) > 1:          # --dataset = book
+            mistakes.append(f"{word} = {loose[1]}: write {word}={shlex.quote(loose[1])}")
+            place += 2
+            continue
         if kinds[word[2:].replace("-", "_")] not in (str, Texts) or os.path.exists(loose[0]):
             loose = loose[:1]                           # the others are words by themselves
-        mistakes.append(f"{' '.join([word, *loose])}: write {word}={shlex.quote(' '.join(loose))}")
+        value = " ".join(loose).removeprefix("=")
+        mistakes.append(f"{' '.join([word, *loose])}: write {word}={shlex.quote(value)}")
         place += len(loose)
     return words, mistakes
 
@@ -440,7 +467,7 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files", hint
     for place, word in enumerate(words):
         if word.startswith("--"):
             try:
-                name, value = read_flag(word, kinds)
+                name, value = read_flag(word, kinds, takes)
             except UserError as mistake:
                 mistakes.append(str(mistake))
                 continue
@@ -449,6 +476,10 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files", hint
             parsed.values[name] = value
             parsed.typed.add(name)
         elif takes == "config files":
+            if flag := flag_meant(word, kinds):
+                raise UserError(f"{word!r} is not a flag (--key=value); write {flag}")
+            if words[place - 1].endswith("=") and place and words[place - 1].startswith("--"):
+                raise UserError(f"{words[place - 1]} {word}: write {words[place - 1]}{shlex.quote(word)}")
             if flag := flag_in_quotes(words, place, kinds):
                 raise UserError(f"{word!r} stands apart from {words[place - 1]}: a text with spaces goes in quotes, "
                                 f"{flag}")
@@ -459,7 +490,9 @@ def parse(options: type, argv: list, doc: str, takes: str = "config files", hint
                     parsed.values[name] = value
             parsed.files.append(Path(word))
         elif word.startswith("-") and word != "-":
-            raise UserError(f"unknown flag {word}; flags look like --key=value, see --help")
+            meant = flag_meant(word, kinds)
+            raise UserError(f"unknown flag {word}; " + (f"write {meant}" if meant else
+                                                        "flags look like --key=value, see --help"))
         else:
             parsed.words.append(expand_home(word))
     if mistakes:
@@ -483,12 +516,16 @@ def flag_in_quotes(words: list, place: int, kinds: dict) -> str:
     if not equals or not loose or not takes_text or os.path.exists(loose[0]):
         return ""
     _, _, text = " ".join([words[place - 1], *loose]).partition("=")
-    return f"--{name}={shlex.quote(text)}"
+    return f"--{name}={shlex.quote(text.strip(QUOTES))}"
 
 
 def find_config_file(word: str, hint=None, phrase: str = "") -> str:
     """`word`, if it names a config file that is there. phrase: it and the loose words after it."""
     if not word.endswith(".py"):
+        config = f"{word}.py".replace("\\", "/")
+        if "/" in config and os.path.isfile(config):
+            raise UserError(f"{word!r} is neither a config file (NAME.py) nor a flag (--key=value); "
+                            f"did you mean {config}?")
         if command := hint(word if os.path.exists(word) else phrase or word) if hint else "":
             raise UserError(f"{word!r} is neither a config file (NAME.py) nor a flag (--key=value); "
                             f"you may want: {command}")

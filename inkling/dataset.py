@@ -39,7 +39,8 @@ def data_folder(dataset: str, data_dir: str = "") -> Path:
     lies below it."""
     sets = Path(data_dir or ROOT / "data")
     if not is_set_name(dataset):
-        name = os.path.basename(dataset.rstrip("/"))
+        path = Path(dataset.replace("\\", "/"))           # data\book, as Windows writes it
+        name = path.parent.name if path.suffix in (".bin", ".json") else path.name
         is_path = is_set_name(name) and has_set(sets / name)
         way_out = f" (its name alone: {name})" if is_path else f", but {set_name_like(name)} is"
         raise UserError(f"{dataset!r} is not a valid data set name{way_out}: use letters, digits and . _ -, "

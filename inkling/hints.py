@@ -8,6 +8,7 @@ from pathlib import Path
 from shlex import quote
 
 CLOSE = 0.6                             # likeness from which a name may be what was meant
+SURE = 0.75                             # likeness from which a command may begin with what was meant
 # What other programs and newcomers call a flag, and its names here; each program has at most one of them.
 OTHER_NAMES = {
     "lr": ["learning_rate"],
@@ -26,8 +27,26 @@ OTHER_NAMES = {
     "checkpoint": ["ckpt", "init_from"],
     "output": ["out_dir", "out"],
     "context_length": ["block_size"],
-    "resume": ["init_from"],
+    "resume": ["init_from=resume"],
+    "continue": ["init_from=resume"],
+    "start": ["sample_start"],
+    "name": ["dataset", "out_dir"],
+    "num": ["num_samples"],
+    "o": ["out", "out_dir"],
+    "p": ["start"],
+    "hidden": ["n_embd"],
+    "hidden_size": ["n_embd"],
+    "emb_dim": ["n_embd"],
+    "context": ["block_size"],
+    "cpu": ["device=cpu"],
+    "gpu": ["device=cuda"],
+    "cuda": ["device=cuda"],
 }
+DASHES = r"\-\u2010-\u2015\u2212\u2500\ufe63\uff0d"     # and what editors and Chinese keyboards make of them
+FLAG_LIKE = re.compile(rf"([{DASHES}/]*)(\w[\w{DASHES}]*)(?:\s*[=:\uff1d\ufe66\uff1a]\s*(.*))?", re.DOTALL)
+QUOTES = "\u201c\u201d\u2018\u2019"     # no shell takes them for quotes
+SCALES = {"k": 1000, "kb": 1000, "mb": 10**6, "gb": 10**9, "%": 0.01}
+UNITS = r"(min(ute)?s?|m|s|sec(ond)?s?|steps?|epochs?|tokens?|\u5206\u949f?|\u79d2|\u6b65|\u8f6e)?"
 
 
 def likeness(word: str, name: str) -> float:
@@ -61,10 +80,43 @@ def there_is(word: str, names, most: int = 6) -> str:
 
 def nearest_flag(name: str, known) -> str:
     """The flag that was probably meant; empty if none comes close."""
-    for meant in OTHER_NAMES.get(name, []):
-        if meant in known:
+    for meant in OTHER_NAMES.get(name.lower(), []):
+        if meant.partition("=")[0] in known:
             return meant
     return closest(name, known)
+
+
+def flag_meant(word: str, known) -> str:
+    """--dataset=book for a word that spells it in another way: -dataset=book, dataset=book, --dataset:book, or
+    with the dashes or the = of a Chinese keyboard; --help for -help; empty if no flag comes close."""
+    match = FLAG_LIKE.fullmatch(word.strip(QUOTES))
+    if not match or os.path.exists(word):
+        return ""
+    dashes, name, value = match.groups()
+    name = re.sub(f"[{DASHES}]", "_", name).lower()
+    if dashes and value is None and name in ("help", "h"):
+        return "--help"
+    meant = name if name in known else nearest_flag(name, known) if dashes.strip("/") else ""
+    if not meant or not (dashes or value is not None):
+        return ""
+    return f"--{meant}" if value is None or "=" in meant else f"--{meant}={quote(value)}"
+
+
+def number_meant(text: str, whole: bool) -> str:
+    """The number that a text spells in another way: 1000 for 1,000, 0.5 for 0,5, 5 for 5min, 10000 for 10k, 0.1
+    for 10%; empty if there is none."""
+    text = unicodedata.normalize("NFKC", text).replace("\u3002", ".").strip(" ,;.\u3001").lower()
+    thousands = re.fullmatch(rf"([1-9]\d{{0,2}}(?:,\d{{3}})+)\s*{UNITS}", text)
+    if thousands and whole:
+        return thousands[1].replace(",", "")
+    number = re.fullmatch(rf"(\d+(?:[.,]\d+)?(?:e[-+]?\d+)?)\s*([kmg]b|k|%|{UNITS})", text)
+    if not number:
+        return ""
+    meant = number[1].replace(",", ".")
+    if scale := SCALES.get(number[2]):
+        scaled = float(meant) * scale
+        meant = str(int(scaled)) if scaled == int(scaled) else f"{scaled:g}"
+    return "" if whole and float(meant) != int(float(meant)) else meant
 
 
 def column_hint(column: str, names) -> str:
@@ -81,7 +133,9 @@ def files_near(word: str, most: int = 3) -> list:
     try:
         names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
     except (OSError, ValueError):           # no such folder, or no name that a folder can have
-        return []
+        names = []
+    if "\\" in word and not names or path.name.count("\\"):         # a path as Windows writes it
+        return files_near(word.rsplit("\\", 1)[1], most)
     likenesses = {name: max(likeness(path.name, name), likeness(path.stem, Path(name).stem)) for name in names}
     near = [name for name in names if likenesses[name] >= CLOSE]
     return [str(path.parent / name) for name in sorted(near, key=lambda name: (-likenesses[name], name))[:most]]
@@ -153,8 +207,9 @@ def tokenizer_meant(word: str, encodings, models: dict) -> str:
         return f"{word}/ckpt.pt"
     if os.path.isfile(Path("data", word, "meta.json")):
         return f"data/{word}/meta.json"
-    if word.lower() in models:
-        return models[word.lower()]
+    spelled = {name.replace("-", ""): encoding for name, encoding in models.items()} | models
+    if word.lower() in spelled:
+        return spelled[word.lower()]
     begun = [name for name in encodings if name.startswith(word.lower())]
     return begun[0] if begun else closest(word, ["char", "byte", *encodings])
 
@@ -173,6 +228,8 @@ def command_for_training(word: str, built_in=()) -> str:
     """The command for a text, a data set, a run or a model given to train.py, or for the nearest one if there is
     none of that name; empty for any other word. built_in: the names of the built-in sets."""
     path = Path(word)
+    if word == "resume" and not os.path.exists(word):
+        return "the same command with --init_from=resume"
     folder = path.parent if path.name in ("meta.json", "train.bin") else path
     if os.path.isfile(folder / "meta.json"):
         place = folder.resolve()
@@ -190,22 +247,26 @@ def command_for_training(word: str, built_in=()) -> str:
         return f"python prepare.py {quote(word)} --name={name} && python train.py --dataset={name}"
     if name := closest(word, [*built_in, *sets_in(Path("data"))]):
         return f"python train.py --dataset={quote(name)}"
-    if near := [file for file in files_near(word) if Path(file).suffix != ".py"]:
+    near = [file for file in files_near(word) if Path(file).suffix != ".py"]
+    if near and max(likeness(Path(word).name, Path(near[0]).name), likeness(path.stem, Path(near[0]).stem)) >= SURE:
         return command_for_training(near[0])
     return ""
 
 
 def command_for_sampling(word: str) -> str:
     """The command for a model or a text given to sample.py, or a prompt; empty for what
-    looks like a flag."""
+    looks like a flag. A word like out/bok, in a folder that is there, names a run and no prompt."""
     if os.path.isfile(Path(word) / "ckpt.pt"):
         return f"python sample.py --out_dir={quote(word)}"
     if word.endswith(".pt") or os.path.isdir(word):
         return f"python sample.py --ckpt={quote(word)}"
     if os.path.isfile(word):
         return f"python sample.py --start={quote('FILE:' + word)}"
-    if run := run_meant(word):
+    if run := run_meant(word) or run_meant(word.replace("\\", "/")):
         return f"python sample.py --out_dir={quote(run)}"
+    looks_like_path = re.fullmatch(r"\S+/\S+", word) and os.path.isdir(Path(word).parent)
+    if looks_like_path and (runs := runs_like(word)):
+        return f"python sample.py --out_dir={quote(runs[0])}"
     if not word.startswith("-") and not word.endswith(".py") and "=" not in word and word.strip():
         return f"python sample.py --start={quote(word)}"
     return ""

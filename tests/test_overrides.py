@@ -115,7 +115,7 @@ def test_an_unknown_flag_suggests_the_nearest(program, flag, meant):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("flag", ["--zzz=1", "--", "--=1", "--__class__=1", "-n"])
+@pytest.mark.parametrize("flag", ["--zzz=1", "--", "--=1", "--__class__=1", "-z"])
 def test_a_flag_like_no_other_points_to_the_help(program, flag):
     one_line_error(inside(PROGRAMS[program][0], flag), flag.split("=")[0], "see --help")
 
@@ -551,9 +551,51 @@ def test_all_wrong_flags_are_reported_at_once():
 @pytest.mark.parametrize(("program", "flag", "meant"), [
     (train, "lr", "learning_rate"), (train, "steps", "max_iters"), (train, "epochs", "max_epochs"),
     (train, "prompt", "sample_start"), (sample, "prompt", "start"), (sample, "temp", "temperature"),
-    (sample, "length", "max_new_tokens"), (sample, "n", "num_samples")])
+    (sample, "length", "max_new_tokens"), (sample, "n", "num_samples"), (train, "resume", "init_from=resume"),
+    (train, "continue", "init_from=resume"), (train, "start", "sample_start"), (train, "name", "dataset"),
+    (train, "gpu", "device=cuda"), (train, "hidden", "n_embd"), (sample, "num", "num_samples")])
 def test_the_names_of_other_programs_lead_to_the_flag(program, flag, meant):
     one_line_error(inside(program.main, f"--{flag}=1"), f"did you mean --{meant}?")
+
+
+@pytest.mark.parametrize(("words", "meant"), [
+    (["-dataset=book"], "write --dataset=book"), (["dataset=book"], "write --dataset=book"),
+    (["－－dataset=book"], "write --dataset=book"), (["——dataset＝my book"], "write --dataset='my book'"),
+    (["–dataset=book"], "write --dataset=book"), (["--dataset＝book"], "write --dataset=book"),
+    (["--dataset：book"], "write --dataset=book"), (["--dataset:book"], "write --dataset=book"),
+    (["“--dataset=book”"], "write --dataset=book"), (["/max_minutes=5"], "write --max_minutes=5"),
+    (["-datset=book"], "write --dataset=book"), (["-help"], "write --help"), (["－－help"], "write --help"),
+    (["--dataset", "=", "book"], "write --dataset=book"), (["--dataset", "=book"], "write --dataset=book"),
+    (["--dataset=", "book"], "write --dataset=book"), (["--max_minutes", "=", "2"], "write --max_minutes=2"),
+    (["--minute", "3"], "write --max_minutes=3"), (["-dataset", "book"], "write --dataset=book"),
+    (["--dataset=book\u3000--max_minutes=2"], "write a space, and nothing else, before --max_minutes=2"),
+    (["--dataset=book，--max_minutes=2"], "write a space, and nothing else, before --max_minutes=2")])
+def test_a_flag_that_is_spelled_in_another_way_leads_to_its_right_spelling(words, meant):
+    outcome = train_with(*words)
+    one_line_error(outcome, words[0])
+    assert outcome.stderr.endswith(f"{meant}\n")
+
+
+def test_a_prompt_in_quotes_of_a_word_processor_is_put_into_those_of_a_shell():
+    one_line_error(inside(sample.main, "--start=“The", "fox”"), "in quotes, --start='The fox'")
+    one_line_error(inside(sample.main, "-o", "out/a"), "write --out_dir=out/a")
+
+
+@pytest.mark.parametrize(("flag", "meant"), [
+    ("max_iters=1,000", "1000"), ("max_iters=10k", "10000"), ("max_iters=500 steps", "500"), ("max_iters=100。", "100"),
+    ("max_minutes=5min", "5"), ("max_minutes=5分钟", "5"), ("max_minutes=0,5", "0.5"), ("learning_rate=0。01", "0.01"),
+    ("learning_rate=1e-3，", "1e-3"), ("dropout=10%", "0.1"), ("max_iters=2.5k", "2500")])
+def test_a_number_that_is_spelled_in_another_way_leads_to_its_right_spelling(flag, meant):
+    name = flag.split("=")[0]
+    outcome = train_with(f"--{flag}")
+    one_line_error(outcome, f"--{flag} is not a")
+    assert outcome.stderr.endswith(f"; write --{name}={meant}\n")
+    one_line_error(train_with(f"--{name}={meant}", "--dataset=nowhere"), "no data set in")
+
+
+@pytest.mark.parametrize("value", ["six", "1.5", "-", "", "5 apples", "1,5"])
+def test_what_spells_no_number_comes_without_one(value):
+    one_line_error(train_with(f"--max_iters={value}"), "is not a whole number", without="write")
 
 
 def test_the_help_has_the_comments_of_a_parent_after_those_of_the_class():
