@@ -605,7 +605,10 @@ class Report:
         if step == max_iters:
             rest = "runs its last evaluation"
         last = shlex.quote(str(self.out_dir / "last.pt"))
-        self.label("stopped", f"at {place}: the same command with --init_from=resume {rest}; "
+        command = "the same command with --init_from=resume"
+        if self.run.ranks.world == 1:           # otherwise torchrun's flags belong to it
+            command = f"python train.py --init_from=resume --out_dir={shlex.quote(str(self.out_dir))}"
+        self.label("stopped", f"at {place}: {command} {rest}; "
                               f"python sample.py --ckpt={last} samples from the current weights")
 
     def say_done(self):

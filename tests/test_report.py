@@ -483,13 +483,13 @@ def test_overfitting_is_said_at_the_end(make_run, tmp_path, capsys, last, overfi
 
 
 @pytest.mark.parametrize(("state", "stop", "said"), [
-    ({"step": 4, "evaluated": 3}, TERMINATED, "step 4 of 6: the same command with --init_from=resume continues; "),
-    ({"step": 4, "evaluated": None}, TERMINATED, "step 4 of 6: the same"),
-    ({"step": 6, "evaluated": 3}, TERMINATED, "step 6 of 6: the same command with --init_from=resume runs its last "
-                                              "evaluation; ")])
+    ({"step": 4, "evaluated": 3}, TERMINATED, "step 4 of 6: COMMAND continues; "),
+    ({"step": 4, "evaluated": None}, TERMINATED, "step 4 of 6: COMMAND"),
+    ({"step": 6, "evaluated": 3}, TERMINATED, "step 6 of 6: COMMAND runs its last evaluation; ")])
 def test_a_stopped_run_says_what_resuming_does(make_run, tmp_path, capsys, state, stop, said):
     out = finished(make_run(state=state, max_minutes=5.0), tmp_path, capsys, stop)
-    assert out.startswith(f"stopped  at {said}")
+    command = f"python train.py --init_from=resume --out_dir={tmp_path}"
+    assert out.startswith(f"stopped  at {said.replace('COMMAND', command)}")
     assert out.endswith(f"; python sample.py --ckpt={tmp_path}/last.pt samples from the current weights\n")
     assert out.count("\n") == 1
 
