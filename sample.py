@@ -103,17 +103,19 @@ class Options:
                                         # probability; 0: all
     repetition_penalty: Penalty = 1.0   # above 1: tokens that have occurred become less likely;
                                         # 1: off
-    seed: AnySeed = 1337                # of the first text; each further text takes the next seed
+    seed: AnySeed = 1337                # random seed of the first text; each further text takes the
+                                        # next one
     # -- copying
-    novelty: AutoPath = ""              # say of each text which run of characters stands in the
-                                        # training text, and where; bare: in the set in data/ that
-                                        # the model was trained on; or a text file, or the folder of
-                                        # a set
+    novelty: AutoPath = ""              # show how much of each text is copied: its longest run of
+                                        # characters that stands in the training text, and where.
+                                        # bare: the set in data/ that the model was trained on; or a
+                                        # text file, or the folder of a set
     # -- scoring
     score: FilePath = ""                # file (or -) whose loss to report, instead of generating
-    stride: NonNegativeInt = 0          # tokens by which its windows advance; 0: half of block_size
-    score_tokens: bool = False          # print each of its tokens with its log-probability
-    adapt: NonNegativeFloat = 0.0       # score it a second time with a copy of the weights that
+    stride: NonNegativeInt = 0          # with score: tokens by which the windows advance; 0: half of
+                                        # block_size
+    score_tokens: bool = False          # with score: print each token with its log-probability
+    adapt: NonNegativeFloat = 0.0       # with score: score the text again with a copy of the weights that
                                         # learns: after each window is scored, one step of Adam on it,
                                         # with this learning rate and 30 times it for the embeddings
                                         # and n-gram vectors; 0: off

@@ -89,23 +89,25 @@ class ModelConfig:
     """The settings that the weights depend on. A run that starts from a checkpoint takes these from it."""
 
     # -- model
-    block_size: Annotated[int, at_least(1).at_most(2**20)] = 256  # context: the most tokens that predict the next
-    n_layer: PositiveInt = 2            # blocks
-    n_head: PositiveInt = 2             # attention heads (queries)
+    block_size: Annotated[int, at_least(1).at_most(2**20)] = 256  # context: how many tokens predict the next, at most
+    n_layer: PositiveInt = 2            # number of transformer blocks
+    n_head: PositiveInt = 2             # number of attention heads (of queries)
     n_kv_head: NonNegativeInt = 0       # key-value heads, shared by groups of queries (GQA); 0: n_head
     n_embd: PositiveInt = 128           # width: embedding size
     head_dim: NonNegativeInt = 0        # width of each attention head; 0: n_embd / n_head
     ffn_dim: NonNegativeInt = 0         # width inside the MLP; 0: 4 n_embd (swiglu: 8/3, rounded up to 128)
-    positions: Literal["rope", "learned"] = "rope"  # rotary (arXiv 2104.09864) or learned embeddings
+    positions: Literal["rope", "learned"] = "rope"  # position encoding: rotary (arXiv 2104.09864) or learned
     rope_theta: PositiveFloat = 1024.0  # base of the rotary wavelengths
     rope_fraction: Fraction = 0.5       # fraction of each head's dimensions that is rotated
     rope_scaling: Literal["none", "linear", "llama3"] = "none"  # slower rotation, for a context longer than the
                                         # one first trained on: all of it, or as Llama 3 does (scale_frequency)
     rope_factor: Annotated[float, at_least(1).at_most(10**6)] = 8.0  # with rope_scaling: how many times slower
-    rope_low_freq: PositiveFloat = 1.0  # llama3: what turns less often than this in rope_context is slowed down
-    rope_high_freq: PositiveFloat = 4.0  # llama3: what turns more often than this is not; between, in part
+    rope_low_freq: PositiveFloat = 1.0  # llama3: dimensions that turn fewer times than this within rope_context are
+                                        # slowed down by rope_factor
+    rope_high_freq: PositiveFloat = 4.0  # llama3: those that turn more times than this are not; those between, in part
     rope_context: PositiveInt = 8192    # llama3: the context that the model was first trained on
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # before attention, before the MLP, and at the end
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # kind of norm before attention, before the MLP and at the
+                                        # end
     norm_gain: bool = False             # the norms have a learned gain
     norm_eps: NonNegativeFloat = 1e-6   # the norms' epsilon
     embed_norm: bool = True             # a norm after the embedding
@@ -137,69 +139,73 @@ class Config(ModelConfig):
     init_from: FilePath = "scratch"     # scratch | resume | auto: resume if it can | PATH.pt |
                                         # gpt2[-medium|-large|-xl]
     seed: NonNegativeInt = 1337         # for the initial weights, the batches and dropout
-    max_iters: Annotated[int, at_least(0).below(2**31)] = 300  # optimizer steps
+    max_iters: Annotated[int, at_least(0).below(2**31)] = 300  # optimizer steps to train for
     max_epochs: NonNegativeFloat = 0.0  # passes over the training tokens; above 0 it sets max_iters
     max_minutes: NonNegativeFloat = 0.0  # wall-clock limit in minutes; plans max_iters and whatever else is not
                                         # set, such as the model's size; 0: none
-    breakpoints: str = ""               # STEP:END,...: at these steps the end moved; to repeat a run by the clock
+    breakpoints: str = ""               # STEP:END,...: from each STEP on, the run ends at step END; the line `repeat`
+                                        # of a run with max_minutes gives them
     dry_run: bool = False               # estimate memory, time and files from three real steps; write nothing
     # -- evaluation and reports
-    eval_interval: AutoOrPositiveInt = "auto"  # steps between evaluations, of which one comes before the first step;
+    eval_interval: AutoOrPositiveInt = "auto"  # steps between evaluations, the first before any training;
                                         # auto: ten to twenty-five evaluations
     eval_iters: AutoOrNonNegativeInt = "auto"  # N: N batches of 16 windows, spread evenly; 0: all of the val split;
                                         # auto: as many as cost at most 8% of the training, and all at the end
     eval_only: bool = False             # evaluate once and exit; writes nothing
     log_interval: PositiveInt = 10      # steps between lines of progress
-    patience: NonNegativeInt = 0        # early stopping: evaluations without a better val loss; 0: never
+    patience: NonNegativeInt = 0        # early stopping: stop after N evaluations in a row without a better val loss;
+                                        # 0: never
     save_interval: NonNegativeInt = 0   # steps between saves of last.pt; 0: at every evaluation
     keep: NonNegativeInt = 0            # keep the last.pt of the latest N evaluations as last-STEP.pt
     always_save_checkpoint: bool = False  # write ckpt.pt at every evaluation, not only at the best so far
     sample_interval: NonNegativeInt = 0  # steps between samples of text; 0: at every evaluation
-    sample_tokens: NonNegativeInt = 150  # length of these samples; 0: none
-    sample_start: str = ""              # their prompt (\n, \t, \r and \\ are read as in sample.py's
+    sample_tokens: NonNegativeInt = 150  # length of these samples in tokens; 0: none
+    sample_start: str = ""              # prompt of these samples (\n, \t, \r and \\ are read as in sample.py's
                                         # start); empty: a text begins, as in the training set
     sample_temperature: NonNegativeFloat = 0.8  # randomness of these samples; 0: greedy
     tensorboard: bool = False           # also write TensorBoard files to out_dir
     wandb_log: bool = False             # also log to Weights & Biases
-    wandb_project: str = "inkling"      # its project
-    wandb_run_name: str = ""            # its run; empty: the name of out_dir
+    wandb_project: str = "inkling"      # name of the project in Weights & Biases
+    wandb_run_name: str = ""            # name of the run in Weights & Biases; empty: that of out_dir
     # -- batches
     batch_size: PositiveInt = 12        # sequences per micro-batch
     gradient_accumulation_steps: PositiveInt = 1  # micro-batches per step, divided among the processes
     sampling: Literal["epoch", "fixed", "random"] = "epoch"  # epoch: each window once, shifted every epoch; fixed: the
                                         # same windows every epoch; random: random places
     # -- regularization and initial weights
-    dropout: Annotated[float, at_least(0).at_most(0.99)] = 0.0  # dropout rate on the embedding and on
-                                        # what attention and MLP output
-    attn_dropout: bool = False          # the same rate on the attention weights, too
+    dropout: Annotated[float, at_least(0).at_most(0.99)] = 0.0  # dropout rate of the embedding and of the outputs
+                                        # of attention and MLP
+    attn_dropout: bool = False          # apply the same rate to the attention weights, too
     init: Literal["zero", "gpt2", "torch", "kaiming"] = "zero"  # initial weights; zero: outputs start at 0
     # -- optimizer
-    optimizer: str = "muon"             # muon (for the blocks' matrices, with AdamW for all else) | adamw
-    learning_rate: NonNegativeFloat = 0.02  # with muon: of the blocks' matrices; with adamw: of everything
+    optimizer: str = "muon"             # muon (it trains the blocks' matrices, and AdamW all else) | adamw
+    learning_rate: NonNegativeFloat = 0.02  # with muon: the rate of the blocks' matrices; with adamw: of everything
     embed_lr: NonNegativeFloat = 0.1    # with muon: AdamW's learning rate for the embeddings
     ngram_decay: NonNegativeFloat = 3.0  # with muon: weight decay of the n-gram vectors; raise for small texts
     head_lr: NonNegativeFloat = 0.008   # with muon: AdamW's learning rate for the output layer
     scalar_lr: NonNegativeFloat = 0.02  # with muon: AdamW's learning rate for gains, biases and mixing weights
-    weight_decay: NonNegativeFloat = 0.4  # times the learning rate; of the blocks' matrices (muon) or of all (adamw)
+    weight_decay: NonNegativeFloat = 0.4  # of the blocks' matrices (muon) or of all matrices (adamw); a step shrinks
+                                        # them by this times the learning rate
     cautious: bool = True               # muon decays only where decay and update agree (arXiv 2411.16085)
     decay_all: bool = False             # also decay the parameters that otherwise would not, such as biases
-    momentum: BelowOne = 0.95           # muon's; reached from 0.85 in 100 steps
+    momentum: BelowOne = 0.95           # muon: it rises from 0.85 to this over the first 100 steps
     beta1: BelowOne = 0.8               # AdamW: decay rate of its average of gradients
     beta2: BelowOne = 0.95              # AdamW: the same for their squares
     adam_eps: Annotated[float, at_least(1e-30).at_most(1)] = 1e-10  # AdamW's epsilon
     grad_clip: NonNegativeFloat = 0.0   # bound on the norm of the gradient; 0: none
     # -- learning rate over time: one factor for every rate above
-    schedule: Literal["linear", "cosine", "constant"] = "linear"  # linear: flat, then down
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # linear: flat, then straight down
     decay_lr: bool = True               # False: the full rate at every step
     warmup_iters: NonNegativeInt = 0    # steps of linear warm-up
     lr_decay_iters: NonNegativeInt = 0  # step at which min_lr is reached; 0: max_iters
     cooldown: Fraction = 0.8            # linear: fraction of lr_decay_iters spent decaying
-    min_lr: NonNegativeFloat = 0.0      # learning_rate at the end
+    min_lr: NonNegativeFloat = 0.0      # what learning_rate ends at; the other rates shrink in proportion
     # -- machine
     device: str = "auto"                # cpu | cuda | cuda:N | mps; auto: a GPU where there is one
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the faster, measured
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 (float16 on older cards) where
+                                        # a short measurement shows that it is faster
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: when it pays within the run
-    backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto: nccl on GPUs
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # how processes communicate; auto: nccl on GPUs, else gloo
     shard: bool = False                 # shard weights, gradients and optimizer state across processes (FSDP)
     activation_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
 
