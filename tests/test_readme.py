@@ -54,6 +54,16 @@ def test_the_chinese_page_translates_the_comments():
             assert re.search(r"[\u4e00-\u9fff]", comment) or comment == "(1, T)"
 
 
+@pytest.mark.parametrize(("name", "time"), [("README.md", "seconds|minute|hour"), ("README.zh.md", "秒|分钟|小时")])
+def test_every_command_that_trains_says_how_long_it_takes(name, time):
+    """The quick start says it in the paragraph below it, torchrun depends on the machines."""
+    lines = [line for language, code in blocks(name)[2:] if language == "sh" for line in code.splitlines()]
+    training = [line for line in lines if line.startswith("python train.py")]
+    assert len(training) > 20
+    for line in training:
+        assert re.search(f"# .*({time}|half a day|the same|半天|同上)", line), line
+
+
 def test_both_languages_have_the_same_sections():
     def shape(name: str) -> list:
         """Headings, rows of tables that begin with code, pictures."""
