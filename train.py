@@ -253,6 +253,7 @@ FIRST_IN_HELP = ("dataset", "out_dir", "init_from", "max_iters", "max_minutes", 
 MODEL_FIELDS = {model_field.name for model_field in fields(ModelConfig)}
 SAY_HOW_LONG = MODEL_FIELDS | {"max_iters", "max_epochs", "max_minutes", "breakpoints", "lr_decay_iters"}
 LEAST_SECONDS_TO_PLAN = 2.0
+TRIALS_OF_THE_TIME = 0.2                # share of a run's time after which its plan tries no model more
 MINUTES_UNLESS_SAID = 10.0              # of a run on a text of the user's own; see give_length
 STARTS = ("scratch", "resume", "auto", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")    # init_from without a file
 FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer"}          # what a resumed run cannot change
@@ -1286,10 +1287,31 @@ def choose_settings(cfg: Config, origin: Origin, ranks: Ranks, device: str, fold
         cli.check(trial)
         return time_a_step(build_run(trial, trial_origin, ranks, device, folder))
 
+    if ranks.first:
+        print("trying   a few steps of two or three models, to choose what fits into the time ...", flush=True)
     memory = free_memory(device)
     if device_type(device) == "cpu":    # which the processes of a machine share
         memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return planning.choose(text, seconds, ranks.broadcast(memory), given, seconds_per_step, ranks.world)
+    tried = try_within(TRIALS_OF_THE_TIME * seconds_left, seconds_per_step, ranks)
+    return planning.choose(text, seconds, ranks.broadcast(memory), given, tried, ranks.world)
+
+
+def try_within(seconds: float, seconds_per_step, ranks: Ranks):
+    """Return seconds_per_step(settings) that tries no model more once the trials have taken so many seconds, as on a
+    busy machine: a smaller one then counts as slow as the last that was tried, and a larger one as too slow."""
+    began = time.monotonic()
+    trials = []                         # (settings, seconds per step)
+
+    def size(settings: dict) -> int:
+        return settings["n_layer"] * settings["n_embd"]
+
+    def seconds_as_tried(settings: dict) -> float:
+        if not trials or ranks.broadcast(time.monotonic() - began) < seconds:
+            trials.append((settings, seconds_per_step(settings)))
+            return trials[-1][1]
+        last, seconds_of_last = trials[-1]
+        return seconds_of_last if size(settings) < size(last) else math.inf
+    return seconds_as_tried
 
 
 def without_effect(cfg: Config) -> dict:

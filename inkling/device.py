@@ -142,7 +142,8 @@ def seconds_of_a_pass(forward_backward, windows: int, ranks) -> float:
 
     One window is tried first. Unless that takes long already, as many are tried then as should take a
     second or two, and the time of all follows from those of one and of several: a part of it is the same
-    for any number. Of two tries the shorter counts, since the first warms up."""
+    for any number. Of two tries the shorter counts, since the first warms up; of one that takes 5 seconds, too:
+    on a busy machine the first may take twenty times as long as the others."""
     def seconds_of(count: int) -> float:
         began = time.perf_counter()
         forward_backward(windows=count)
@@ -150,9 +151,11 @@ def seconds_of_a_pass(forward_backward, windows: int, ranks) -> float:
         return ranks.broadcast(time.perf_counter() - began)         # so that all ranks do the same passes
 
     of_one = seconds_of(1)
-    if windows == 1 or of_one > 5:
+    if windows == 1 or of_one > 30:
         return of_one * windows
     of_one = min(of_one, seconds_of(1))
+    if of_one > 5:
+        return of_one * windows
     several = min(windows, max(2, int(2 / max(1e-3, of_one))))
     of_several = seconds_of(several)
     if of_several < 1:

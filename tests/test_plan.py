@@ -10,7 +10,7 @@ from conftest import TOY, inside, one_line_error
 import train
 from inkling import cli, plan
 from inkling.plan import SETTINGS, SHAPES, Text, choose
-from train import Config
+from train import Config, Ranks
 
 GB = 10**9
 BOOK = Text(train_tokens=900_000, val_tokens=100_000, vocab_size=80)
@@ -209,6 +209,32 @@ def test_a_run_by_the_clock_is_planned_and_can_be_repeated(start, few_shapes, pa
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize(("seconds_of_a_trial", "sizes"), [(1.0, [32, 16]), (50.0, [32])])
+def test_a_plan_leaves_time_for_the_run(start, few_shapes, clock, monkeypatch, seconds_of_a_trial, sizes):
+    """On a busy machine, trials may take as long as the run."""
+    tried = []
+
+    def slow_step(run):
+        tried.append(run.cfg.n_embd)
+        clock.now += seconds_of_a_trial
+        return 60.0
+    monkeypatch.setattr(train, "time_a_step", slow_step)
+    done = start("run", **PLANNED, max_minutes=2, dry_run=True)
+    assert done.returncode == 0, done.stderr
+    assert tried == sizes
+    assert "--n_embd=16" in planned_words(done.stdout)
+
+
+def test_a_plan_without_time_for_a_larger_model_keeps_the_one_it_has_tried(clock):
+    def step(settings):
+        clock.now += 10
+        return 0.01
+    as_tried = train.try_within(5, step, Ranks())
+    assert as_tried({"n_layer": 2, "n_embd": 32}) == 0.01
+    assert as_tried({"n_layer": 1, "n_embd": 32}) == 0.01
+    assert as_tried({"n_layer": 3, "n_embd": 32}) == math.inf
+
+
 def test_a_dry_run_shows_the_plan_and_writes_nothing(start, few_shapes, tmp_path):
     done = start("run", **PLANNED, max_minutes=1, dry_run=True)
     assert done.returncode == 0, done.stderr
@@ -296,7 +322,10 @@ def test_a_text_without_a_length_gets_ten_minutes(words, minutes, monkeypatch):
 def test_ten_minutes_are_announced_and_how_to_change_them(start, few_shapes, paced):
     done = start("run", **PLANNED)
     assert done.returncode == 0, done.stderr
-    assert "--max_minutes=" in done.stdout.split("\nplan ")[0]
+    before, _, _ = done.stdout.partition("\nplan ")
+    assert "--max_minutes=" in before
+    assert before.splitlines()[-1].startswith(("trying ", "data "))
+    assert "\ntrying   a few steps of two or three models" in before
 
 
 def test_a_time_for_no_step_is_one_line(start, few_shapes, monkeypatch):
