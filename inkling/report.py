@@ -24,7 +24,7 @@ from inkling.cli import UserError, printable, printable_text
 from inkling.device import device_type
 from inkling.evaluation import BATCH, Evaluations, cost_of
 from inkling.files import atomic_write
-from inkling.format import duration, fit_line, milliseconds, rough_duration, short, size, terminal_width
+from inkling.format import counted, duration, fit_line, milliseconds, rough_duration, short, size, terminal_width
 from inkling.plots import plot_run, read_log, why
 
 TIMINGS = ["ms", "tokens_per_second", "seconds"]        # what differs between two runs of the same command
@@ -308,8 +308,8 @@ class Report:
     def describe_model(self) -> str:
         cfg = self.run.cfg
         parameters, ngrams = count_parameters(self.run.model)
-        text = (f"{short(parameters)} parameters ({parameters:,}): {cfg.n_layer} layers, {cfg.n_head} heads, "
-                f"{cfg.n_embd} wide, context {cfg.block_size}")
+        text = (f"{short(parameters)} parameters ({parameters:,}): {counted(cfg.n_layer, 'layer')}, "
+                f"{counted(cfg.n_head, 'head')}, {cfg.n_embd} wide, context {cfg.block_size}")
         if ngrams:
             text += (f"; {short(ngrams)} of them are n-gram vectors, a table looked up by the last 2 to {cfg.ngrams} "
                      "tokens")

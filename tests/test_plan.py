@@ -1,6 +1,7 @@
 """The plan of a run by the clock: what is chosen for a text, a machine and a time, and what is left as given."""
 
 import math
+import re
 import shlex
 
 import pytest
@@ -326,6 +327,7 @@ def test_ten_minutes_are_announced_and_how_to_change_them(start, few_shapes, pac
     assert "--max_minutes=" in before
     assert before.splitlines()[-1].startswith(("trying ", "data "))
     assert "\ntrying   a few steps of two or three models" in before
+    assert re.search(r"^model .*: (1 layer|\d+ layers), 1 head, ", done.stdout, re.M)
 
 
 def test_a_time_for_no_step_is_one_line(start, few_shapes, monkeypatch):
