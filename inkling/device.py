@@ -160,6 +160,7 @@ def seconds_of_a_pass(forward_backward, windows: int, ranks) -> float:
     of_several = seconds_of(several)
     if of_several < 1:
         of_several = min(of_several, seconds_of(several))
+    of_several = min(of_several, several * of_one)          # more, and something else held the machine up
     of_each_more = max(0.0, of_several - of_one) / (several - 1)
     return of_several + of_each_more * (windows - several)
 

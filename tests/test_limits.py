@@ -269,6 +269,12 @@ def test_a_first_pass_that_takes_long_to_warm_up_does_not_count(clock):
     assert seconds_of_a_pass(forward_backward, 64, Ranks()) == pytest.approx(64 * 0.25)
 
 
+def test_what_holds_up_one_pass_is_not_counted_for_each_window(clock):
+    def forward_backward(windows):
+        clock.now += 1.0 * windows + (3 if windows > 1 else 0)
+    assert seconds_of_a_pass(forward_backward, 24, Ranks()) == pytest.approx(24)
+
+
 # ---- numbered checkpoints
 
 def test_keep_leaves_the_checkpoints_of_the_latest_evaluations(start, tmp_path):
