@@ -1,6 +1,7 @@
 """What the user probably meant: the names that exist, nearest first, and the command for a word out of place."""
 
 import difflib
+import math
 import os
 import re
 import unicodedata
@@ -105,18 +106,20 @@ def flag_meant(word: str, known) -> str:
 def number_meant(text: str, whole: bool) -> str:
     """The number that a text spells in another way: 1000 for 1,000, 0.5 for 0,5, 5 for 5min, 10000 for 10k, 0.1
     for 10%; empty if there is none."""
+    spelled = text
     text = unicodedata.normalize("NFKC", text).replace("\u3002", ".").strip(" ,;.\u3001").lower()
     thousands = re.fullmatch(rf"([1-9]\d{{0,2}}(?:,\d{{3}})+)\s*{UNITS}", text)
-    if thousands and whole:
-        return thousands[1].replace(",", "")
+    if thousands:                       # or a fraction, where that may be
+        return thousands[1].replace(",", "") if whole else ""
     number = re.fullmatch(rf"(\d+(?:[.,]\d+)?(?:e[-+]?\d+)?)\s*([kmg]b|k|%|{UNITS})", text)
     if not number:
         return ""
     meant = number[1].replace(",", ".")
     if scale := SCALES.get(number[2]):
-        scaled = float(meant) * scale
-        meant = str(int(scaled)) if scaled == int(scaled) else f"{scaled:g}"
-    return "" if whole and float(meant) != int(float(meant)) else meant
+        scaled = float(float(meant) * scale)
+        meant = str(int(scaled)) if scaled.is_integer() else f"{scaled:g}"
+    is_whole = float(meant).is_integer()                # an infinite one is not
+    return "" if meant == spelled or not math.isfinite(float(meant)) or (whole and not is_whole) else meant
 
 
 def column_hint(column: str, names) -> str:
