@@ -24,6 +24,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+
+# As in train.py: a thread that waits for others sleeps sooner, for other programs need the processor, too.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 import torch.nn.functional as F
 

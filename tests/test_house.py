@@ -1,6 +1,7 @@
 """The house of CONTRIBUTING.md: imports go one way, optional packages are optional, and nothing runs a file's code."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -183,3 +184,24 @@ def test_a_program_ends_without_a_traceback(tmp_path, body, code, said):
     process = subprocess.run([sys.executable, program], capture_output=True, encoding="utf-8", timeout=60,
                              env={"PYTHONIOENCODING": "ascii"})
     assert (process.returncode, process.stdout + process.stderr) == (code, said)
+
+
+WATCH = """
+import os, sys
+class Watch:
+    def find_spec(name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+sys.meta_path.insert(0, Watch)
+__import__(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("program", ["train", "sample"])
+@pytest.mark.parametrize("given", [None, "7"])
+def test_threads_are_told_how_long_to_look_for_work_before_torch_is_imported(program, given):
+    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    if given:
+        env["GOMP_SPINCOUNT"] = given
+    done = subprocess.run([sys.executable, "-c", WATCH, program], cwd=ROOT, env=env, text=True, capture_output=True)
+    assert done.stdout.split() == [given or "10000"], done.stderr[-2000:]
