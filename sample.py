@@ -54,7 +54,7 @@ from inkling.cli import (
     unescape,
 )
 from inkling.device import choose_device, choose_dtype, compile_step, compiler_missing
-from inkling.ensemble import combine, split_names
+from inkling.ensemble import add_ngrams, combine, split_names
 from inkling.hints import checkpoints_like, command_for_sampling, files_near, there_is
 from inkling.huggingface import NAMES
 from inkling.novelty import AUTO, TrainingText, compare, find_training_text, novelty_lines, novelty_record
@@ -109,6 +109,10 @@ class Options:
                                         # 1: off
     seed: AnySeed = 1337                # random seed of the first text; each further text takes the
                                         # next one
+    # -- counting
+    ngram: Fraction = 0.0               # the share of a counted n-gram model in each probability, such as
+                                        # 0.3; it is counted from the set in data/ that the model was
+                                        # trained on; 0: none
     # -- copying
     novelty: AutoPath = ""              # show how much of each text is copied: its longest run of
                                         # characters that stands in the training text, and where.
@@ -131,7 +135,11 @@ class Options:
 
     def rules(self) -> dict:
         modes = [name for name in ("prompts", "interactive", "score") if getattr(self, name)]
-        return {f"--{' and --'.join(modes)} exclude each other: choose one": len(modes) <= 1}
+        return {
+            f"--{' and --'.join(modes)} exclude each other: choose one": len(modes) <= 1,
+            "ngram=1 would leave nothing of the model: choose less than 1": self.ngram < 1,
+            "--compile cannot count n-grams: leave out --compile or --ngram": not (self.compile and self.ngram),
+        }
 
 
 FIRST_IN_HELP = ("start", "out_dir", "ckpt", "max_new_tokens", "num_samples", "temperature", "interactive", "score")
@@ -805,6 +813,8 @@ def main(argv: list) -> int:
         training_text = find_training_text(options.novelty, content, options.newlines == "keep")
     model, tokenizer = combine(sources, [load(source, device) for source in sources])
     model.to(getattr(torch, dtype))
+    if options.ngram:
+        model = add_ngrams(model, sources[0], options.ngram)
 
     if options.score:
         return report_score(model, tokenizer, options)

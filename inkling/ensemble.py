@@ -1,33 +1,46 @@
-"""Several models that predict as one: the mean of their probabilities."""
+"""Several models that predict as one: a mean of their probabilities. One of them may be a counted n-gram
+model."""
 
 import math
 import os
+import sys
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn as nn
 
 from inkling.cli import UserError
-from train import GPT
+from inkling.dataset import open_split, read_meta
+from inkling.ngram import NgramModel
+from inkling.novelty import find_training_set
+from inkling.texts import cut_evenly
+from train import GPT, Cache, read_checkpoint
+
+NGRAM_ORDER = 8
+NGRAM_TOKENS = 2_000_000                # of a longer text so many are counted, which bounds the memory
+NGRAM_PIECES = 100
 
 
 class Ensemble(nn.Module):
-    """Predicts with the mean of the probabilities of `models`, GPTs of one vocabulary. It is used as one
-    of them: its logits are the logarithms of that mean, and its context is the shortest of theirs.
+    """Predicts with a mean of the probabilities of `models` of one vocabulary, the first of them a GPT. It is
+    used as a GPT: its logits are the logarithms of that mean, and its context is the shortest of theirs.
+    shares: the weight of each in the mean, together 1; None: all the same.
 
     (The mean of experts' probabilities is older than neural networks; that of the same network trained
     from several seeds: Hansen and Salamon 1990, "Neural network ensembles".)"""
 
-    def __init__(self, models: list):
+    def __init__(self, models: list, shares: list | None = None):
         super().__init__()
         self.models = nn.ModuleList(models)
+        self.shares = shares or [1 / len(models)] * len(models)
         self.vocab_size = models[0].vocab_size
         block_size = min(model.cfg.block_size for model in models)
         self.cfg = replace(models[0].cfg, block_size=block_size)
 
     def forward(self, ids):
         """Return (logits (B, T, vocab_size), None) for ids (B, T), as a GPT does without targets."""
-        return log_of_mean([model(ids)[0] for model in self.models]), None
+        return log_of_mean([model(ids)[0] for model in self.models], self.shares), None
 
     # -- generation: as one GPT's, with a cache of each model
 
@@ -40,14 +53,39 @@ class Ensemble(nn.Module):
     def next_logits(self, ids, caches):
         """Return the logits (B, vocab_size) for the token after ids (B, T)."""
         return log_of_mean([model.next_logits(ids, cache)
-                            for model, cache in zip(self.models, caches.caches, strict=True)])
+                            for model, cache in zip(self.models, caches.caches, strict=True)], self.shares)
 
 
-def log_of_mean(logits: list):
+def log_of_mean(logits: list, shares: list):
     """The logarithm of the mean of the probabilities that the logits (..., vocab_size) of each model stand
-    for, in their shape."""
-    log_probabilities = torch.stack([each.log_softmax(-1) for each in logits])      # (models, ..., vocab_size)
-    return log_probabilities.logsumexp(0) - math.log(len(logits))
+    for, in their shape. shares: the weight of each."""
+    weighted = [each.log_softmax(-1) + math.log(share) for each, share in zip(logits, shares, strict=True)]
+    return torch.stack(weighted).logsumexp(0)
+
+
+class Counted(nn.Module):
+    """An n-gram model as a member of an Ensemble beside a GPT with the settings `cfg`."""
+
+    def __init__(self, ngrams: NgramModel, cfg):
+        super().__init__()
+        self.ngrams = ngrams
+        self.cfg = cfg
+        self.vocab_size = ngrams.alphabet
+
+    def forward(self, ids):
+        """Return (logits (B, T, vocab_size), None) for ids (B, T)."""
+        p = np.stack([self.ngrams.predict(text) for text in ids.cpu().numpy()])
+        return torch.from_numpy(np.log(p)).float().to(ids.device), None
+
+    def new_cache(self, batch_size: int, size: int):
+        """A Cache of the ids alone."""
+        return Cache(replace(self.cfg, n_layer=0), batch_size, size, "cpu", torch.float32)
+
+    def next_logits(self, ids, cache):
+        """Return the logits (B, vocab_size) for the token after ids (B, T)."""
+        texts = cache.add_ids(ids.cpu()).numpy()
+        p = np.concatenate([self.ngrams.predict(text, len(text) - 1) for text in texts])
+        return torch.from_numpy(np.log(p)).float().to(ids.device)
 
 
 class Caches:
@@ -95,3 +133,18 @@ def combine(names: list, loaded: list) -> tuple:
     if len(models) == 1:
         return loaded[0]
     return Ensemble(models), tokenizers[0]
+
+
+def add_ngrams(model, source, share: float) -> Ensemble:
+    """The model of the checkpoint `source` with an n-gram model of the text that it was trained on, which has
+    that share in each probability. Raises UserError if the text is not there."""
+    content = read_checkpoint(source) if os.path.isfile(source) else {}
+    folder = find_training_set(content, "--ngram", "prepare that text again under this name, or leave --ngram out")
+    train = open_split(folder, read_meta(folder), "train")
+    tokens = f"{len(train):,} tokens"
+    if len(train) > NGRAM_TOKENS:
+        train = np.concatenate(cut_evenly(train, NGRAM_PIECES, NGRAM_TOKENS // NGRAM_PIECES))
+        tokens = f"{len(train):,} of {tokens}"
+    print(f"counting n-grams of up to {NGRAM_ORDER} in {tokens} of {folder}", file=sys.stderr, flush=True)
+    ngrams = NgramModel(np.asarray(train[:], np.int64), NGRAM_ORDER, model.vocab_size)
+    return Ensemble([model, Counted(ngrams, model.cfg)], [1 - share, share])

@@ -28,20 +28,28 @@ def ngram_losses(train: np.ndarray, val: np.ndarray, order: int, alphabet: int) 
     """(n,) losses in nats of each symbol of `val`, given those before it in `val`, under the model of
     that order trained on `train`. train, val: (n,) symbols below `alphabet`."""
     p = np.full(len(val), 1 / alphabet)
-    numbers = np.zeros(len(train), np.int32)                # of the n-gram that ends at each place
     val_numbers = np.zeros(len(val), np.int32)
     val_contexts = np.zeros(len(val), np.int64)
+    for length, present in enumerate(count_orders(train, order, alphabet), 1):
+        if length > 1:
+            val_contexts = np.concatenate([[NONE], val_numbers[:-1]])
+        val_numbers = find_ngrams(present.keys, val, val_numbers, length, alphabet)
+        p = interpolate(p, smooth(present), val_numbers, val_contexts)
+    return -np.log(p)
+
+
+def count_orders(train: np.ndarray, order: int, alphabet: int):
+    """Yield the Order of each length from 1 to `order`, as Kneser and Ney count: the longest one's
+    occurrences, and of the shorter ones the different symbols in front."""
+    numbers = np.zeros(len(train), np.int32)                # of the n-gram that ends at each place
     below = None                                            # the Order one shorter
     for length in range(1, min(order, len(train)) + 1):
         present, numbers = lengthen(train, numbers, length, alphabet)
         if below:
             below.counts = np.bincount(present.keys // alphabet, minlength=len(below.keys))
-            p = interpolate(p, below, val_numbers, val_contexts)
-        if length > 1:
-            val_contexts = np.concatenate([[NONE], val_numbers[:-1]])
-        val_numbers = find_ngrams(present, val, val_numbers, length, alphabet)
+            yield below
         below = present
-    return -np.log(interpolate(p, below, val_numbers, val_contexts))
+    yield below
 
 
 def lengthen(symbols: np.ndarray, numbers: np.ndarray, length: int, alphabet: int) -> tuple:
@@ -77,29 +85,50 @@ def number_keys(keys: np.ndarray) -> tuple:
     return packed[begins], inverse, np.diff(begins, append=len(keys)), order[begins]
 
 
-def find_ngrams(present: Order, symbols: np.ndarray, numbers: np.ndarray, length: int, alphabet: int) -> np.ndarray:
-    """(n,) the number of the n-gram that ends at each place, NONE where the training text lacks it."""
+def find_ngrams(keys: np.ndarray, symbols: np.ndarray, numbers: np.ndarray, length: int, alphabet: int) -> np.ndarray:
+    """(n,) the number of the n-gram of that length that ends at each place, NONE where the training text,
+    of which `keys` are, lacks it. numbers: the same, of n-grams one shorter."""
     found = np.full(len(symbols), NONE, np.int32)
     shorter = numbers[length - 1:].astype(np.int64)
-    keys = shorter * alphabet + symbols[:len(shorter)]
-    places = np.minimum(np.searchsorted(present.keys, keys), len(present.keys) - 1)
-    known = (shorter != NONE) & (present.keys[places] == keys)
-    found[length - 1:] = np.where(known, places, NONE)
+    found[length - 1:] = number_of(keys, shorter, symbols[:len(shorter)], alphabet)
     return found
 
 
-def interpolate(p: np.ndarray, order: Order, numbers: np.ndarray, contexts: np.ndarray) -> np.ndarray:
+def number_of(keys: np.ndarray, shorter: np.ndarray, first: np.ndarray, alphabet: int) -> np.ndarray:
+    """The number of each n-gram whose first symbol is `first`, and whose rest has the number `shorter` or
+    NONE; NONE where it is not among `keys`. In the arrays' common shape."""
+    wanted = shorter * alphabet + first
+    places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where((shorter != NONE) & (keys[places] == wanted), places, NONE)
+
+
+@dataclass
+class Smoothed:
+    """One order as `interpolate` needs it. discounted: (n-grams + 1,) counts less their discounts, and a 0
+    for NONE. totals, withheld: (contexts,) the counts of all that follows a context, and all that was
+    taken from them."""
+
+    discounted: np.ndarray
+    totals: np.ndarray
+    withheld: np.ndarray
+
+
+def smooth(order: Order) -> Smoothed:
+    discounts = estimate_discounts(order.counts)[np.minimum(order.counts, 3)]       # (n-grams,)
+    return Smoothed(discounted=np.append(order.counts - discounts, 0.0),
+                    totals=np.bincount(order.contexts, order.counts),
+                    withheld=np.bincount(order.contexts, discounts))
+
+
+def interpolate(p: np.ndarray, order: Smoothed, numbers: np.ndarray, contexts: np.ndarray) -> np.ndarray:
     """(n,) probabilities by one order and all shorter ones, whose probabilities are `p`. numbers,
     contexts: (n,) of the n-grams at each place, and of their contexts; NONE where not known."""
-    discounts = estimate_discounts(order.counts)[np.minimum(order.counts, 3)]       # (n-grams,)
-    totals = np.bincount(order.contexts, order.counts)                              # (contexts,)
-    withheld = np.bincount(order.contexts, discounts)
-    discounted = np.append(order.counts - discounts, 0.0)                           # the last one is NONE's
-    contexts = np.where(contexts < len(totals), contexts, NONE)
-    applies = np.append(totals > 0, False)[contexts]
+    contexts = np.where(contexts < len(order.totals), contexts, NONE)
+    applies = np.append(order.totals > 0, False)[contexts]
     contexts = contexts[applies]
     interpolated = p.copy()
-    interpolated[applies] = (discounted[numbers[applies]] + withheld[contexts] * p[applies]) / totals[contexts]
+    of_longest = order.discounted[numbers[applies]] + order.withheld[contexts] * p[applies]
+    interpolated[applies] = of_longest / order.totals[contexts]
     return interpolated
 
 
@@ -114,3 +143,48 @@ def estimate_discounts(counts: np.ndarray) -> np.ndarray:
     if min(discounts) <= 0:
         return usual                # nothing would be left for symbols that do not follow a context in train
     return np.array([0, *discounts])
+
+
+class NgramModel:
+    """The probabilities of all symbols that may follow a text. It holds some 40 bytes for each different
+    n-gram of each length up to `order`."""
+
+    AT_ONCE = 2**20                     # probabilities, which bounds the memory of a call
+
+    def __init__(self, train: np.ndarray, order: int, alphabet: int):
+        """train: (n,) symbols below `alphabet`, at least one."""
+        self.alphabet = alphabet
+        self.order = order
+        self.orders = [(present.keys, smooth(present)) for present in count_orders(train, order, alphabet)]
+
+    def predict(self, text: np.ndarray, first: int = 0) -> np.ndarray:
+        """(len(text) - first, alphabet) probabilities of each symbol after each place of `text` (n,) from
+        `first` on, given the text up to and including it."""
+        text = text.astype(np.int64)
+        rows = max(1, self.AT_ONCE // self.alphabet)
+        parts = [np.empty((0, self.alphabet))]
+        for begin in range(first, len(text), rows):
+            reach = max(0, begin + 1 - max(1, self.order - 1))      # nothing before it matters
+            part = text[reach:begin + rows]
+            parts.append(self.predict_part(part, begin - reach))
+        return np.concatenate(parts)
+
+    def predict_part(self, text: np.ndarray, first: int) -> np.ndarray:
+        symbols = np.arange(self.alphabet)
+        ends = np.arange(first, len(text))
+        p = np.full((len(ends), self.alphabet), 1 / self.alphabet)
+        following = np.zeros(p.shape, np.int64)             # the n-gram that each symbol would end
+        numbers = np.zeros(len(text), np.int64)             # the n-gram that ends at each place
+        contexts = np.zeros(len(ends), np.int64)
+        for length, (keys, smoothed) in enumerate(self.orders, 1):
+            if length == 1:
+                following = number_of(keys, following, symbols, self.alphabet)
+            else:
+                # Where that n-gram begins. Before the text there is no such context either.
+                begins = np.maximum(ends - length + 2, 0)
+                firsts = text[begins]
+                following = number_of(keys, following, firsts[:, None], self.alphabet)
+            p = interpolate(p.ravel(), smoothed, following.ravel(), np.repeat(contexts, self.alphabet)).reshape(p.shape)
+            numbers = find_ngrams(keys, text, numbers, length, self.alphabet)
+            contexts = numbers[ends].astype(np.int64)
+        return p

@@ -185,16 +185,22 @@ def find_training_text(named: str, content: dict, keep_line_ends: bool = False) 
             return text_of_set(Path(named))
         return text_of_file(Path(named), keep_line_ends)
     way_out = "name its training text, or the folder of the prepared set: --novelty=FILE"
+    return text_of_set(find_training_set(content, "--novelty", way_out))
+
+
+def find_training_set(content: dict, flag: str, way_out: str) -> Path:
+    """The folder in data/ beside the programs of the set that a checkpoint's `content` names, if its train
+    split has the checksum that is there. Raises UserError, which names the `flag` and the `way_out`."""
     name = content.get("config", {}).get("dataset", "")
     checksum = content.get("text")
     if not (isinstance(name, str) and is_set_name(name)) or not checksum:
-        raise UserError(f"--novelty: the checkpoint does not say what it was trained on: {way_out}")
+        raise UserError(f"{flag}: the checkpoint does not say what it was trained on: {way_out}")
     folder = data_folder(name)
     if not has_set(folder):
-        raise UserError(f"--novelty: {folder}, on which the model was trained, is not there: {way_out}")
+        raise UserError(f"{flag}: {folder}, on which the model was trained, is not there: {way_out}")
     if read_meta(folder)["splits"]["train"]["sha256"] != checksum:
-        raise UserError(f"--novelty: {folder} does not hold the text that the model was trained on: {way_out}")
-    return text_of_set(folder)
+        raise UserError(f"{flag}: {folder} does not hold the text that the model was trained on: {way_out}")
+    return folder
 
 
 def text_of_set(folder: Path) -> TrainingText:

@@ -11,7 +11,7 @@ from conftest import ROOT, SHARED, prepared, refused
 
 from inkling.anchors import ORDER, judge, measure_anchors, strongest, token_bits, xz_size
 from inkling.dataset import open_split, read_meta
-from inkling.ngram import estimate_discounts, ngram_losses, number_keys
+from inkling.ngram import NgramModel, estimate_discounts, ngram_losses, number_keys
 from inkling.texts import decode_ids, sample_ids, to_symbols
 from inkling.tokenizer import Tokenizer, stored_tokenizer
 
@@ -85,6 +85,22 @@ def test_probabilities_sum_to_one_after_any_past(train_length):
         p = [math.exp(-ngram_losses(train, np.array([*past, symbol]), 8, 6)[-1]) for symbol in range(6)]
         assert sum(p) == pytest.approx(1, abs=1e-9)
         assert min(p) > 0
+
+
+@pytest.mark.parametrize("order", [1, 2, 5, 9])
+def test_a_model_in_memory_predicts_what_the_losses_say(order, monkeypatch):
+    rng = np.random.default_rng(order)
+    train, val = rng.integers(6, size=400), rng.integers(7, size=60)        # 6 is not in train
+    val[30:50] = train[100:120]
+    expected = np.exp(-ngram_losses(train, val, order, 7))
+    model = NgramModel(train, order, 7)
+    p = model.predict(val)
+    assert p.shape == (60, 7)
+    assert p.sum(1) == pytest.approx(np.ones(60))
+    assert p[np.arange(59), val[1:]] == pytest.approx(expected[1:], abs=1e-12)
+    assert model.predict(val, 57) == pytest.approx(p[57:], abs=1e-12)
+    monkeypatch.setattr(NgramModel, "AT_ONCE", 4 * 7)                       # four places at a time
+    assert model.predict(val, 3) == pytest.approx(p[3:], abs=1e-12)
 
 
 @pytest.mark.parametrize("largest", [3, 300, 2**62])           # the last one leaves no room for places

@@ -1,19 +1,27 @@
-"""sample.py --ckpt=a,b: the mean of the probabilities of several checkpoints, for sampling and for scoring."""
+"""sample.py --ckpt=a,b: the mean of the probabilities of several checkpoints, for sampling and for scoring; and
+--ngram: an n-gram model as one of them."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import inside, one_line_error, perturbed
 
+import inkling.ensemble
 import sample
 from inkling.checkpoint import save_checkpoint
+from inkling.dataset import read_meta
 from inkling.ensemble import Ensemble
+from inkling.ngram import NgramModel
 from inkling.tokenizer import Tokenizer
+from prepare import write_set
 from sample import adaptive_losses
 from train import GPT, Config, draw, load
 
@@ -141,3 +149,92 @@ def test_mistakes(ckpt, parts):
         outcome = sampled(f"--ckpt={ckpt}", *words)
         one_line_error(outcome, *parts)
         assert outcome.stdout == ""
+
+
+# -- n-grams
+
+SHARE = 0.3
+TRAIN_TEXT = "the dog and the hen saw a fox in the den, and the fox saw the hen " * 3
+
+
+@pytest.fixture
+def counted(folder, tmp_path, monkeypatch):
+    """A checkpoint of a prepared set, its path, and the n-gram model of that set."""
+    (tmp_path / "book.txt").write_text(TRAIN_TEXT, encoding="utf-8")
+    monkeypatch.setattr("inkling.novelty.data_folder", lambda name: tmp_path / "data" / name)
+    with contextlib.redirect_stdout(io.StringIO()):
+        write_set(tmp_path / "data" / "book", [tmp_path / "book.txt"], "char", 0.1)
+    meta = read_meta(tmp_path / "data" / "book")
+    save("book.pt", 5, meta["tokenizer"], **MODELS["a"], dataset="book")
+    content = torch.load("book.pt", weights_only=True)
+    torch.save(content | {"text": meta["splits"]["train"]["sha256"]}, "book.pt")
+    train = np.fromfile(tmp_path / "data" / "book" / "train.bin", np.uint8).astype(np.int64)
+    return NgramModel(train, 8, meta["vocab_size"])
+
+
+@torch.no_grad()
+def mixed_probabilities(counted, ids: list):
+    """(T, V), by the definition."""
+    p = load("book.pt")[0](torch.tensor([ids]))[0][0].softmax(-1)
+    return (1 - SHARE) * p + SHARE * torch.from_numpy(counted.predict(np.array(ids))).float()
+
+
+def test_an_ngram_model_has_its_share_in_each_probability(counted):
+    text = "the hen and the dog"
+    Path("text").write_text(text, encoding="utf-8")
+    score, = records("--ckpt=book.pt", "--score=text", "--score_tokens", f"--ngram={SHARE}", "--stride=16")
+    ids = load("book.pt")[1].encode(text).tolist()
+    p = mixed_probabilities(counted, ids[:16])
+    expected = [p[at, ids[at + 1]].log().item() for at in range(15)]
+    assert score["token_logprobs"][:15] == pytest.approx(expected, abs=1e-4)
+    alone, = records("--ckpt=book.pt", "--score=text")
+    assert score["loss"] < alone["loss"] - 0.1          # a text that is like the one that was counted
+    assert records("--ckpt=book.pt", "--score=text", "--ngram=0") == [alone]
+
+
+def test_generation_with_ngrams_is_generation_without_a_cache(counted):
+    """Beyond the context, too."""
+    prompt = load("book.pt")[1].encode("the fox").tolist()
+    window, expected = prompt, []
+    for _ in range(30):
+        if len(window) > 16:
+            window = window[-8:]
+        expected.append(mixed_probabilities(counted, window)[-1].argmax().item())
+        window = [*window, expected[-1]]
+    words = ["--ckpt=book.pt", "--start=the fox", "--temperature=0", "--max_new_tokens=30", f"--ngram={SHARE}"]
+    text, = records(*words)
+    assert text["tokens"] == expected
+    assert [each["tokens"] for each in records(*words, "--num_samples=2")] == [expected, expected]
+
+
+def test_with_ngrams_the_model_learns_as_it_scores(counted):
+    score, = records("--ckpt=book.pt", "--score=text", "--ngram=0.3", "--adapt=1e-2")
+    assert score["adaptive"]["loss"] < score["loss"] - 0.02
+    twice, = records("--ckpt=book.pt,book.pt", "--score=text", "--ngram=0.3")
+    assert twice["loss"] == pytest.approx(score["loss"], abs=1e-5)
+
+
+def test_of_a_long_text_a_part_is_counted(counted, monkeypatch):
+    monkeypatch.setattr(inkling.ensemble, "NGRAM_TOKENS", 60)
+    monkeypatch.setattr(inkling.ensemble, "NGRAM_PIECES", 3)
+    outcome = sampled("--ckpt=book.pt", "--score=text", "--ngram=0.3")
+    assert outcome.returncode == 0, outcome.stderr
+    assert "60 of 178 tokens" in outcome.stderr
+
+
+@pytest.mark.parametrize(("words", "parts"), [
+    (["--ckpt=a.pt", "--ngram=0.3"], ["--ngram", "does not say what it was trained on", "leave --ngram out"]),
+    (["--ckpt=book.pt", "--ngram=1"], ["ngram=1", "less than 1"]),
+    (["--ckpt=book.pt", "--ngram=1.5"], ["ngram=1.5"]),
+    (["--ckpt=book.pt", "--ngram=0.3", "--compile"], ["--compile", "--ngram"]),
+])
+def test_mistakes_with_ngrams(counted, words, parts):
+    one_line_error(sampled(*words, "--start=the"), *parts)
+
+
+def test_a_set_that_has_changed_is_not_counted(counted, tmp_path):
+    content = torch.load("book.pt", weights_only=True)
+    torch.save(content | {"text": "0" * 64}, "book.pt")
+    one_line_error(sampled("--ckpt=book.pt", "--ngram=0.3"), "--ngram", "does not hold the text", "prepare")
+    shutil.rmtree(tmp_path / "data" / "book")
+    one_line_error(sampled("--ckpt=book.pt", "--ngram=0.3"), "--ngram", "is not there", "prepare")
