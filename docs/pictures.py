@@ -62,34 +62,50 @@ def draw_windows(path: Path, data_dir: str):
     """Where the windows of an epoch lie in a text of 96 tokens, for each way of sampling."""
     tokens, block_size = 96, 16
     small = start_small("fables", data_dir, block_size)
-    figure = new_figure(3.3)
+    figure = new_figure(3.6)
     axes = figure.subplots()
     for place, token in enumerate(small.data["train"][:tokens].tolist()):
         axes.text(place + 0.5, 0.45, visible(small.tokenizer.decode([token])), ha="center", va="center",
                   family="monospace", fontsize=7.5)
-    rows = [("epoch", 0, "epoch 0"), ("epoch", 1, "epoch 1"), ("fixed", 0, "fixed"), ("random", 0, "random")]
-    for number, (sampling, epoch, label) in enumerate(rows, 1):
+    top = 1.1
+    for sampling, epoch, label in [("epoch", 0, "epoch 0"), ("epoch", 1, "epoch 1"), ("fixed", 0, "fixed"),
+                                   ("random", 0, "random")]:
         cfg = Config(batch_size=1, block_size=block_size, sampling=sampling)
-        windows = tokens // block_size
-        for order in range(windows):
-            [begin] = window_starts(epoch * windows + order, cfg, tokens)
-            draw_window(axes, begin, begin + block_size, number, str(order + 1), tokens)
-        axes.text(-1, number + 0.5, label, ha="right", va="center", family="monospace", fontsize=10)
-    axes.set(xlim=(0, tokens), ylim=(len(rows) + 1.1, 0), yticks=[], xticks=range(0, tokens + 1, block_size))
+        windows = range(tokens // block_size)
+        begins = [window_starts(epoch * len(windows) + order, cfg, tokens).item() for order in windows]
+        lanes = choose_lanes(begins, block_size, tokens)
+        height = 0.76 if max(lanes) == 0 else 0.5
+        for order, (begin, lane) in enumerate(zip(begins, lanes, strict=True), 1):
+            draw_window(axes, begin, begin + block_size, top + lane * height, height, str(order), tokens)
+        bottom = top + (max(lanes) + 1) * height
+        axes.text(-1, (top + bottom) / 2, label, ha="right", va="center", family="monospace", fontsize=10)
+        top = bottom + 0.24
+    axes.set(xlim=(0, tokens), ylim=(top, 0), yticks=[], xticks=range(0, tokens + 1, block_size))
     axes.spines[["left", "right", "top"]].set_visible(False)
     save(figure, path)
 
 
-def draw_window(axes, begin: int, end: int, row: int, label: str, tokens: int):
+def choose_lanes(begins: list, block_size: int, tokens: int) -> list:
+    """The lane of each window, from 0: the first in which it overlaps none of the windows before it. The text is a
+    circle."""
+    lanes = []
+    for number, begin in enumerate(begins):
+        taken = {lanes[other] for other in range(number)
+                 if min((begin - begins[other]) % tokens, (begins[other] - begin) % tokens) < block_size}
+        lanes.append(min(set(range(number + 1)) - taken))
+    return lanes
+
+
+def draw_window(axes, begin: int, end: int, top: float, height: float, label: str, tokens: int):
     """One window as a box; the text is a circle, so a window that reaches beyond its end has two parts."""
     parts = [(begin, min(end, tokens))]
     if end > tokens:
         parts.append((0, end - tokens))
     for left, right in parts:
-        axes.add_patch(Rectangle((left, row + 0.12), right - left, 0.76, facecolor=BLUE, alpha=0.25))
-        axes.add_patch(Rectangle((left, row + 0.12), right - left, 0.76, fill=False, edgecolor=BLUE))
+        axes.add_patch(Rectangle((left, top), right - left, height, facecolor=BLUE, alpha=0.25))
+        axes.add_patch(Rectangle((left, top), right - left, height, fill=False, edgecolor=BLUE, clip_on=False))
     left, right = max(parts, key=lambda part: part[1] - part[0])
-    axes.text((left + right) / 2, row + 0.5, label, ha="center", va="center", color=BLUE, fontsize=10)
+    axes.text((left + right) / 2, top + height / 2, label, ha="center", va="center", color=BLUE, fontsize=10)
 
 
 def draw_batch(path: Path, data_dir: str):
@@ -105,7 +121,8 @@ def draw_batch(path: Path, data_dir: str):
             is_context = name == "x" and row == 0 and column < seen
             is_target = name == "y" and row == 0 and column == seen - 1
             colour = BLUE if is_context else ORANGE if is_target else "white"
-            axes.add_patch(Rectangle((column, row), 1, 1, facecolor=colour, edgecolor="#999999", lw=0.6))
+            axes.add_patch(Rectangle((column, row), 1, 1, facecolor=colour, edgecolor="#999999", lw=0.6,
+                                     clip_on=False))
             axes.text(column + 0.5, row + 0.5, visible(small.tokenizer.decode([ids[row, column].item()])),
                       ha="center", va="center", family="monospace", fontsize=13,
                       color="white" if colour != "white" else "black")
