@@ -11,10 +11,10 @@
 #
 # Measured on 2 cores of an AMD EPYC, PyTorch 2.13, 2026-11-21: 21,859 train and 2,351 val tokens, 767 different ones of
 # the 100,277; val loss 11.54 before training, 5.71 after 200 steps, 4.97 after 400 (nats per token; 2.27 bytes each);
-# 275 s of training. (On an Intel Xeon with AMX, in bfloat16, 2026-11-27: 5.89 and 5.19. From step 50 to 200 the loss
-# hardly falls, and when it falls again depends on the last digits.) So few fables teach the model which bytes follow
-# each other, but not what a fable is: up to a third of a sample's characters are U+FFFD, which stands for bytes that
-# form no character. The output itself is valid UTF-8 throughout.
+# 275 s of training. On an Intel Xeon with AMX, 2026-11-27: 5.89 and 5.19 in bfloat16, and 5.56 after 200 steps in
+# float32; from step 50 to 150 the loss hardly falls, and when it falls again depends on the last digits. So few fables
+# teach the model which bytes follow each other, but not what a fable is: up to a third of a sample's characters are
+# U+FFFD, which stands for bytes that form no character. The output itself is valid UTF-8 throughout.
 
 dataset = "fables_zh_cl100k"
 
