@@ -25,7 +25,7 @@ const TEXTS = {
     training: "Training", date: "Date", command: "Command", weights: "Weights",
     parametersOf: (all, ofNgrams) => ofNgrams ? `${all}, of which ${ofNgrams} are n-gram vectors` : all,
     shapeOf: (layers, heads, width, context) =>
-      `${layers} layers, ${heads} heads, ${width} wide; a context of ${context} tokens`,
+      `${counted(layers, "layer")}, ${counted(heads, "head")}, ${width} wide; a context of ${context} tokens`,
     vocabularyOf: (count, kind) => `${count} tokens (${kind})`,
     nats: (loss) => `${loss} nats per token`,
     trainingOf: (steps, tokens, time) => [`${steps} steps`, tokens && `${tokens} tokens`, time].filter(Boolean).join(", "),
@@ -77,6 +77,11 @@ function short(value) {
 
 function percent(p) {
   return p < 0.0001 ? `<${number(0.01, 2)}%` : `${number(100 * p, p < 0.0995 ? 2 : 1)}%`;
+}
+
+// 1 layer, 2 layers.
+function counted(count, noun) {
+  return count === 1 ? `${count} ${noun}` : `${count} ${noun}s`;
 }
 
 // White space made visible.
