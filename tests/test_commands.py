@@ -404,6 +404,7 @@ def test_what_is_not_found_comes_with_what_is_there(tmp_path, monkeypatch):
     (train, ["book"], "python train.py --dataset=book"),
     (train, ["bok"], "python train.py --dataset=book"),
     (train, ["fables"], "python train.py --dataset=fables"),
+    (train, ["mine"], "python train.py config/mine.py"),
     (train, ["out/book"], "python train.py --init_from=out/book --dataset=NAME"),
     (train, ["config"], "; there is config/mine.py"),
     (convert, ["pag", "out/book"], "did you mean page?"),
