@@ -517,6 +517,8 @@ class Report:
         train_then = [row["train_loss"] for row in rows if row["step"] == state.best_step and "train_loss" in row]
         if not train_then or losses["train"] > train_then[-1] - 0.01:
             return
+        if state.tokens < self.run.tokens_per_epoch:        # little of the text was read twice
+            return
         self.parting_said = True
         self.label("note", memorizing(self.run.cfg, state, train_then[-1], losses))
 

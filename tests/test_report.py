@@ -923,7 +923,10 @@ def test_memorizing_is_said_once_with_figures_and_ways_out(make_run, tmp_path, c
     run.state.best_step, run.state.best_val_loss = 3, 1.5
     report.evaluation(3, {"train": 1.4, "val": 1.5}, True)
     report.evaluation(4, {"train": 1.5, "val": 1.6}, False)      # both have risen: not that
+    run.state.tokens = 991                                      # not yet an epoch
+    report.evaluation(5, {"train": 1.1, "val": 1.6}, False)
     assert "memorizing" not in capsys.readouterr().out
+    run.state.tokens = 992
     for step in (5, 6):
         report.evaluation(step, {"train": 1.1, "val": 1.6}, False)
     said = " ".join(capsys.readouterr().out.split())
