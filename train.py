@@ -595,7 +595,7 @@ class GPT(nn.Module):
         """Return (logits (B, T, vocab_size), None) for ids (B, T), or, if there are targets (B, T),
         (None, their mean cross-entropy in nats). T is at most block_size."""
         T = ids.size(1)
-        if T > self.cfg.block_size:
+        if ids.size(1) > self.cfg.block_size:
             raise ValueError(f"{T} tokens are more than block_size={self.cfg.block_size}")
         positions = torch.arange(T, device=ids.device)
         x = self.embed(ids, ids, positions)
