@@ -239,11 +239,9 @@ def command_for_training(word: str, built_in=()) -> str:
         return f"python train.py --dataset={quote(place.name)} --data_dir={quote(str(place.parent))}"
     if word.endswith(".pt") or os.path.isfile(path / "config.json"):
         return f"python train.py --init_from={quote(word)} --dataset=NAME"
-    config = Path("config", f"{word}.py")
-    if os.path.isfile(config):
-        return f"python train.py {quote(config.as_posix())}"
     if word in built_in or os.path.isfile(Path("data", word, "meta.json")):
-        return f"python train.py --dataset={quote(word)}"
+        config = f"config/{word}.py"        # with the settings for that set
+        return f"python train.py {config if os.path.isfile(config) else '--dataset=' + quote(word)}"
     if os.path.isfile(path / "ckpt.pt"):
         return f"python train.py --init_from={quote(word)} --dataset=NAME"
     if os.path.isdir(word) and paths_in(path, "*.py"):

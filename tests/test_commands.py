@@ -404,7 +404,6 @@ def test_what_is_not_found_comes_with_what_is_there(tmp_path, monkeypatch):
     (train, ["book"], "python train.py --dataset=book"),
     (train, ["bok"], "python train.py --dataset=book"),
     (train, ["fables"], "python train.py --dataset=fables"),
-    (train, ["mine"], "python train.py config/mine.py"),
     (train, ["out/book"], "python train.py --init_from=out/book --dataset=NAME"),
     (train, ["config"], "; there is config/mine.py"),
     (convert, ["pag", "out/book"], "did you mean page?"),
@@ -449,6 +448,14 @@ def test_a_command_that_is_nearly_right_leads_to_the_right_one(tmp_path, monkeyp
     outcome = inside(program.main, *words)
     one_line_error(outcome, command)
     assert outcome.stdout == ""             # such as a note on the length of a run that does not begin
+
+
+def test_the_name_of_a_set_with_a_config_leads_to_the_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one_line_error(inside(train.main, "fables"), "python train.py --dataset=fables")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "fables.py").write_text("")
+    one_line_error(inside(train.main, "fables"), "python train.py config/fables.py")
 
 
 @pytest.mark.parametrize(("name", "meant"), [

@@ -84,3 +84,10 @@ def test_a_text_without_leaks_says_so(tmp_path, monkeypatch):
     Path("one.txt").write_text(FABLES[:20_000], encoding="utf-8")
     assert "leaks    none: no 50 characters of val in a row stand in train\n" in prepared("one.txt")
     assert "leaks" not in prepared("one.txt", "--name=other", "--val_fraction=0")
+
+
+def test_the_longest_passages_come_first_and_not_all_are_shown():
+    sizes = [51, 90, 60, 70, 55, 80, 52]
+    text = code_points("".join(chr(97 + number) * size + "-" for number, size in enumerate(sizes)))
+    passages = leaks.longest_passages([text], [text != ord("-")])
+    assert [len(passage) for passage, _ in passages] == sorted(sizes, reverse=True)[:leaks.SHOWN]
