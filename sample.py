@@ -26,7 +26,8 @@ from typing import Annotated, Literal
 import numpy as np
 
 # As in train.py: a thread that waits for others sleeps sooner, for other programs need the processor, too.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ from inkling.cli import (
     unescape,
 )
 from inkling.device import choose_device, choose_dtype, compile_step, compiler_missing
-from inkling.ensemble import add_ngrams, combine, split_names
+from inkling.ensemble import add_ngrams, combine, find_ngram_set, split_names
 from inkling.hints import checkpoints_like, command_for_sampling, files_near, there_is
 from inkling.huggingface import NAMES
 from inkling.novelty import AUTO, TrainingText, compare, find_training_text, novelty_lines, novelty_record
@@ -811,10 +812,11 @@ def main(argv: list) -> int:
     if options.novelty:                 # before anything is generated, to say what is wrong with it
         content = read_checkpoint(sources[0]) if options.novelty == AUTO else {}
         training_text = find_training_text(options.novelty, content, options.newlines == "keep")
+    ngram_set = find_ngram_set(sources[0]) if options.ngram else None
     model, tokenizer = combine(sources, [load(source, device) for source in sources])
     model.to(getattr(torch, dtype))
     if options.ngram:
-        model = add_ngrams(model, sources[0], options.ngram)
+        model = add_ngrams(model, ngram_set, options.ngram)
 
     if options.score:
         return report_score(model, tokenizer, options)

@@ -29,7 +29,8 @@ import numpy as np
 # How often a thread that waits for others looks for work before it sleeps. GNU's OpenMP, which reads this while
 # torch is imported, looks 30 times as often: beside one other busy program, a step of the default model on two cores
 # then takes 1 s instead of 0.38; on idle cores it takes at most 5% less.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 import torch.nn as nn
@@ -1293,8 +1294,6 @@ def choose_settings(cfg: Config, origin: Origin, ranks: Ranks, device: str, fold
         cli.check(trial)
         return time_a_step(build_run(trial, trial_origin, ranks, device, folder))
 
-    if ranks.first:
-        print("trying   a few steps of two or three models, to choose what fits into the time ...", flush=True)
     memory = free_memory(device)
     if device_type(device) == "cpu":    # which the processes of a machine share
         memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1312,6 +1311,8 @@ def try_within(seconds: float, seconds_per_step, ranks: Ranks):
         return settings["n_layer"] * settings["n_embd"]
 
     def seconds_as_tried(settings: dict) -> float:
+        if not trials and ranks.first:
+            print("trying   a few steps, to choose what fits into the time ...", flush=True)
         if not trials or ranks.broadcast(time.monotonic() - began) < seconds:
             trials.append((settings, seconds_per_step(settings)))
             return trials[-1][1]

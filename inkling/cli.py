@@ -394,12 +394,13 @@ def read_flag(word: str, kinds: dict, takes: str) -> tuple:
             raise UserError(f"--{key} needs a value: --{key}={expected(kinds[name]).upper().replace(' ', '_')}")
         text = "True"
     glued = re.search(r"[\u3000\xa0\uff0c\u3001\uff1b,;]+(--(\w+).*)", text)      # where no shell splits
-    if glued and glued[2] in kinds:
+    is_free_text = kinds[name] in (str, Texts) and text.isascii()        # where a comma may stand before dashes
+    if glued and glued[2] in kinds and not is_free_text:
         raise UserError(f"--{key}={text}: write a space, and nothing else, before {glued[1]}")
     try:
         return name, convert(text, kinds[name])
     except BadValue as problem:
-        meant = number_meant(text, kinds[name] is int) if kinds[name] in (int, float) else ""
+        meant = number_meant(text, kinds[name] is int, name) if kinds[name] in (int, float) else ""
         way_out = f"; write --{key}={meant}" if meant else ""
         if kinds[name] is bool and takes == "words" and text:           # --check=book
             way_out = f"; write --{key} {shlex.quote(text)}"

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -135,11 +136,14 @@ def combine(names: list, loaded: list) -> tuple:
     return Ensemble(models), tokenizers[0]
 
 
-def add_ngrams(model, source, share: float) -> Ensemble:
-    """The model of the checkpoint `source` with an n-gram model of the text that it was trained on, which has
-    that share in each probability. Raises UserError if the text is not there."""
+def find_ngram_set(source) -> Path:
+    """The folder of the set that the checkpoint `source` was trained on. Raises UserError if it is not there."""
     content = read_checkpoint(source) if os.path.isfile(source) else {}
-    folder = find_training_set(content, "--ngram", "prepare that text again under this name, or leave --ngram out")
+    return find_training_set(content, "--ngram", "prepare that text again under this name, or leave --ngram out")
+
+
+def add_ngrams(model, folder: Path, share: float) -> Ensemble:
+    """The model with an n-gram model of the set in `folder`, which has that share in each probability."""
     train = open_split(folder, read_meta(folder), "train")
     tokens = f"{len(train):,} tokens"
     if len(train) > NGRAM_TOKENS:

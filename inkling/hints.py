@@ -47,7 +47,10 @@ DASHES = r"\-\u2010-\u2015\u2212\u2500\ufe63\uff0d"     # and what editors and C
 FLAG_LIKE = re.compile(rf"([{DASHES}/]*)(\w[\w{DASHES}]*)(?:\s*[=:\uff1d\ufe66\uff1a]\s*(.*))?", re.DOTALL)
 QUOTES = "\u201c\u201d\u2018\u2019"     # no shell takes them for quotes
 SCALES = {"k": 1000, "kb": 1000, "mb": 10**6, "gb": 10**9, "%": 0.01}
-UNITS = r"(min(ute)?s?|m|s|sec(ond)?s?|steps?|epochs?|tokens?|\u5206\u949f?|\u79d2|\u6b65|\u8f6e)?"
+UNITS = (r"([msh]|min(ute)?s?|sec(ond)?s?|hours?|steps?|epochs?|tokens?"
+         r"|\u5206\u949f?|\u79d2|\u5c0f\u65f6|\u6b65|\u8f6e)?")
+# By the first character of a unit of time.
+MINUTES = {"m": 1, "\u5206": 1, "s": 1 / 60, "\u79d2": 1 / 60, "h": 60, "\u5c0f": 60}
 
 
 def likeness(word: str, name: str) -> float:
@@ -103,9 +106,9 @@ def flag_meant(word: str, known) -> str:
     return f"--{meant}" if value is None or "=" in meant else f"--{meant}={quote(value)}"
 
 
-def number_meant(text: str, whole: bool) -> str:
-    """The number that a text spells in another way: 1000 for 1,000, 0.5 for 0,5, 5 for 5min, 10000 for 10k, 0.1
-    for 10%; empty if there is none."""
+def number_meant(text: str, whole: bool, flag: str = "max_minutes") -> str:
+    """The number that a text spells in another way: 1000 for 1,000, 0.5 for 0,5, 5 for 5min, 0.5 for 30s, 10000 for
+    10k, 0.1 for 10%; empty if there is none, as for a time where the flag takes none."""
     spelled = text
     text = unicodedata.normalize("NFKC", text).replace("\u3002", ".").strip(" ,;.\u3001").lower()
     thousands = re.fullmatch(rf"([1-9]\d{{0,2}}(?:,\d{{3}})+)\s*{UNITS}", text)
@@ -115,8 +118,13 @@ def number_meant(text: str, whole: bool) -> str:
     if not number:
         return ""
     meant = number[1].replace(",", ".")
-    if scale := SCALES.get(number[2]):
-        scaled = float(float(meant) * scale)
+    scale = SCALES.get(number[2])
+    if not scale and number[2][:1] in MINUTES and not number[2].startswith("step"):
+        if flag != "max_minutes":
+            return ""
+        scale = MINUTES[number[2][0]]
+    if scale:
+        scaled = round(float(float(meant) * scale), 4)
         meant = str(int(scaled)) if scaled.is_integer() else f"{scaled:g}"
     is_whole = float(meant).is_integer()                # an infinite one is not
     return "" if meant == spelled or not math.isfinite(float(meant)) or (whole and not is_whole) else meant

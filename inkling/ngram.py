@@ -146,10 +146,10 @@ def estimate_discounts(counts: np.ndarray) -> np.ndarray:
 
 
 class NgramModel:
-    """The probabilities of all symbols that may follow a text. It holds some 40 bytes for each different
+    """The probabilities of all symbols that may follow a text. It holds some 30 bytes for each different
     n-gram of each length up to `order`."""
 
-    AT_ONCE = 2**20                     # probabilities, which bounds the memory of a call
+    AT_ONCE = 2**20                     # probabilities, which bounds the memory beside what is returned
 
     def __init__(self, train: np.ndarray, order: int, alphabet: int):
         """train: (n,) symbols below `alphabet`, at least one."""

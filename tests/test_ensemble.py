@@ -217,9 +217,13 @@ def test_with_ngrams_the_model_learns_as_it_scores(counted):
 def test_of_a_long_text_a_part_is_counted(counted, monkeypatch):
     monkeypatch.setattr(inkling.ensemble, "NGRAM_TOKENS", 60)
     monkeypatch.setattr(inkling.ensemble, "NGRAM_PIECES", 3)
+    read = []
+    monkeypatch.setattr(inkling.ensemble, "NgramModel", lambda train, *rest: read.append(train) or counted)
     outcome = sampled("--ckpt=book.pt", "--score=text", "--ngram=0.3")
     assert outcome.returncode == 0, outcome.stderr
     assert "60 of 178 tokens" in outcome.stderr
+    train = np.fromfile(Path("data", "book", "train.bin"), np.uint8)
+    assert read[0].tolist() == [*train[:20], *train[79:99], *train[-20:]]      # evenly
 
 
 @pytest.mark.parametrize(("words", "parts"), [

@@ -205,3 +205,10 @@ def test_threads_are_told_how_long_to_look_for_work_before_torch_is_imported(pro
         env["GOMP_SPINCOUNT"] = given
     done = subprocess.run([sys.executable, "-c", WATCH, program], cwd=ROOT, env=env, text=True, capture_output=True)
     assert done.stdout.split() == [given or "10000"], done.stderr[-2000:]
+
+
+def test_who_says_how_threads_wait_is_obeyed():
+    env = os.environ | {"OMP_WAIT_POLICY": "active"}
+    env.pop("GOMP_SPINCOUNT", None)
+    done = subprocess.run([sys.executable, "-c", WATCH, "train"], cwd=ROOT, env=env, text=True, capture_output=True)
+    assert done.stdout.split() == ["None"], done.stderr[-2000:]

@@ -583,7 +583,8 @@ def test_a_prompt_in_quotes_of_a_word_processor_is_put_into_those_of_a_shell():
 
 @pytest.mark.parametrize(("flag", "meant"), [
     ("max_iters=1,000", "1000"), ("max_iters=10k", "10000"), ("max_iters=500 steps", "500"), ("max_iters=100。", "100"),
-    ("max_minutes=5min", "5"), ("max_minutes=5分钟", "5"), ("max_minutes=0,5", "0.5"), ("learning_rate=0。01", "0.01"),
+    ("max_minutes=5min", "5"), ("max_minutes=30s", "0.5"), ("max_minutes=2h", "120"),
+    ("max_minutes=5分钟", "5"), ("max_minutes=0,5", "0.5"), ("learning_rate=0。01", "0.01"),
     ("learning_rate=1e-3，", "1e-3"), ("dropout=10%", "0.1"), ("max_iters=2.5k", "2500")])
 def test_a_number_that_is_spelled_in_another_way_leads_to_its_right_spelling(flag, meant):
     name = flag.split("=")[0]
@@ -591,6 +592,19 @@ def test_a_number_that_is_spelled_in_another_way_leads_to_its_right_spelling(fla
     one_line_error(outcome, f"--{flag} is not a")
     assert outcome.stderr.endswith(f"; write --{name}={meant}\n")
     one_line_error(train_with(f"--{name}={meant}", "--dataset=nowhere"), "no data set in")
+
+
+def test_a_time_is_no_number_of_steps():
+    for word in ("--max_iters=1m", "--max_iters=30s", "--max_iters=2 hours"):
+        outcome = train_with(word)
+        one_line_error(outcome, word, "is not a whole number")
+        assert "write" not in outcome.stderr
+
+
+@pytest.mark.parametrize("word", ["--sample_start=He typed a,--seed=3", "--wandb_run_name=a;--seed"])
+def test_free_text_may_hold_dashes_after_a_comma(word):
+    name, value = parse(Config, [word], "").values.popitem()
+    assert f"--{name}={value}" == word
 
 
 @pytest.mark.parametrize("value", ["six", "1.5", "-", "", "5 apples", "1,5"])

@@ -326,7 +326,7 @@ def test_ten_minutes_are_announced_and_how_to_change_them(start, few_shapes, pac
     before, _, _ = done.stdout.partition("\nplan ")
     assert "--max_minutes=" in before
     assert before.splitlines()[-1].startswith(("trying ", "data "))
-    assert "\ntrying   a few steps of two or three models" in before
+    assert "\ntrying   a few steps, to choose" in before
     assert re.search(r"^model .*: (1 layer|\d+ layers), 1 head, ", done.stdout, re.M)
 
 
