@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-# As in train.py: a thread that waits for others sleeps sooner, for other programs need the processor, too.
+# As in train.py, where it is explained: threads that wait sleep sooner, so other programs slow this one less.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

@@ -193,7 +193,7 @@ def test_an_ngram_model_has_its_share_in_each_probability(counted):
 
 
 def test_generation_with_ngrams_is_generation_without_a_cache(counted):
-    """Beyond the context, too."""
+    """This includes the tokens that come after the context is full."""
     prompt = load("book.pt")[1].encode("the fox").tolist()
     window, expected = prompt, []
     for _ in range(30):
