@@ -55,7 +55,7 @@ from inkling.cli import (
     unescape,
 )
 from inkling.device import choose_device, choose_dtype, compile_step, compiler_missing
-from inkling.ensemble import add_ngrams, combine, find_ngram_set, split_names
+from inkling.ensemble import Counted, add_ngrams, combine, find_ngram_set, split_names
 from inkling.hints import checkpoints_like, command_for_sampling, files_near, there_is
 from inkling.huggingface import NAMES
 from inkling.novelty import AUTO, TrainingText, compare, find_training_text, novelty_lines, novelty_record
@@ -531,7 +531,8 @@ ADAPT_TABLES = 30       # times the learning rate: an embedding moves only when 
 def adaptive_losses(model, ids: np.ndarray, stride: int, rate: float) -> torch.Tensor:
     """Losses (len(ids) - 1,) in nats as token_losses gives, by a model that learns from the text as it reads:
     each window is scored first, and then a step is made on the mean loss of what it scored. So every
-    token's loss is that of a model which has seen only those before it. Changes the model's weights.
+    token's loss is that of a model which has seen only those before it. Changes the model's weights, and what a
+    counted member of it has counted.
 
     This is dynamic evaluation (Krause et al. 2018, arXiv 1709.07432), which scales its steps by the
     root mean square of the gradients; so does Adam, here without momentum. Raises UserError where a
@@ -541,6 +542,7 @@ def adaptive_losses(model, ids: np.ndarray, stride: int, rate: float) -> torch.T
     # the weights themselves.
     masters = {p: p.detach().float() for p in params}
     optimizer = make_adapter(model, masters, rate)
+    counted_members = [member for member in model.modules() if isinstance(member, Counted)]
     ids = torch.from_numpy(ids.astype(np.int64)).to(params[0].device)
     losses = []
     reached = 0
@@ -560,6 +562,8 @@ def adaptive_losses(model, ids: np.ndarray, stride: int, rate: float) -> torch.T
         for p, master in masters.items():
             if p.dtype != master.dtype:
                 p.data.copy_(master)
+        for counted in counted_members:
+            counted.learn(ids[:end + 1].cpu().numpy())
     return torch.cat(losses)
 
 

@@ -188,6 +188,7 @@ class Config(ModelConfig):
     optimizer: str = "muon"             # muon (it trains the blocks' matrices, and AdamW all else) | adamw
     learning_rate: NonNegativeFloat = 0.02  # with muon: the rate of the blocks' matrices; with adamw: of everything
     embed_lr: NonNegativeFloat = 0.1    # with muon: AdamW's learning rate for the embeddings
+    ngram_lr: NonNegativeFloat = 0.05   # with muon: RowAdam's learning rate for the n-gram vectors; 0: AdamW's, embed_lr
     ngram_decay: NonNegativeFloat = 3.0  # with muon: weight decay of the n-gram vectors; raise for small texts
     head_lr: NonNegativeFloat = 0.008   # with muon: AdamW's learning rate for the output layer
     scalar_lr: NonNegativeFloat = 0.02  # with muon: AdamW's learning rate for gains, biases and mixing weights
@@ -926,6 +927,47 @@ class Muon(ScheduledOptimizer, torch.optim.Optimizer):
             torch._foreach_copy_(params, list(w.unbind()))
 
 
+class RowAdam(ScheduledOptimizer, torch.optim.Optimizer):
+    """For a table of which a batch reads only some rows: Adam (arXiv 1412.6980) without momentum, so that a row moves
+    only in a step that reads it, and with one mean square for each row instead of one for each number, as in FBGEMM's
+    row-wise Adam. All rows decay. Its state is one number a row, where AdamW keeps two tables."""
+
+    def __init__(self, table, lr: float, weight_decay: float, beta2: float, eps: float):
+        """table: a parameter (rows, width)."""
+        super().__init__([table], dict(lr=lr, base_lr=lr, weight_decay=weight_decay, beta2=beta2, eps=eps))
+
+    def state_shapes(self, p, group):
+        return {"step": (), "mean_square": (len(p), 1)}
+
+    def working_bytes(self):
+        return sum(table.nbytes for table in self.param_groups[0]["params"])        # on a GPU, a copy of the gradient
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            table, = group["params"]
+            state = self.state[table]
+            if not state:
+                state["step"] = torch.zeros((), device=table.device)
+                state["mean_square"] = torch.zeros(len(table), 1, device=table.device)
+            grad = table.grad
+            lr = torch.full((), group["lr"], device=table.device)
+            newness = torch.full((), 1 - group["beta2"], device=table.device)
+            counts = torch.ones((), device=table.device)
+            if self.found_inf is not None:
+                is_bad = self.found_inf > 0
+                grad = grad.masked_fill(is_bad, 0)
+                lr, newness, counts = (number.masked_fill(is_bad, 0) for number in (lr, newness, counts))
+            state["step"] += counts
+            square = torch.linalg.vector_norm(grad, dim=1, keepdim=True).square() / table.size(1)
+            state["mean_square"].lerp_(square, newness)
+            # In the first steps the mean still holds much of the 0 that it began with; this is the share that it does not.
+            share = (1 - group["beta2"] ** state["step"]).clamp(min=1e-30)
+            size = (state["mean_square"] / share).sqrt()
+            table.mul_(1 - lr * group["weight_decay"])
+            table.addcmul_(grad, -lr / (size + group["eps"]))
+
+
 def adamw_from_table(table: list, cfg: Config, device: str) -> AdamW:
     """Return AdamW with a group for each row (parameters, learning rate, weight decay) of a table."""
     groups = []
@@ -950,9 +992,13 @@ def make_adamw(model: GPT, cfg: Config, device: str, dtype: str, map_stacked) ->
 
 
 def make_muon(model: GPT, cfg: Config, device: str, dtype: str, map_stacked) -> list:
-    """Muon for the blocks' matrices, AdamW for all else."""
+    """Muon for the blocks' matrices, RowAdam for the n-gram vectors, AdamW for all else."""
     embeddings = [module.weight for module in (model.wte, model.wpe) if module is not None]
     ngrams = [] if model.ngrams is None else [model.ngrams.weight]
+    row_adam = []
+    if ngrams and cfg.ngram_lr:
+        row_adam = [RowAdam(*ngrams, cfg.ngram_lr, cfg.ngram_decay, cfg.beta2, cfg.adam_eps)]
+        ngrams = []
     head = [] if cfg.tie_weights else [model.head.weight]
     small = [p for p in model.parameters() if p.dim() < 2]
     table = [
@@ -969,7 +1015,7 @@ def make_muon(model: GPT, cfg: Config, device: str, dtype: str, map_stacked) -> 
         cautious=cfg.cautious,
         dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32,
         map_stacked=map_stacked)
-    return [adamw_from_table(table, cfg, device), muon]
+    return [adamw_from_table(table, cfg, device), muon, *row_adam]
 
 
 # By the name that cfg.optimizer gives. Each function returns the ScheduledOptimizers in which every

@@ -229,6 +229,7 @@ def load_checkpoint(path: Path, resumable: bool = False) -> dict:
                         "writes them")
     content["config"].setdefault("ngrams", 0)       # a checkpoint from before n-grams has none
     content["config"].setdefault("ngram_edges", True)       # once, all of them counted
+    content["config"].setdefault("ngram_lr", 0.0)   # and AdamW moved their vectors
     lacking = [name for name in RESUME_ENTRIES if name not in content]
     if resumable and lacking:
         raise UserError(f"{path} cannot be resumed, it lacks {', '.join(lacking)}: start from its weights with "

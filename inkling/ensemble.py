@@ -21,6 +21,9 @@ from train import GPT, Cache, read_checkpoint
 NGRAM_ORDER = 8
 NGRAM_TOKENS = 2_000_000                # of a longer text so many are counted, which bounds the memory
 NGRAM_PIECES = 100
+# Counted anew, as a text is learned from, when what is known of it has grown by so many tokens, and by this share.
+NEW_TOKENS = 1024
+NEW_SHARE = 1 / 50
 
 
 class Ensemble(nn.Module):
@@ -65,13 +68,22 @@ def log_of_mean(logits: list, shares: list):
 
 
 class Counted(nn.Module):
-    """An n-gram model as a member of an Ensemble beside a GPT with the settings `cfg`."""
+    """An n-gram model, counted from `train` (n,), as a member of an Ensemble beside a GPT with the settings `cfg`."""
 
-    def __init__(self, ngrams: NgramModel, cfg):
+    def __init__(self, train: np.ndarray, vocab_size: int, cfg):
         super().__init__()
-        self.ngrams = ngrams
+        self.train_ids = train
         self.cfg = cfg
-        self.vocab_size = ngrams.alphabet
+        self.vocab_size = vocab_size
+        self.learned = 0                # tokens of the text that it was counted from, too
+        self.ngrams = NgramModel(train, NGRAM_ORDER, vocab_size)
+
+    def learn(self, text: np.ndarray):
+        """Count `text` (n,) as well, which grows from call to call. Counting takes long, so it waits until there is
+        enough that is new."""
+        if len(text) - self.learned >= max(NEW_TOKENS, NEW_SHARE * self.learned):
+            self.ngrams = NgramModel(np.concatenate([self.train_ids, text]), NGRAM_ORDER, self.vocab_size)
+            self.learned = len(text)
 
     def forward(self, ids):
         """Return (logits (B, T, vocab_size), None) for ids (B, T)."""
@@ -150,5 +162,5 @@ def add_ngrams(model, folder: Path, share: float) -> Ensemble:
         train = np.concatenate(cut_evenly(train, NGRAM_PIECES, NGRAM_TOKENS // NGRAM_PIECES))
         tokens = f"{len(train):,} of {tokens}"
     print(f"counting n-grams of up to {NGRAM_ORDER} in {tokens} of {folder}", file=sys.stderr, flush=True)
-    ngrams = NgramModel(np.asarray(train[:], np.int64), NGRAM_ORDER, model.vocab_size)
-    return Ensemble([model, Counted(ngrams, model.cfg)], [1 - share, share])
+    counted = Counted(np.asarray(train[:], np.int64), model.vocab_size, model.cfg)
+    return Ensemble([model, counted], [1 - share, share])

@@ -72,7 +72,7 @@ BYTES_PER_ACTIVATION = 160              # of a token, for each layer and each di
 MEMORY_SHARE = 0.5                      # of what is free, that a run may take by this estimate
 CHECKPOINT_RATES = 0.3                  # times the usual rates, for weights that are trained already
 
-RATES = ("learning_rate", "embed_lr", "head_lr", "scalar_lr")
+RATES = ("learning_rate", "embed_lr", "ngram_lr", "head_lr", "scalar_lr")
 SHAPE_SETTINGS = {"n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "ffn_dim"}    # one of them says: my own shape
 BATCH_SETTINGS = {"batch_size", "gradient_accumulation_steps"}                          # and one of these: my own batch
 # All that a plan may choose, if the user has not.

@@ -214,6 +214,31 @@ def test_with_ngrams_the_model_learns_as_it_scores(counted):
     assert twice["loss"] == pytest.approx(score["loss"], abs=1e-5)
 
 
+def test_what_is_scored_is_counted_before_the_next_window(counted, monkeypatch):
+    """With a rate at which the weights stay as they are, all that learns is the counted model."""
+    monkeypatch.setattr(inkling.ensemble, "NEW_TOKENS", 10)
+    text = "a fox sits in the weed, " * 3
+    Path("text").write_text(text, encoding="utf-8")
+    words = ["--ckpt=book.pt", "--score=text", "--score_tokens", f"--ngram={SHARE}", "--stride=8"]
+    score, = records(*words, "--adapt=1e-30")
+    model, tokenizer = load("book.pt")
+    ids = tokenizer.encode(text).astype(np.int64)
+    train = np.fromfile(Path("data", "book", "train.bin"), np.uint8).astype(np.int64)
+    expected = []
+    recounts = []                       # the tokens of the text that are counted
+    for end in [16, *range(24, len(ids) - 1, 8), len(ids) - 1]:
+        first = max(0, end - 16)
+        p = model(torch.from_numpy(ids[None, first:end]))[0][0].softmax(-1).detach()
+        p = (1 - SHARE) * p + SHARE * torch.from_numpy(counted.predict(ids[first:end])).float()
+        expected += [-p[at - first, ids[at + 1]].log().item() for at in range(len(expected), end)]
+        if end + 1 - (recounts[-1] if recounts else 0) >= 10:
+            recounts.append(end + 1)
+            counted = NgramModel(np.concatenate([train, ids[:end + 1]]), 8, model.vocab_size)
+    assert [-x for x in score["adaptive"]["token_logprobs"]] == pytest.approx(expected, abs=1e-4)
+    assert len(recounts) >= 3
+    assert score["adaptive"]["loss"] < score["loss"] - 0.1
+
+
 def test_of_a_long_text_a_part_is_counted(counted, monkeypatch):
     monkeypatch.setattr(inkling.ensemble, "NGRAM_TOKENS", 60)
     monkeypatch.setattr(inkling.ensemble, "NGRAM_PIECES", 3)

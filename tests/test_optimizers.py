@@ -10,13 +10,13 @@ from conftest import pairwise, perturbed
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from train import GPT, OPTIMIZERS, AdamW, Config, Muon, lr_factor, make_optimizers, orthogonalize, start, update
+from train import GPT, OPTIMIZERS, AdamW, Config, Muon, RowAdam, lr_factor, make_optimizers, orthogonalize, start, update
 
 VOCAB, T = 50, 16
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=T, dropout=0.0, ngrams=0, ngram_rows=97, init="gpt2",
              dtype="float32")
 RATES = dict(learning_rate=0.01, embed_lr=0.02, head_lr=0.03, scalar_lr=0.04, weight_decay=0.5,
-             ngram_decay=0.7)
+             ngram_lr=0.05, ngram_decay=0.7)
 SWITCHES = pairwise(
     optimizer=list(OPTIMIZERS), decay_all=[False, True], tie_weights=[False, True],
     positions=["rope", "learned"], norm=["rmsnorm", "layernorm"], norm_gain=[False, True], bias=[False, True],
@@ -79,7 +79,7 @@ def test_each_parameter_has_its_rate_and_its_decay(switches):
         decays = switches["decay_all"] or (is_block_matrix(name, p) if muon else p.dim() == 2)
         decay = 0.5 if decays else 0.0
         if name == "ngrams.weight" and muon:
-            decay = 0.7
+            rate, decay = 0.05, 0.7
         assert found[id(p)] == (rate, decay), name
 
 
@@ -185,6 +185,41 @@ def test_muon_equals_a_plain_loop(shape, decay, cautious):
     near(p.detach().double(), torch.from_numpy(w))
 
 
+def test_row_adam_equals_a_plain_loop():
+    """Rows that a step does not read stay, but for the decay, and a row's step has the size of the rate."""
+    rows, width, lr, decay, beta2 = 6, 4, 0.1, 0.5, 0.9
+    table = torch.nn.Parameter(noise(rows, width, seed=99))
+    w, mean_square = table.detach().double().numpy(), np.zeros(rows)
+    optimizer = RowAdam(table, lr, decay, beta2, eps=1e-10)
+    for step in range(1, 6):
+        table.grad = noise(rows, width, seed=step)
+        table.grad[step % rows] = 0
+        grad = table.grad.double().numpy()
+        optimizer.step()
+        mean_square = beta2 * mean_square + (1 - beta2) * (grad**2).mean(1)
+        size = np.sqrt(mean_square / (1 - beta2**step))
+        w = (1 - lr * decay) * w - lr * grad / np.maximum(size, 1e-10)[:, None]
+        near(table.detach().double(), torch.from_numpy(w))
+        if step == 1:                   # its size is that of the gradient itself
+            moved = w - (1 - lr * decay) * noise(rows, width, seed=99).double().numpy()
+            assert np.sqrt((moved[0]**2).mean()) == pytest.approx(lr, rel=1e-5)
+            assert not moved[1].any()
+
+
+def test_what_row_adam_remembers_is_one_number_a_row():
+    _, optimizers = small(optimizer="muon", ngrams=3)
+    _, _, row_adam = optimizers
+    [table] = row_adam.param_groups[0]["params"]
+    steps(row_adam, [table], 1)
+    assert sum(value.numel() for value in row_adam.state[table].values()) == len(table) + 1
+
+
+def test_with_a_rate_of_0_adamw_moves_the_ngram_vectors_as_once():
+    model, (adamw, _) = small(optimizer="muon", ngrams=3, ngram_lr=0.0)
+    [group] = [group for group in adamw.param_groups if any(p is model.ngrams.weight for p in group["params"])]
+    assert (group["lr"], group["weight_decay"]) == (0.02, 0.7)
+
+
 def test_without_momentum_muon_follows_the_gradient_alone():
     p, q = (torch.nn.Parameter(noise(8, 8, seed=99)) for _ in range(2))
     steps(muon_of([p], momentum=0.0), [p], 1)
@@ -229,7 +264,7 @@ def test_stacked_matrices_are_updated_as_one_by_one():
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 def test_a_restored_optimizer_continues_as_the_original(optimizer):
-    (model, originals), (copy, copies) = (small(optimizer=optimizer) for _ in range(2))
+    (model, originals), (copy, copies) = (small(optimizer=optimizer, ngrams=3) for _ in range(2))
     for original in originals:
         steps(original, list(model.parameters()), 2)
     copy.load_state_dict(model.state_dict())
@@ -246,7 +281,7 @@ def test_a_restored_optimizer_continues_as_the_original(optimizer):
 def stopped(optimizer, value) -> tuple:
     """A model and optimizers after two good steps, and two with found_inf on gradients that are all `value`;
     and copies, made in between, of the weights and of what the optimizers remember."""
-    model, optimizers = small(optimizer=optimizer, bias=True)
+    model, optimizers = small(optimizer=optimizer, bias=True, ngrams=3)
     for one in optimizers:
         steps(one, list(model.parameters()), 2)
     before = snapshot(model.parameters()), snapshot(memory(optimizers))
@@ -269,6 +304,15 @@ def test_found_inf_keeps_the_weights(optimizer, value):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
 
 
+def test_found_inf_in_the_first_step_keeps_the_ngram_vectors():
+    table = torch.nn.Parameter(noise(6, 4))
+    optimizer = RowAdam(table, lr=0.1, weight_decay=0.5, beta2=0.9, eps=1e-10)
+    optimizer.found_inf = torch.tensor(1.0)
+    table.grad = torch.full_like(table, math.nan)
+    optimizer.step()
+    assert torch.equal(table, noise(6, 4))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1.0])
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 def test_found_inf_keeps_what_the_optimizers_remember(optimizer, value):
@@ -280,7 +324,7 @@ def test_found_inf_keeps_what_the_optimizers_remember(optimizer, value):
 def test_found_inf_of_0_changes_nothing(optimizer):
     results = []
     for found_inf in (None, torch.tensor(0.0)):
-        model, optimizers = small(optimizer=optimizer, bias=True)
+        model, optimizers = small(optimizer=optimizer, bias=True, ngrams=3)
         for one in optimizers:
             one.found_inf = found_inf
             steps(one, list(model.parameters()), 2)
@@ -428,19 +472,21 @@ def seen_in_updates(cfg, look) -> list:
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 def test_the_learning_rate_reaches_every_group(toy, optimizer):
     cfg = toy(**RATES, optimizer=optimizer, schedule="cosine", warmup_iters=2, max_iters=6, min_lr=0.001)
-    adamw, *muon = seen_in_updates(cfg, lambda group: group["lr"])
+    adamw, *others = seen_in_updates(cfg, lambda group: group["lr"])
     factor = [nanogpt_rate(it, 1.0, 2, 6, 0.1) for it in range(6)]
     if optimizer == "adamw":
         assert adamw == [pytest.approx([0.01 * f] * 2) for f in factor]
     else:
-        assert adamw == [pytest.approx([0.02 * f, 0.02 * f, 0.03 * f, 0.04 * f]) for f in factor]
-        assert muon[0] == [pytest.approx([0.01 * f] * len(muon[0][0])) for f in factor]
+        muon, row_adam = others
+        assert adamw == [pytest.approx([0.02 * f, 0.03 * f, 0.04 * f]) for f in factor]
+        assert muon == [pytest.approx([0.01 * f] * len(muon[0])) for f in factor]
+        assert row_adam == [pytest.approx([0.05 * f]) for f in factor]
 
 
 @pytest.mark.parametrize(("momentum", "expected"), [
     (0.95, [0.85, 0.851, 0.852, 0.853]), (0.5, [0.5] * 4)])
 def test_muons_momentum_rises_from_085_in_100_steps(toy, momentum, expected):
-    _, muon = seen_in_updates(toy(max_iters=4, momentum=momentum), lambda group: group.get("momentum"))
+    _, muon, _ = seen_in_updates(toy(max_iters=4, momentum=momentum), lambda group: group.get("momentum"))
     assert [groups[0] for groups in muon] == pytest.approx(expected)
 
 
