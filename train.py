@@ -188,7 +188,7 @@ class Config(ModelConfig):
     optimizer: str = "muon"             # muon (it trains the blocks' matrices, and AdamW all else) | adamw
     learning_rate: NonNegativeFloat = 0.02  # with muon: the rate of the blocks' matrices; with adamw: of everything
     embed_lr: NonNegativeFloat = 0.1    # with muon: AdamW's learning rate for the embeddings
-    ngram_lr: NonNegativeFloat = 0.05   # with muon: RowAdam's learning rate for the n-gram vectors; 0: AdamW's, embed_lr
+    ngram_lr: NonNegativeFloat = 0.05   # with muon: RowAdam's learning rate for the n-gram vectors; 0: AdamW, embed_lr
     ngram_decay: NonNegativeFloat = 3.0  # with muon: weight decay of the n-gram vectors; raise for small texts
     head_lr: NonNegativeFloat = 0.008   # with muon: AdamW's learning rate for the output layer
     scalar_lr: NonNegativeFloat = 0.02  # with muon: AdamW's learning rate for gains, biases and mixing weights

@@ -10,7 +10,19 @@ from conftest import pairwise, perturbed
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from train import GPT, OPTIMIZERS, AdamW, Config, Muon, RowAdam, lr_factor, make_optimizers, orthogonalize, start, update
+from train import (
+    GPT,
+    OPTIMIZERS,
+    AdamW,
+    Config,
+    Muon,
+    RowAdam,
+    lr_factor,
+    make_optimizers,
+    orthogonalize,
+    start,
+    update,
+)
 
 VOCAB, T = 50, 16
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=T, dropout=0.0, ngrams=0, ngram_rows=97, init="gpt2",
