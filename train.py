@@ -961,7 +961,7 @@ class RowAdam(ScheduledOptimizer, torch.optim.Optimizer):
             state["step"] += counts
             square = torch.linalg.vector_norm(grad, dim=1, keepdim=True).square() / table.size(1)
             state["mean_square"].lerp_(square, newness)
-            # In the first steps the mean still holds much of the 0 that it began with; this is the share that it does not.
+            # At first the mean still holds much of the 0 that it began with; this is the share that it does not.
             share = (1 - group["beta2"] ** state["step"]).clamp(min=1e-30)
             size = (state["mean_square"] / share).sqrt()
             table.mul_(1 - lr * group["weight_decay"])
