@@ -261,6 +261,7 @@ FIRST_IN_HELP = ("dataset", "out_dir", "init_from", "max_iters", "max_minutes", 
 MODEL_FIELDS = {model_field.name for model_field in fields(ModelConfig)}
 SAY_HOW_LONG = MODEL_FIELDS | {"max_iters", "max_epochs", "max_minutes", "breakpoints", "lr_decay_iters"}
 LEAST_SECONDS_TO_PLAN = 2.0
+SECONDS_OF_A_TRIAL = 1.0                # of a model, where its steps are short
 TRIALS_OF_THE_TIME = 0.2                # share of a run's time after which its plan tries no model more
 MINUTES_UNLESS_SAID = 10.0              # of a run on a text of the user's own; see give_length
 STARTS = ("scratch", "resume", "auto", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")    # init_from without a file
@@ -1378,13 +1379,13 @@ def without_effect(cfg: Config) -> dict:
 
 
 def time_a_step(run: Run) -> float:
-    """Return about how many seconds a step takes, the same on all ranks: the shorter of two, after one that warms
+    """Return about how many seconds a step takes, the same on all ranks: the shortest of several, after one that warms
     up. This trains the run's model a little. Raises UserError if a loss is not finite."""
     seconds = []
-    for step in range(3):
+    while len(seconds) < 3 or (len(seconds) < 10 and sum(seconds) < SECONDS_OF_A_TRIAL):
         began = time.perf_counter()
         try:
-            update(run, step)
+            update(run, len(seconds))
         except NotFinite as error:
             raise UserError(f"while the run was planned, {error}: try a lower --learning_rate", 3)
         synchronize(run.plan.device)

@@ -3,6 +3,7 @@
 import math
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,6 +225,29 @@ def test_a_plan_leaves_time_for_the_run(start, few_shapes, clock, monkeypatch, s
     assert done.returncode == 0, done.stderr
     assert tried == sizes
     assert "--n_embd=16" in planned_words(done.stdout)
+
+
+@pytest.mark.parametrize(("seconds", "made", "expected"), [
+    ([0.05] * 8 + [0.02, 0.05, 0.01], 10, 0.02),        # short ones vary, so many are made
+    ([0.9, 0.05, 0.04, 0.03, 0.01], 4, 0.03),
+    ([0.5, 0.6, 0.4, 0.1], 3, 0.4),                     # the first warms up
+    ([6.0, 0.1], 1, 6.0),
+])
+def test_the_pace_is_that_of_the_shortest_of_several_steps(monkeypatch, seconds, made, expected):
+    now = 0.0
+    steps = []
+
+    def update(run, step):
+        nonlocal now
+        now += seconds[step]
+        steps.append(step)
+
+    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now)
+    found = train.time_a_step(SimpleNamespace(plan=SimpleNamespace(device="cpu"), ranks=Ranks()))
+    monkeypatch.undo()
+    assert found == pytest.approx(expected)
+    assert steps == list(range(made))
 
 
 def test_a_plan_without_time_for_a_larger_model_keeps_the_one_it_has_tried(clock):
