@@ -260,8 +260,7 @@ def read_breakpoints(text: str) -> list | None:
 FIRST_IN_HELP = ("dataset", "out_dir", "init_from", "max_iters", "max_minutes", "n_layer", "n_embd", "dry_run")
 MODEL_FIELDS = {model_field.name for model_field in fields(ModelConfig)}
 SAY_HOW_LONG = MODEL_FIELDS | {"max_iters", "max_epochs", "max_minutes", "breakpoints", "lr_decay_iters"}
-LEAST_SECONDS_TO_PLAN = 2.0
-SECONDS_OF_A_TRIAL = 1.0                # of a model, where its steps are short
+SECONDS_OF_A_TRIAL = 1.0                # of a model, where its steps are short and the run is not
 TRIALS_OF_THE_TIME = 0.2                # share of a run's time after which its plan tries no model more
 MINUTES_UNLESS_SAID = 10.0              # of a run on a text of the user's own; see give_length
 STARTS = ("scratch", "resume", "auto", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")    # init_from without a file
@@ -1328,18 +1327,16 @@ def choose_settings(cfg: Config, origin: Origin, ranks: Ranks, device: str, fold
     if given.keys() & {*MODEL_FIELDS, *planning.SETTINGS, "optimizer"}:
         text = replace(text, ngram_bits=0.0)        # what to expect is known of planned models only
     seconds_left = ranks.broadcast(origin.deadline.seconds_left() if origin.deadline else 60 * cfg.max_minutes)
-    if seconds_left < LEAST_SECONDS_TO_PLAN:
-        raise UserError(f"max_minutes={cfg.max_minutes:g} leaves {max(0, seconds_left):.1f} s for training: give more, "
-                        "such as --max_minutes=1")
     may_compile = cfg.compile in (True, "auto") and not compiler_missing(device)
-    seconds = planning.seconds_of_training(seconds_left, may_compile)
+    seconds = planning.seconds_of_training(max(0.1, seconds_left), may_compile)
     dtype = ranks.broadcast(choose_dtype(device, cfg.dtype))
     trial_origin = Origin(stored_plan={"device": device, "dtype": dtype, "compile": False})
 
     def seconds_per_step(settings: dict) -> float:
         trial = replace(cfg, max_minutes=0.0, **settings)
         cli.check(trial)
-        return time_a_step(build_run(trial, trial_origin, ranks, device, folder))
+        most_seconds = min(SECONDS_OF_A_TRIAL, 0.05 * seconds_left)
+        return time_a_step(build_run(trial, trial_origin, ranks, device, folder), most_seconds)
 
     memory = free_memory(device)
     if device_type(device) == "cpu":    # which the processes of a machine share
@@ -1378,11 +1375,12 @@ def without_effect(cfg: Config) -> dict:
     return {name: getattr(cfg, name) for name in names}
 
 
-def time_a_step(run: Run) -> float:
-    """Return about how many seconds a step takes, the same on all ranks: the shortest of several, after one that warms
-    up. This trains the run's model a little. Raises UserError if a loss is not finite."""
+def time_a_step(run: Run, most_seconds: float) -> float:
+    """Return about how many seconds a step takes, the same on all ranks: the shortest of up to ten that take no more
+    than most_seconds together, or of three. This trains the run's model a little. Raises UserError if a loss is not
+    finite."""
     seconds = []
-    while len(seconds) < 3 or (len(seconds) < 10 and sum(seconds) < SECONDS_OF_A_TRIAL):
+    while len(seconds) < 3 or (len(seconds) < 10 and sum(seconds) < most_seconds):
         began = time.perf_counter()
         try:
             update(run, len(seconds))
@@ -1547,8 +1545,9 @@ def decide_length(run: Run, report: Report, seconds_per_step: float):
         # The estimate may be far off on a machine that is busy with other programs.
         if seconds_left <= 0 or seconds_per_step > 3 * seconds_left:
             raise UserError(
-                f"max_minutes={run.cfg.max_minutes:g} leaves {max(0, seconds_left):.1f} s for training, and a step "
-                f"takes about {seconds_per_step:.1f} s: give more minutes, a smaller --batch_size or a smaller model")
+                f"max_minutes={run.cfg.max_minutes:g} leaves {max(0, seconds_left):.1f} s for training after the "
+                f"start, and a step takes about {seconds_per_step:.2g} s: give more minutes, a smaller --batch_size or "
+                "a smaller model")
         # The optimizer, evaluations and saves take the rest. The first fit must come before the end.
         steps = max(StepFitter.WARM_UP + StepFitter.STEPS_MEASURED + 1,
                     int(0.7 * seconds_left / max(1e-3, seconds_per_step)))

@@ -216,7 +216,7 @@ def test_a_plan_leaves_time_for_the_run(start, few_shapes, clock, monkeypatch, s
     """On a busy machine, trials may take as long as the run."""
     tried = []
 
-    def slow_step(run):
+    def slow_step(run, most_seconds):
         tried.append(run.cfg.n_embd)
         clock.now += seconds_of_a_trial
         return 60.0
@@ -244,7 +244,7 @@ def test_the_pace_is_that_of_the_shortest_of_several_steps(monkeypatch, seconds,
 
     monkeypatch.setattr(train, "update", update)
     monkeypatch.setattr(train.time, "perf_counter", lambda: now)
-    found = train.time_a_step(SimpleNamespace(plan=SimpleNamespace(device="cpu"), ranks=Ranks()))
+    found = train.time_a_step(SimpleNamespace(plan=SimpleNamespace(device="cpu"), ranks=Ranks()), 1.0)
     monkeypatch.undo()
     assert found == pytest.approx(expected)
     assert steps == list(range(made))
@@ -281,7 +281,7 @@ def test_a_run_that_ends_before_its_time_is_not_fitted_to_it(start, few_shapes, 
 
 def test_a_plan_that_leaves_nothing_open_measures_nothing(start, few_shapes, paced, monkeypatch):
     given = dict(n_layer=1, n_head=1, n_embd=16, batch_size=2, ngram_decay=1.0, dropout=0.0)
-    monkeypatch.setattr(train, "time_a_step", lambda run: pytest.fail("measured"))
+    monkeypatch.setattr(train, "time_a_step", lambda *_: pytest.fail("measured"))
     assert start("run", **PLANNED | given, max_minutes=2).returncode == 0
 
 
@@ -312,7 +312,7 @@ def test_settings_that_do_not_fit_a_trial_are_one_line(start, few_shapes, paced)
 def test_a_resumed_run_keeps_its_plan(start, few_shapes, paced, tmp_path, monkeypatch):
     assert start("run", **PLANNED, max_minutes=2).returncode == 0
     before = stored(tmp_path / "run")["config"]
-    monkeypatch.setattr(train, "time_a_step", lambda run: pytest.fail("planned again"))
+    monkeypatch.setattr(train, "time_a_step", lambda *_: pytest.fail("planned again"))
     done = inside(train.main, f"--out_dir={tmp_path / 'run'}", "--init_from=resume", "--max_minutes=2")
     assert done.returncode == 0, done.stderr
     after = stored(tmp_path / "run")["config"]
@@ -321,7 +321,7 @@ def test_a_resumed_run_keeps_its_plan(start, few_shapes, paced, tmp_path, monkey
 
 def test_a_checkpoint_keeps_its_model_and_starts_at_lower_rates(start, few_shapes, paced, tmp_path, monkeypatch):
     assert start("base").returncode == 0
-    monkeypatch.setattr(train, "time_a_step", lambda run: pytest.fail("measured"))
+    monkeypatch.setattr(train, "time_a_step", lambda *_: pytest.fail("measured"))
     done = start("tuned", **PLANNED, max_minutes=2, init_from=str(tmp_path / "base" / "ckpt.pt"), head_lr=0.5)
     assert done.returncode == 0, done.stderr
     config = stored(tmp_path / "tuned")["config"]
@@ -355,6 +355,6 @@ def test_ten_minutes_are_announced_and_how_to_change_them(start, few_shapes, pac
 
 
 def test_a_time_for_no_step_is_one_line(start, few_shapes, monkeypatch):
-    monkeypatch.setattr(train, "time_a_step", lambda run: 60.0)
+    monkeypatch.setattr(train, "time_a_step", lambda *_: 60.0)
     monkeypatch.setattr(train, "seconds_of_a_pass", lambda *args: 60.0)
     one_line_error(start("run", **PLANNED, max_minutes=0.05), "max_minutes=0.05", "a step takes about")
