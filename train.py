@@ -1167,6 +1167,7 @@ class Plan:
     sequences: int                      # of a step, for this process
     micro_batches: int                  # of a step, for this process
     evaluations: dict                   # see inkling/evaluation.py; empty: not known yet
+    fit_to_time: bool = False           # max_minutes decides the number of steps; else it can only end the run earlier
 
     @property
     def max_iters(self) -> int | None:
@@ -1442,7 +1443,7 @@ def make_plan(cfg: Config, ranks: Ranks, device: str, tokens: int, origin: Origi
         dtype = "float32"
     return Plan(device, ranks.broadcast(dtype), stored.get("compile", cfg.compile),
                 choose_breakpoints(cfg, tokens, origin), sequences, micro_batches,
-                origin.stored_plan.get("evaluations", {}))
+                origin.stored_plan.get("evaluations", {}), origin.fit_to_time)
 
 
 def choose_breakpoints(cfg: Config, tokens: int, origin: Origin) -> list:
@@ -1714,7 +1715,7 @@ def train(cfg: Config, out_dir: Path, origin: Origin | None = None, began: float
             if not origin.resuming:
                 move_old_run(run)
             code = train_until_stopped(run, report, StepFitter(deadline, run.stopwatch, run.first_step,
-                                                               only_cuts=not origin.fit_to_time))
+                                                               only_cuts=not run.plan.fit_to_time))
     except NotFinite as error:
         report.not_finite(error)
         code = 3
@@ -2121,7 +2122,9 @@ def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
     decided_anew = parsed.typed & {"dtype", "compile"}
     if parsed.typed & {"max_iters", "max_epochs", "breakpoints"}:
         decided_anew.add("breakpoints")
-    by_the_clock = cfg.max_minutes > 0 and not parsed.typed & {"max_iters", "max_epochs"}
+    fit_to_time = cfg.max_minutes > 0 and not parsed.typed & {"max_iters", "max_epochs"}
+    if "max_minutes" not in parsed.typed:
+        fit_to_time = fit_to_time and content["plan"].get("fit_to_time", True)
     seconds_used = content.get("clock_seconds", 0.0)
     if "max_minutes" in parsed.typed:
         seconds_used = 0.0
@@ -2135,7 +2138,7 @@ def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
     elif evaluations and "eval_interval" in changed and cfg.eval_interval != "auto":
         evaluations["interval"] = cfg.eval_interval
     plan = {name: value for name, value in content["plan"].items() if name not in decided_anew}
-    return cfg, Origin(content, True, plan, by_the_clock, seconds_used, stamp)
+    return cfg, Origin(content, True, plan, fit_to_time, seconds_used, stamp)
 
 
 def give_length(cfg: Config, parsed: cli.Parsed) -> Config:

@@ -55,7 +55,6 @@ NGRAM_DECAY = {250_000: 3.0, 1_000_000: 1.0}    # by the tokens of the text; bet
 DROPOUT = {2.5: 0.0, 5: 0.1}            # by how often a run reads each of them, in the same way
 MOST_EPOCHS = {55: 5, 3800: 12}         # by how often an entry of the vocabulary occurs, on average, in the same way:
                                         # a run ends then, as reading a text more often memorizes it
-WORTH_ENDING = 1.25                     # times as many epochs as that, at least, for a run to end before its time
 # What a planned model reaches, as a share of the bits per byte of the set's n-gram model, by how often it reads each
 # token; and how far runs lay from that.
 SHARE_OF_NGRAM = {0.4: 1.10, 0.8: 1.06, 2.5: 0.95, 11: 0.93}
@@ -129,15 +128,14 @@ def choose(text: Text, seconds: float, memory: int, given: dict, seconds_per_ste
 
     shape, tokens, reason = choose_shape(text, seconds, memory, block_size, given, tokens_in_time)
     most_tokens = text.train_tokens * by_count(MOST_EPOCHS, text.train_tokens / text.vocab_size)
-    ends_early = tokens > WORTH_ENDING * most_tokens
-    if ends_early:
-        tokens = most_tokens
+    ends_early = tokens > most_tokens
+    tokens = min(tokens, most_tokens)
     batch = own_batch or choose_batch(text, tokens, block_size, processes)
     settings = without({**shape, "block_size": block_size, **batch, **choose_regularization(text, tokens)}, given)
     steps = max(1, int(tokens / tokens_per_step({"block_size": block_size, **batch})))
     reasons = [reason, describe_batch(batch, block_size, steps), describe_epochs(text, tokens)]
     if ends_early:
-        settings |= {"max_iters": steps, "max_minutes": 0.0}
+        settings["max_iters"] = steps   # and the minutes are the most that it takes
         reasons.append("end      before the time is over: to read so short a text more often would only memorize it")
     expected = expected_bits(text, tokens)
     if expected:

@@ -79,7 +79,7 @@ def test_a_short_text_and_little_memory_bound_the_model():
 @pytest.mark.parametrize("flops", [1e9, 1e11, 1e14])
 def test_every_plan_is_a_run_that_can_begin(text, minutes, flops):
     choice = chosen(text, minutes, flops=flops)
-    assert set(choice.settings) <= {*SETTINGS, "max_iters", "max_minutes"}
+    assert set(choice.settings) <= {*SETTINGS, "max_iters"}
     cfg = Config(**choice.settings)
     assert not cli.problems(cfg)
     assert cfg.block_size < min(text.train_tokens, text.val_tokens)
@@ -147,7 +147,7 @@ def test_a_short_text_ends_a_long_run_before_its_time():
     by_the_clock = chosen(short, minutes=0.2)
     assert "max_iters" not in by_the_clock.settings
     early = chosen(short, minutes=60)
-    assert early.settings["max_minutes"] == 0
+    assert "max_minutes" not in early.settings          # which stay the most that it takes
     read = early.settings["max_iters"] * plan.tokens_per_step(early.settings)
     assert read == pytest.approx(max(plan.MOST_EPOCHS.values()) * short.train_tokens, rel=0.15)
     assert any("before the time is over" in reason for reason in early.reasons)
@@ -274,9 +274,34 @@ def test_a_run_that_ends_before_its_time_is_not_fitted_to_it(start, few_shapes, 
     content = stored(tmp_path / "run")
     assert content["plan"]["breakpoints"] == [[0, content["config"]["max_iters"]]]
     assert content["step"] == content["config"]["max_iters"] < 100
-    assert content["config"]["max_minutes"] == 0
+    assert content["config"]["max_minutes"] == 10
     again = inside(train.main, f"--out_dir={tmp_path / 'run'}", "--init_from=resume")
     assert "nothing was left to do" in again.stdout
+
+
+def test_a_run_that_ends_before_its_time_never_takes_longer_than_it(start, few_shapes, paced, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "MOST_EPOCHS", {1: 0.2})
+    paced.seconds_of_step = lambda step: 100            # ten times as long as in the trial
+    done = start("run", **PLANNED, max_minutes=10)
+    assert done.returncode == 0, done.stderr
+    content = stored(tmp_path / "run")
+    assert 3 <= content["step"] <= 7 < content["config"]["max_iters"]
+
+
+def test_minutes_that_only_limit_a_run_do_so_after_a_resume(start, paced, tmp_path):
+    done = start("run", max_iters=4, max_minutes=10)
+    assert done.returncode == 0, done.stderr
+    content = stored(tmp_path / "run")
+    content["plan"]["breakpoints"] = [[0, 9]]           # as if it had been stopped
+    torch.save(content, tmp_path / "run" / "last.pt")
+    done = inside(train.main, f"--out_dir={tmp_path / 'run'}", "--init_from=resume")
+    assert done.returncode == 0, done.stderr
+    content = stored(tmp_path / "run")
+    assert content["step"] == 9
+    assert content["plan"]["breakpoints"] == [[0, 9]]
+    again = inside(train.main, f"--out_dir={tmp_path / 'run'}", "--init_from=resume", "--max_minutes=10")
+    assert again.returncode == 0, again.stderr
+    assert stored(tmp_path / "run")["step"] > 9         # typed, they set the length
 
 
 def test_a_plan_that_leaves_nothing_open_measures_nothing(start, few_shapes, paced, monkeypatch):
