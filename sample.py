@@ -543,7 +543,8 @@ def adaptive_losses(model, ids: np.ndarray, stride: int, rate: float) -> torch.T
     masters = {p: p.detach().float() for p in params}
     optimizer = make_adapter(model, masters, rate)
     counted_members = [member for member in model.modules() if isinstance(member, Counted)]
-    ids = torch.from_numpy(ids.astype(np.int64)).to(params[0].device)
+    text = ids
+    ids = torch.from_numpy(text.astype(np.int64)).to(params[0].device)
     losses = []
     reached = 0
     for end in window_ends(len(ids) - 1, model.cfg.block_size, stride):
@@ -562,8 +563,9 @@ def adaptive_losses(model, ids: np.ndarray, stride: int, rate: float) -> torch.T
         for p, master in masters.items():
             if p.dtype != master.dtype:
                 p.data.copy_(master)
-        for counted in counted_members:
-            counted.learn(ids[:end + 1].cpu().numpy())
+        if end < len(text) - 1:         # there is more to score
+            for counted in counted_members:
+                counted.learn(text[:end + 1])
     return torch.cat(losses)
 
 

@@ -77,7 +77,7 @@ from inkling.device import (
 from inkling.distributed import Ranks, gradient_sync
 from inkling.dry_run import TRIAL_WINDOWS, dry_run, free_memory
 from inkling.evaluation import choose_interval, plan_evaluations
-from inkling.format import rough_duration
+from inkling.format import brief_seconds, rough_duration
 from inkling.hints import closest, command_for_training, sets_in
 from inkling.output import outlive_output
 from inkling.report import Report, check_loggers
@@ -185,10 +185,13 @@ class Config(ModelConfig):
     attn_dropout: bool = False          # apply the same rate to the attention weights, too
     init: Literal["zero", "gpt2", "torch", "kaiming"] = "zero"  # initial weights; zero: outputs start at 0
     # -- optimizer
-    optimizer: str = "muon"             # muon (it trains the blocks' matrices, and AdamW all else) | adamw
+    optimizer: str = "muon"             # muon (it trains the blocks' matrices, RowAdam the n-gram vectors, and AdamW
+                                        # all else) | adamw
+    ngram_optimizer: Literal["rowadam", "adamw"] = "rowadam"  # with muon: what trains the n-gram vectors; adamw: with
+                                        # the rate of the embeddings
     learning_rate: NonNegativeFloat = 0.02  # with muon: the rate of the blocks' matrices; with adamw: of everything
     embed_lr: NonNegativeFloat = 0.1    # with muon: AdamW's learning rate for the embeddings
-    ngram_lr: NonNegativeFloat = 0.05   # with muon: RowAdam's learning rate for the n-gram vectors; 0: AdamW, embed_lr
+    ngram_lr: NonNegativeFloat = 0.05   # with muon: RowAdam's learning rate for the n-gram vectors
     ngram_decay: NonNegativeFloat = 3.0  # with muon: weight decay of the n-gram vectors; raise for small texts
     head_lr: NonNegativeFloat = 0.008   # with muon: AdamW's learning rate for the output layer
     scalar_lr: NonNegativeFloat = 0.02  # with muon: AdamW's learning rate for gains, biases and mixing weights
@@ -198,8 +201,8 @@ class Config(ModelConfig):
     decay_all: bool = False             # also decay the parameters that otherwise would not, such as biases
     momentum: BelowOne = 0.95           # muon: it rises from 0.85 to this over the first 100 steps
     beta1: BelowOne = 0.8               # AdamW: decay rate of its average of gradients
-    beta2: BelowOne = 0.95              # AdamW: the same for their squares
-    adam_eps: Annotated[float, at_least(1e-30).at_most(1)] = 1e-10  # AdamW's epsilon
+    beta2: BelowOne = 0.95              # AdamW and RowAdam: the same for their squares
+    adam_eps: Annotated[float, at_least(1e-30).at_most(1)] = 1e-10  # AdamW's and RowAdam's epsilon
     grad_clip: NonNegativeFloat = 0.0   # bound on the norm of the gradient; 0: none
     # -- learning rate over time: one factor for every rate above
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # linear: flat, then straight down
@@ -260,11 +263,11 @@ def read_breakpoints(text: str) -> list | None:
 FIRST_IN_HELP = ("dataset", "out_dir", "init_from", "max_iters", "max_minutes", "n_layer", "n_embd", "dry_run")
 MODEL_FIELDS = {model_field.name for model_field in fields(ModelConfig)}
 SAY_HOW_LONG = MODEL_FIELDS | {"max_iters", "max_epochs", "max_minutes", "breakpoints", "lr_decay_iters"}
-SECONDS_OF_A_TRIAL = 1.0                # of a model, where its steps are short and the run is not
+SECONDS_OF_A_TRIAL = 1.0                # in which the trial steps of one model begin, unless three take longer
 TRIALS_OF_THE_TIME = 0.2                # share of a run's time after which its plan tries no model more
 MINUTES_UNLESS_SAID = 10.0              # of a run on a text of the user's own; see give_length
 STARTS = ("scratch", "resume", "auto", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")    # init_from without a file
-FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer"}          # what a resumed run cannot change
+FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer", "ngram_optimizer"}   # what a resumed run cannot change
 
 # --------------------------------------------------------------------------------------------------
 # The model. Shapes: B sequences, T tokens, C = n_embd.
@@ -937,10 +940,11 @@ class RowAdam(ScheduledOptimizer, torch.optim.Optimizer):
         super().__init__([table], dict(lr=lr, base_lr=lr, weight_decay=weight_decay, beta2=beta2, eps=eps))
 
     def state_shapes(self, p, group):
-        return {"step": (), "mean_square": (len(p), 1)}
+        return {"steps": (), "mean_square": (len(p), 1)}
 
     def working_bytes(self):
-        return sum(table.nbytes for table in self.param_groups[0]["params"])        # on a GPU, a copy of the gradient
+        table, = self.param_groups[0]["params"]
+        return table.nbytes if table.is_cuda else 0     # there, a copy of the gradient without what is not finite
 
     @torch.no_grad()
     def step(self):
@@ -948,7 +952,7 @@ class RowAdam(ScheduledOptimizer, torch.optim.Optimizer):
             table, = group["params"]
             state = self.state[table]
             if not state:
-                state["step"] = torch.zeros((), device=table.device)
+                state["steps"] = torch.zeros((), device=table.device)
                 state["mean_square"] = torch.zeros(len(table), 1, device=table.device)
             grad = table.grad
             lr = torch.full((), group["lr"], device=table.device)
@@ -958,11 +962,11 @@ class RowAdam(ScheduledOptimizer, torch.optim.Optimizer):
                 is_bad = self.found_inf > 0
                 grad = grad.masked_fill(is_bad, 0)
                 lr, newness, counts = (number.masked_fill(is_bad, 0) for number in (lr, newness, counts))
-            state["step"] += counts
+            state["steps"] += counts
             square = torch.linalg.vector_norm(grad, dim=1, keepdim=True).square() / table.size(1)
             state["mean_square"].lerp_(square, newness)
             # At first the mean still holds much of the 0 that it began with; this is the share that it does not.
-            share = (1 - group["beta2"] ** state["step"]).clamp(min=1e-30)
+            share = (1 - group["beta2"] ** state["steps"]).clamp(min=1e-30)
             size = (state["mean_square"] / share).sqrt()
             table.mul_(1 - lr * group["weight_decay"])
             table.addcmul_(grad, -lr / (size + group["eps"]))
@@ -996,7 +1000,7 @@ def make_muon(model: GPT, cfg: Config, device: str, dtype: str, map_stacked) -> 
     embeddings = [module.weight for module in (model.wte, model.wpe) if module is not None]
     ngrams = [] if model.ngrams is None else [model.ngrams.weight]
     row_adam = []
-    if ngrams and cfg.ngram_lr:
+    if ngrams and cfg.ngram_optimizer == "rowadam":
         row_adam = [RowAdam(*ngrams, cfg.ngram_lr, cfg.ngram_decay, cfg.beta2, cfg.adam_eps)]
         ngrams = []
     head = [] if cfg.tie_weights else [model.head.weight]
@@ -1142,6 +1146,7 @@ class Origin:
     given: of a new run by the clock, the settings that the user has given; a plan chooses others.
         None: nothing is chosen.
     deadline: the end of that run's time; None: max_minutes begin with the plan.
+    most_steps: after which it ends even if there is time left; 0: none.
     """
 
     checkpoint: dict | None = None
@@ -1152,6 +1157,7 @@ class Origin:
     stamp: tuple | None = None
     given: dict | None = None
     deadline: Deadline | None = None
+    most_steps: int = 0
 
 
 @dataclass
@@ -1168,6 +1174,7 @@ class Plan:
     micro_batches: int                  # of a step, for this process
     evaluations: dict                   # see inkling/evaluation.py; empty: not known yet
     fit_to_time: bool = False           # max_minutes decides the number of steps; else it can only end the run earlier
+    most_steps: int = 0                 # with fit_to_time: that number is at most this; 0: any
 
     @property
     def max_iters(self) -> int | None:
@@ -1269,8 +1276,8 @@ def start(cfg: Config, origin: Origin | None = None) -> Run:
     choice = choose_settings(cfg, origin, ranks, device, folder)
     given = {name: getattr(cfg, name) for name in planning.SETTINGS if name in (origin.given or {})}
     cfg = replace(cfg, **choice.settings)
-    if "max_iters" in choice.settings:  # a plan that ends before the time is over
-        origin = replace(origin, fit_to_time=False)
+    # Only a plan that ends before the time is over chooses it.
+    origin = replace(origin, most_steps=choice.settings.get("max_iters", 0))
     run = build_run(cfg, origin, ranks, device, folder)
     run.choice = choice
     run.given = given
@@ -1370,16 +1377,16 @@ def without_effect(cfg: Config) -> dict:
     """Return the settings that a plan could choose, but that have no effect with the others, as they are."""
     names = set()
     if cfg.ngrams < 2 or cfg.optimizer != "muon":
-        names.add("ngram_decay")
+        names |= {"ngram_decay", "ngram_lr"}
     if cfg.optimizer != "muon":
         names |= set(planning.RATES) - {"learning_rate"}
     return {name: getattr(cfg, name) for name in names}
 
 
 def time_a_step(run: Run, most_seconds: float) -> float:
-    """Return about how many seconds a step takes, the same on all ranks: the shortest of up to ten that take no more
-    than most_seconds together, or of three. This trains the run's model a little. Raises UserError if a loss is not
-    finite."""
+    """Return about how many seconds a step takes, the same on all ranks: the shortest of three, or of as many more, up
+    to ten, as begin within most_seconds; a first one of over 5 s stands alone. This trains the run's model a little.
+    Raises UserError if a loss is not finite."""
     seconds = []
     while len(seconds) < 3 or (len(seconds) < 10 and sum(seconds) < most_seconds):
         began = time.perf_counter()
@@ -1443,7 +1450,8 @@ def make_plan(cfg: Config, ranks: Ranks, device: str, tokens: int, origin: Origi
         dtype = "float32"
     return Plan(device, ranks.broadcast(dtype), stored.get("compile", cfg.compile),
                 choose_breakpoints(cfg, tokens, origin), sequences, micro_batches,
-                origin.stored_plan.get("evaluations", {}), origin.fit_to_time)
+                origin.stored_plan.get("evaluations", {}), origin.fit_to_time,
+                origin.stored_plan.get("most_steps", origin.most_steps))
 
 
 def choose_breakpoints(cfg: Config, tokens: int, origin: Origin) -> list:
@@ -1547,11 +1555,13 @@ def decide_length(run: Run, report: Report, seconds_per_step: float):
         if seconds_left <= 0 or seconds_per_step > 3 * seconds_left:
             raise UserError(
                 f"max_minutes={run.cfg.max_minutes:g} leaves {max(0, seconds_left):.1f} s for training after the "
-                f"start, and a step takes about {seconds_per_step:.2g} s: give more minutes, a smaller --batch_size or "
-                "a smaller model")
+                f"start, and a step takes about {brief_seconds(seconds_per_step)}: give more minutes, a smaller "
+                "--batch_size or a smaller model")
         # The optimizer, evaluations and saves take the rest. The first fit must come before the end.
         steps = max(StepFitter.WARM_UP + StepFitter.STEPS_MEASURED + 1,
                     int(0.7 * seconds_left / max(1e-3, seconds_per_step)))
+        if run.plan.most_steps:
+            steps = min(steps, run.plan.most_steps)
         run.plan.breakpoints = [[0, run.state.step + steps]]
         decide_evaluations(run)
     report.evaluations()
@@ -1714,8 +1724,9 @@ def train(cfg: Config, out_dir: Path, origin: Origin | None = None, began: float
         else:
             if not origin.resuming:
                 move_old_run(run)
-            code = train_until_stopped(run, report, StepFitter(deadline, run.stopwatch, run.first_step,
-                                                               only_cuts=not run.plan.fit_to_time))
+            fitter = StepFitter(deadline, run.stopwatch, run.first_step, only_cuts=not run.plan.fit_to_time,
+                                most_steps=run.plan.most_steps)
+            code = train_until_stopped(run, report, fitter)
     except NotFinite as error:
         report.not_finite(error)
         code = 3
@@ -1781,7 +1792,7 @@ def move_old_run(run: Run):
     so. What has not been tried yet is the memory of a step and of an evaluation."""
     if not run.ranks.broadcast(bool(run.folder and run.folder.holds_a_run())):
         return
-    states = [torch.empty_like(p) for p in run.model.parameters()]      # no optimizer keeps less
+    states = [torch.empty_like(p) for p in run.model.parameters()]      # about what an optimizer keeps
     run.forward_backward()
     del states
     estimate_loss(run, windows=1)
@@ -2130,7 +2141,7 @@ def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
         seconds_used = 0.0
         ends = [end for _, end in content["plan"].get("breakpoints", [])]
         if ends and content["step"] >= ends[-1]:            # it was finished: a new schedule
-            decided_anew.add("breakpoints")
+            decided_anew |= {"breakpoints", "most_steps"}
     evaluations = content["plan"].get("evaluations")
     if "eval_iters" in changed:
         decided_anew.add("evaluations")

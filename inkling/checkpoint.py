@@ -30,7 +30,7 @@ RESUME_ENTRIES = {"evaluated": int | None, "best_step": int, "best_val_loss": fl
 LATER_ENTRIES = {"tokens": int, "threads": int, "text": str, "lost": str, "plan": dict,
                  "start": str, "pause": float, "clock_seconds": float}
 PLAN_ENTRIES = {"device": str, "dtype": str, "compile": bool | str, "sequences": int, "micro_batches": int}
-LATER_PLAN_ENTRIES = {"breakpoints": list, "evaluations": dict}
+LATER_PLAN_ENTRIES = {"breakpoints": list, "evaluations": dict, "fit_to_time": bool, "most_steps": int}
 PLAN_CHOICES = {"dtype": ("float32", "bfloat16", "float16"), "compile": (True, False, "auto")}
 
 
@@ -229,7 +229,7 @@ def load_checkpoint(path: Path, resumable: bool = False) -> dict:
                         "writes them")
     content["config"].setdefault("ngrams", 0)       # a checkpoint from before n-grams has none
     content["config"].setdefault("ngram_edges", True)       # once, all of them counted
-    content["config"].setdefault("ngram_lr", 0.0)   # and AdamW moved their vectors
+    content["config"].setdefault("ngram_optimizer", "adamw")    # once, it trained all embeddings
     lacking = [name for name in RESUME_ENTRIES if name not in content]
     if resumable and lacking:
         raise UserError(f"{path} cannot be resumed, it lacks {', '.join(lacking)}: start from its weights with "

@@ -102,9 +102,12 @@ class StepFitter:
     PAUSES_OF_FEW = 0.2                 # ... unless there would be fewer than five: then this share at most
     EXIT_SECONDS = 2.5                  # for the picture, the summary, and what Python does at exit
 
-    def __init__(self, deadline: Deadline, stopwatch: Stopwatch, first_step: int, only_cuts: bool = False):
-        """only_cuts: the number of steps is given, and the deadline can only end the run earlier."""
+    def __init__(self, deadline: Deadline, stopwatch: Stopwatch, first_step: int, only_cuts: bool = False,
+                 most_steps: int = 0):
+        """only_cuts: the number of steps is given, and the deadline can only end the run earlier. most_steps: of the
+        whole run, even if there is time for more; 0: any number."""
         self.only_cuts = only_cuts
+        self.most_steps = most_steps or math.inf
         self.deadline = deadline
         self.stopwatch = stopwatch
         self.first_step = first_step
@@ -149,10 +152,12 @@ class StepFitter:
         self.left_at_last_fit = left
         pause = self.stopwatch.pause_seconds()
         usable = left - pause - last_pass_seconds - self.EXIT_SECONDS
-        interval = choose_interval(step + max(0, int(usable / seconds_per_step)), self.times_to_evaluate(left, pause))
-        steps_left = max(0, int(usable / (seconds_per_step + pause / interval)))
+        most_left = max(0, self.most_steps - step)
+        without_evaluations = max(0, min(most_left, int(usable / seconds_per_step)))
+        interval = choose_interval(step + without_evaluations, self.times_to_evaluate(left, pause))
+        steps_left = max(0, min(most_left, int(usable / (seconds_per_step + pause / interval))))
         if steps_left < interval:       # none but the last comes
-            steps_left = max(0, min(interval - 1, int(usable / seconds_per_step)))
+            steps_left = min(interval - 1, without_evaluations)
         self.halfway = step + max(1, steps_left // 2)
         return step + steps_left, interval
 

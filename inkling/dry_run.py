@@ -17,7 +17,7 @@ import torch
 from inkling.dataset import windows_at_once
 from inkling.device import device_type, synchronize
 from inkling.distributed import is_sharded
-from inkling.format import align_columns, duration, milliseconds, short, size
+from inkling.format import align_columns, brief_seconds, duration, milliseconds, short, size
 from inkling.report import count_parameters, evaluations_left, peak_memory
 
 TRIAL_STEPS = 3
@@ -372,11 +372,6 @@ def estimate_evaluation(run, trial: Trial) -> float:
         factor = min(windows, evaluated) / min(windows, TRIAL_WINDOWS) / run.ranks.world
         factors.append(max(1, factor))
     return trial.evaluation_seconds * sum(factors) / len(factors)
-
-
-def brief_seconds(seconds: float) -> str:
-    """0.21 s, 6.2 s, 10m30s."""
-    return f"{seconds:.2g} s" if seconds < 99 else duration(seconds)
 
 
 def print_time(report, work: Work, times: Times):

@@ -21,7 +21,7 @@ from train import GPT, Cache, read_checkpoint
 NGRAM_ORDER = 8
 NGRAM_TOKENS = 2_000_000                # of a longer text so many are counted, which bounds the memory
 NGRAM_PIECES = 100
-# Counted anew, as a text is learned from, when what is known of it has grown by so many tokens, and by this share.
+# A text that is learned from is counted anew once so many tokens of it are new, and such a share of what was counted.
 NEW_TOKENS = 1024
 NEW_SHARE = 1 / 50
 
@@ -79,8 +79,8 @@ class Counted(nn.Module):
         self.ngrams = NgramModel(train, NGRAM_ORDER, vocab_size)
 
     def learn(self, text: np.ndarray):
-        """Count `text` (n,) as well, which grows from call to call. Counting takes long, so it waits until there is
-        enough that is new."""
+        """Count `text` (n,) as well, which grows from call to call; not every time, as it means to count all of train
+        again."""
         if len(text) - self.learned >= max(NEW_TOKENS, NEW_SHARE * self.learned):
             self.ngrams = NgramModel(np.concatenate([self.train_ids, text]), NGRAM_ORDER, self.vocab_size)
             self.learned = len(text)

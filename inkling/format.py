@@ -20,6 +20,11 @@ def duration(seconds: float) -> str:
     return f"{seconds}s"
 
 
+def brief_seconds(seconds: float) -> str:
+    """0.21 s, 6.2 s, 10m30s."""
+    return f"{seconds:.2g} s" if seconds < 99 else duration(seconds)
+
+
 def rough_duration(seconds: float) -> str:
     """64800 seconds as 18 hours: one unit, for an estimate."""
     for unit, name in ((86400, "day"), (3600, "hour"), (60, "minute")):

@@ -67,6 +67,7 @@ AROUND_SHORT = 0.15                     # and the share of a short run that they
 FEW_SECONDS = 15                        # a shorter run tries the smallest shape first
 NGRAM_ROWS = 65536                      # of the default recipe
 BYTES_PER_PARAMETER = 16                # weights, gradients and AdamW's two averages, in float32
+BYTES_PER_TABLE_NUMBER = 12             # weights, gradients and a copy of them, as RowAdam keeps next to nothing
 BYTES_PER_ACTIVATION = 160              # of a token, for each layer and each dimension of its width
 MEMORY_SHARE = 0.5                      # of what is free, that a run may take by this estimate
 CHECKPOINT_RATES = 0.3                  # times the usual rates, for weights that are trained already
@@ -133,9 +134,9 @@ def choose(text: Text, seconds: float, memory: int, given: dict, seconds_per_ste
     batch = own_batch or choose_batch(text, tokens, block_size, processes)
     settings = without({**shape, "block_size": block_size, **batch, **choose_regularization(text, tokens)}, given)
     steps = max(1, int(tokens / tokens_per_step({"block_size": block_size, **batch})))
-    reasons = [reason, describe_batch(batch, block_size, steps), describe_epochs(text, tokens)]
+    reasons = [reason, describe_batch(batch, block_size, steps, ends_early), describe_epochs(text, tokens)]
     if ends_early:
-        settings["max_iters"] = steps   # and the minutes are the most that it takes
+        settings["max_iters"] = steps   # and the minutes stay the most that it takes
         reasons.append("end      before the time is over: to read so short a text more often would only memorize it")
     expected = expected_bits(text, tokens)
     if expected:
@@ -206,9 +207,11 @@ def shapes_that_fit(text: Text, memory: int, block_size: int) -> list:
 
 def needed_memory(shape: Shape, text: Text, block_size: int) -> int:
     """About how many bytes a run takes beside what Python and PyTorch do."""
-    parameters = shape.parameters + (NGRAM_ROWS + 2 * text.vocab_size) * shape.n_embd
+    parameters = shape.parameters + 2 * text.vocab_size * shape.n_embd
+    table = NGRAM_ROWS * shape.n_embd
     at_once = MOST_AT_ONCE * block_size
-    return BYTES_PER_PARAMETER * parameters + BYTES_PER_ACTIVATION * at_once * shape.n_layer * shape.n_embd
+    weights = BYTES_PER_PARAMETER * parameters + BYTES_PER_TABLE_NUMBER * table
+    return weights + BYTES_PER_ACTIVATION * at_once * shape.n_layer * shape.n_embd
 
 
 # -- the batch and the regularization ---------------------------------------------------------------------
@@ -270,10 +273,10 @@ def describe_shape(shape: Shape, larger: Shape | None, tokens: float) -> str:
     return reason
 
 
-def describe_batch(batch: dict, block_size: int, steps: int) -> str:
+def describe_batch(batch: dict, block_size: int, steps: int, ends_early: bool) -> str:
     sequences = tokens_per_step(batch | {"block_size": 1})
-    return (f"batch    {counted(sequences, 'sequence')} of {block_size:,} tokens in each step, of which about "
-            f"{steps:,} fit into the time")
+    how_many = f"at most {steps:,} are made" if ends_early else f"about {steps:,} fit into the time"
+    return f"batch    {counted(sequences, 'sequence')} of {block_size:,} tokens in each step, of which {how_many}"
 
 
 def describe_epochs(text: Text, tokens: float) -> str:

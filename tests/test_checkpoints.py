@@ -633,7 +633,7 @@ def test_a_changed_learning_rate_is_accepted_printed_and_used(start, stopped):
 def test_rates_of_zero_on_resume_leave_the_weights_where_they_are(start, stopped):
     """The optimizers' own state also holds the old rates, which must not come back with it."""
     before = torch.load(stopped / "last.pt")["model"]
-    rates = dict(learning_rate=0, embed_lr=0, head_lr=0, scalar_lr=0)
+    rates = dict(learning_rate=0, embed_lr=0, ngram_lr=0, head_lr=0, scalar_lr=0)
     assert start("run", init_from="resume", **rates).returncode == 0
     after = torch.load(stopped / "last.pt")
     assert after["step"] == 6
@@ -643,9 +643,10 @@ def test_rates_of_zero_on_resume_leave_the_weights_where_they_are(start, stopped
 def test_other_optimizer_settings_are_used_on_resume(start, stopped):
     settings = dict(weight_decay=0.25, momentum=0.5, beta1=0.75, beta2=0.875)
     assert start("run", init_from="resume", **settings).returncode == 0
-    adamw, muon = (stored["param_groups"] for stored in torch.load(stopped / "last.pt")["optimizers"])
+    adamw, muon, row_adam = (stored["param_groups"] for stored in torch.load(stopped / "last.pt")["optimizers"])
     assert all(tuple(group["betas"]) == (0.75, 0.875) for group in adamw)
     assert all((group["weight_decay"], group["momentum"]) == (0.25, 0.5) for group in muon)
+    assert [group["beta2"] for group in row_adam] == [0.875]
 
 
 def test_a_config_file_changes_nothing_that_is_stored(stopped, unbroken, tmp_path):

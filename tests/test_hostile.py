@@ -308,11 +308,14 @@ def hostile(good: dict, tokens: str):
                   ("optimizers", 0, "param_groups", 0, "lr"), ("optimizers", 0, "param_groups", 0, "betas"),
                   ("optimizers", 1, "state", 0, "average"), ("plan",), ("plan", "breakpoints"),
                   ("plan", "evaluations"), ("plan", "dtype"),
-                  ("plan", "compile"), ("plan", "device"), ("plan", "sequences")]:
+                  ("plan", "compile"), ("plan", "device"), ("plan", "sequences"), ("plan", "fit_to_time"),
+                  ("plan", "most_steps"), ("optimizers", 2), ("optimizers", 2, "state", 0, "mean_square"),
+                  ("optimizers", 2, "state", 0, "steps")]:
         for value in (None, -1, 2**62, float("nan"), "\x1b[2J", nested(50), {}, torch.zeros(3), "missing"):
             yield (place, value), changed(good, place, value)
     for what, change in TENSORS.items():
-        for place in (("optimizers", 0, "state", 0, "exp_avg"), ("optimizers", 1, "state", 0, "average")):
+        for place in (("optimizers", 0, "state", 0, "exp_avg"), ("optimizers", 1, "state", 0, "average"),
+                      ("optimizers", 2, "state", 0, "mean_square")):
             old = good["optimizers"][place[1]]["state"][0][place[-1]]
             yield (place, what), changed(good, place, change(old))
 

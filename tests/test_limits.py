@@ -157,7 +157,7 @@ def test_a_time_in_which_no_step_fits_is_refused_with_how_long_one_takes(start, 
         clock.now += 30
         return forward(*args)
     monkeypatch.setattr(GPT, "forward", slow)
-    one_line_error(start("run", max_minutes=1, max_iters=None), "max_minutes=1", "a step takes about 120.0 s")
+    one_line_error(start("run", max_minutes=1, max_iters=None), "max_minutes=1", "a step takes about 2m00s")
     assert not (tmp_path / "run" / "last.pt").exists()
 
 

@@ -226,8 +226,18 @@ def test_what_row_adam_remembers_is_one_number_a_row():
     assert sum(value.numel() for value in row_adam.state[table].values()) == len(table) + 1
 
 
-def test_with_a_rate_of_0_adamw_moves_the_ngram_vectors_as_once():
-    model, (adamw, _) = small(optimizer="muon", ngrams=3, ngram_lr=0.0)
+def test_what_row_adam_remembers_is_restored_on_the_device_of_the_table():
+    """PyTorch leaves a state of the name `step` on the CPU."""
+    optimizer = RowAdam(torch.nn.Parameter(noise(6, 4)), lr=0.1, weight_decay=0.5, beta2=0.9, eps=1e-10)
+    steps(optimizer, optimizer.param_groups[0]["params"], 1)
+    restored = RowAdam(torch.nn.Parameter(torch.empty(6, 4, device="meta")), 0.1, 0.5, 0.9, 1e-10)
+    restored.load_state_dict(optimizer.state_dict())
+    [state] = restored.state.values()
+    assert {value.device.type for value in state.values()} == {"meta"}
+
+
+def test_adamw_can_move_the_ngram_vectors_as_it_once_did():
+    model, (adamw, _) = small(optimizer="muon", ngrams=3, ngram_optimizer="adamw")
     [group] = [group for group in adamw.param_groups if any(p is model.ngrams.weight for p in group["params"])]
     assert (group["lr"], group["weight_decay"]) == (0.02, 0.7)
 

@@ -267,25 +267,32 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(start, few_shapes, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_ends_before_its_time_is_not_fitted_to_it(start, few_shapes, paced, tmp_path, monkeypatch):
+def test_a_run_that_ends_before_its_time_makes_the_steps_of_its_plan(start, few_shapes, paced, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "MOST_EPOCHS", {1: 0.2})
     done = start("run", **PLANNED, max_minutes=10)
     assert done.returncode == 0, done.stderr
     content = stored(tmp_path / "run")
-    assert content["plan"]["breakpoints"] == [[0, content["config"]["max_iters"]]]
-    assert content["step"] == content["config"]["max_iters"] < 100
-    assert content["config"]["max_minutes"] == 10
+    most_steps = content["config"]["max_iters"]
+    assert content["step"] == content["plan"]["breakpoints"][-1][1] == content["plan"]["most_steps"] == most_steps < 100
+    assert "before the time is over" in done.stdout
     again = inside(train.main, f"--out_dir={tmp_path / 'run'}", "--init_from=resume")
     assert "nothing was left to do" in again.stdout
+    more = inside(train.main, f"--out_dir={tmp_path / 'run'}", "--init_from=resume", "--max_minutes=10")
+    assert more.returncode == 0, more.stderr
+    assert stored(tmp_path / "run")["step"] > most_steps            # a new schedule was asked for
 
 
-def test_a_run_that_ends_before_its_time_never_takes_longer_than_it(start, few_shapes, paced, tmp_path, monkeypatch):
+def test_a_run_that_ends_before_its_time_is_fitted_to_a_slow_machine(start, few_shapes, paced, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "MOST_EPOCHS", {1: 0.2})
-    paced.seconds_of_step = lambda step: 100            # ten times as long as in the trial
+    paced.seconds_of_step = lambda step: 60             # six times as long as in the trial
+    began = paced.now
     done = start("run", **PLANNED, max_minutes=10)
     assert done.returncode == 0, done.stderr
+    assert 540 <= paced.now - began <= 630
     content = stored(tmp_path / "run")
-    assert 3 <= content["step"] <= 7 < content["config"]["max_iters"]
+    assert 5 <= content["step"] < content["config"]["max_iters"]
+    last_factor = train.lr_factor(content["step"] - 1, Config(**content["config"]), content["plan"]["breakpoints"])
+    assert last_factor < 0.3                            # it has cooled down
 
 
 def test_minutes_that_only_limit_a_run_do_so_after_a_resume(start, paced, tmp_path):
