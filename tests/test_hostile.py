@@ -346,8 +346,8 @@ def test_sampling_opens_no_path_that_a_checkpoint_names(home, tmp_path):
     target, seen = tmp_path / "target", []
     target.write_text("the")
     needed = {f".tokenizer.{key}" for key in ("kind", "ranks", "pattern")} | {f".config.{name}" for name in (
-        "sampling", "positions", "rope_scaling", "norm", "mlp", "qkv_bias", "init", "optimizer", "ngram_optimizer", "schedule", "dtype",
-        "compile", "backend", "breakpoints")} | {".plan.dtype", ".plan.device"}
+        "sampling", "positions", "rope_scaling", "norm", "mlp", "qkv_bias", "init", "optimizer", "ngram_optimizer",
+        "schedule", "dtype", "compile", "backend", "breakpoints")} | {".plan.dtype", ".plan.device"}
     for prefix in ("", "FILE:"):
         good = torch.load(home / "bpe" / "last.pt")
         torch.save(named(good, f"{prefix}{target}"), tmp_path / "ckpt.pt")
