@@ -1378,6 +1378,8 @@ def without_effect(cfg: Config) -> dict:
     names = set()
     if cfg.ngrams < 2 or cfg.optimizer != "muon":
         names |= {"ngram_decay", "ngram_lr"}
+    if cfg.ngram_optimizer != "rowadam":
+        names.add("ngram_lr")
     if cfg.optimizer != "muon":
         names |= set(planning.RATES) - {"learning_rate"}
     return {name: getattr(cfg, name) for name in names}
@@ -1553,10 +1555,10 @@ def decide_length(run: Run, report: Report, seconds_per_step: float):
     if run.cfg.max_minutes and not run.plan.breakpoints:
         # The estimate may be far off on a machine that is busy with other programs.
         if seconds_left <= 0 or seconds_per_step > 3 * seconds_left:
+            smaller = ", a smaller --batch_size or a smaller model" if seconds_left > 0 else ""
             raise UserError(
                 f"max_minutes={run.cfg.max_minutes:g} leaves {max(0, seconds_left):.1f} s for training after the "
-                f"start, and a step takes about {brief_seconds(seconds_per_step)}: give more minutes, a smaller "
-                "--batch_size or a smaller model")
+                f"start, and a step takes about {brief_seconds(seconds_per_step)}: give more minutes{smaller}")
         # The optimizer, evaluations and saves take the rest. The first fit must come before the end.
         steps = max(StepFitter.WARM_UP + StepFitter.STEPS_MEASURED + 1,
                     int(0.7 * seconds_left / max(1e-3, seconds_per_step)))

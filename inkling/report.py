@@ -618,7 +618,7 @@ class Report:
         run = self.run
         state = run.state
         seconds = run.stopwatch.seconds()
-        if run.first_step == state.step == run.plan.max_iters:
+        if run.first_step == state.step >= run.plan.max_iters:
             self.label("note", "nothing was left to do: a larger --max_iters trains longer")
         self.label("done", f"{state.step:,} steps{self.cut_short()} in {duration(seconds)} of training; "
                            f"best val loss {state.best_val_loss:.4f} at step {state.best_step}")
@@ -689,7 +689,7 @@ class Report:
     def cut_short(self) -> str:
         """Of how many steps, if patience ended the run before all of them."""
         max_iters = self.run.plan.max_iters
-        if self.run.state.step == max_iters:
+        if self.run.state.step >= max_iters:
             return ""
         reason = f"patience={self.run.cfg.patience}"
         return f" of {max_iters:,} ({reason})"

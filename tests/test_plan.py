@@ -330,6 +330,16 @@ def test_what_has_no_effect_is_not_planned(start, few_shapes, paced):
     assert "expect " not in done.stdout                 # what is known of planned models holds for no other
 
 
+@pytest.mark.parametrize("without", [dict(ngrams=0), dict(ngram_optimizer="adamw"), dict(optimizer="adamw")])
+def test_a_rate_without_effect_is_not_planned_from_a_checkpoint(start, tmp_path, paced, without):
+    assert start("first", max_iters=1, **without).returncode == 0
+    done = start("run", init_from=tmp_path / "first", max_minutes=2, **PLANNED | without, dry_run=True)
+    assert done.returncode == 0, done.stderr
+    names = {word.partition("=")[0] for word in planned_words(done.stdout)}
+    assert "--learning_rate" in names
+    assert "--ngram_lr" not in names
+
+
 def test_a_loss_that_is_not_finite_in_a_trial_is_one_line(start, few_shapes, paced):
     done = start("run", **PLANNED, optimizer="adamw", learning_rate=2e9, max_minutes=2)
     assert done.returncode == 3

@@ -512,6 +512,12 @@ def test_a_finished_run_that_is_resumed_has_nothing_to_do(make_run, tmp_path, ca
     assert "nothing was left to do" not in finished(run, tmp_path, capsys)
 
 
+def test_a_finished_run_that_is_resumed_to_fewer_steps_has_nothing_to_do(make_run, tmp_path, capsys):
+    said = finished(make_run(state=DONE, max_iters=3), tmp_path, capsys)
+    assert "note     nothing was left to do: a larger --max_iters" in said
+    assert "done     6 steps in" in said
+
+
 def test_what_could_not_be_saved_is_said_at_the_end(make_run, tmp_path, capsys):
     problems = {"ckpt.pt": "", "last.pt": "could not write last.pt: No space left on device"}
     out = finished(make_run(state=DONE), tmp_path, capsys, unsaved=problems)
