@@ -101,7 +101,7 @@ def test_n_beyond_the_split_covers_it_once(evaluate):
 
 def test_it_uses_no_dropout(start, tmp_path, checkpoint):
     """Twice the same weights, twice the same loss, although dropout would take half of them away."""
-    rates = dict(learning_rate=0, embed_lr=0, head_lr=0, scalar_lr=0)
+    rates = dict(learning_rate=0, embed_lr=0, ngram_lr=0, head_lr=0, scalar_lr=0)
     assert start("run", init_from=checkpoint, max_iters=1, eval_interval=1, dropout=0.5, **rates).returncode == 0
     before, after = (row["val_loss"] for row in log_rows(tmp_path / "run") if row["val_loss"])
     assert before == after
