@@ -54,6 +54,14 @@ def test_the_chinese_page_translates_the_comments():
             assert re.search(r"[\u4e00-\u9fff]", comment) or comment == "(1, T)"
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_the_rows_of_a_table_have_as_many_cells_as_its_head(name):
+    for lines in re.findall(r"(?:^\|.*\n)+", prose(name) + "\n", re.M):
+        rows = re.sub(r"`[^`\n]*`|\\\|", "", lines).splitlines()
+        assert {row.count("|") for row in rows} == {rows[0].count("|")}, lines
+        assert all(row.endswith("|") for row in rows), lines
+
+
 @pytest.mark.parametrize(("name", "time"), [("README.md", "seconds|minute|hour"), ("README.zh.md", "秒|分钟|小时")])
 def test_every_command_that_trains_says_how_long_it_takes(name, time):
     """The quick start says it in the paragraph below it, torchrun depends on the machines."""
