@@ -48,6 +48,7 @@ from inkling.checkpoint import (
     restore_optimizers,
 )
 from inkling.cli import (
+    AutoOrNonNegativeFloat,
     AutoOrNonNegativeInt,
     AutoOrPositiveInt,
     FilePath,
@@ -192,7 +193,8 @@ class Config(ModelConfig):
     learning_rate: NonNegativeFloat = 0.02  # with muon: the rate of the blocks' matrices; with adamw: of everything
     embed_lr: NonNegativeFloat = 0.1    # with muon: AdamW's learning rate for the embeddings
     ngram_lr: NonNegativeFloat = 0.05   # with muon: RowAdam's learning rate for the n-gram vectors
-    ngram_decay: NonNegativeFloat = 3.0  # with muon: weight decay of the n-gram vectors; raise for small texts
+    ngram_decay: AutoOrNonNegativeFloat = "auto"  # with muon: weight decay of the n-gram vectors; auto: the more, the
+                                        # shorter the text, so that they forget it between two readings
     head_lr: NonNegativeFloat = 0.008   # with muon: AdamW's learning rate for the output layer
     scalar_lr: NonNegativeFloat = 0.02  # with muon: AdamW's learning rate for gains, biases and mixing weights
     weight_decay: NonNegativeFloat = 0.4  # of the blocks' matrices (muon) or of all matrices (adamw); a step shrinks
@@ -265,6 +267,8 @@ MODEL_FIELDS = {model_field.name for model_field in fields(ModelConfig)}
 SAY_HOW_LONG = MODEL_FIELDS | {"max_iters", "max_epochs", "max_minutes", "breakpoints", "lr_decay_iters"}
 SECONDS_OF_A_TRIAL = 1.0                # in which the trial steps of one model begin, unless three take longer
 TRIALS_OF_THE_TIME = 0.2                # share of a run's time after which its plan tries no model more
+NGRAM_FORGETTING = 12.5                 # see choose_ngram_decay; measured on five texts (bench/RESULTS.md), as is
+LEAST_FORGETTING = 0.05                 # the share of a vector that a step takes at least
 MINUTES_UNLESS_SAID = 10.0              # of a run on a text of the user's own; see give_length
 STARTS = ("scratch", "resume", "auto", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")    # init_from without a file
 FIXED_FIELDS = MODEL_FIELDS | {"dataset", "optimizer", "ngram_optimizer"}   # what a resumed run cannot change
@@ -1173,8 +1177,11 @@ class Plan:
     sequences: int                      # of a step, for this process
     micro_batches: int                  # of a step, for this process
     evaluations: dict                   # see inkling/evaluation.py; empty: not known yet
+    ngram_decay: float                  # weight decay of the n-gram vectors
     fit_to_time: bool = False           # max_minutes decides the number of steps; else it can only end the run earlier
     most_steps: int = 0                 # with fit_to_time: that number is at most this; 0: any
+    expected: list = field(default_factory=list)    # the least and the most bits per byte of val at the end; empty:
+                                        # not known
 
     @property
     def max_iters(self) -> int | None:
@@ -1281,6 +1288,8 @@ def start(cfg: Config, origin: Origin | None = None) -> Run:
     run = build_run(cfg, origin, ranks, device, folder)
     run.choice = choice
     run.given = given
+    if choice.expected:
+        run.plan.expected = list(choice.expected)
     return run
 
 
@@ -1302,7 +1311,8 @@ def build_run(cfg: Config, origin: Origin, ranks: Ranks, device: str, folder: Pa
     model = ranks.fully_shard(model.train()) if cfg.shard else model.train().to(device)
     if device_type(device) == "cpu":
         cpu.accelerate(model)
-    optimizers = make_optimizers(model, cfg, device, plan.dtype, map_stacked=ranks.map_stacked)
+    decided = replace(cfg, ngram_decay=plan.ngram_decay)
+    optimizers = make_optimizers(model, decided, device, plan.dtype, map_stacked=ranks.map_stacked)
     scaler = torch.amp.GradScaler(device_type(device), enabled=plan.dtype == "float16")
     state = State()
     seconds = 0.0
@@ -1332,7 +1342,7 @@ def choose_settings(cfg: Config, origin: Origin, ranks: Ranks, device: str, fold
     if origin.checkpoint:
         return planning.choose_for_checkpoint(given, {name: getattr(cfg, name) for name in planning.RATES})
     text = planning.Text.of(read_meta(folder))
-    if given.keys() & {*MODEL_FIELDS, *planning.SETTINGS, "optimizer"}:
+    if given.keys() & {*MODEL_FIELDS, *planning.SETTINGS, "optimizer", "ngram_decay"}:
         text = replace(text, ngram_bits=0.0)        # what to expect is known of planned models only
     seconds_left = ranks.broadcast(origin.deadline.seconds_left() if origin.deadline else 60 * cfg.max_minutes)
     may_compile = cfg.compile in (True, "auto") and not compiler_missing(device)
@@ -1377,7 +1387,7 @@ def without_effect(cfg: Config) -> dict:
     """Return the settings that a plan could choose, but that have no effect with the others, as they are."""
     names = set()
     if cfg.ngrams < 2 or cfg.optimizer != "muon":
-        names |= {"ngram_decay", "ngram_lr"}
+        names.add("ngram_lr")
     if cfg.ngram_optimizer != "rowadam":
         names.add("ngram_lr")
     if cfg.optimizer != "muon":
@@ -1450,10 +1460,35 @@ def make_plan(cfg: Config, ranks: Ranks, device: str, tokens: int, origin: Origi
     dtype = choose_dtype(device, stored.get("dtype", cfg.dtype))
     if cfg.shard and dtype == "float16":    # which a sharded run does not support
         dtype = "float32"
-    return Plan(device, ranks.broadcast(dtype), stored.get("compile", cfg.compile),
-                choose_breakpoints(cfg, tokens, origin), sequences, micro_batches,
-                origin.stored_plan.get("evaluations", {}), origin.fit_to_time,
-                origin.stored_plan.get("most_steps", origin.most_steps))
+    return Plan(
+        device=device,
+        dtype=ranks.broadcast(dtype),
+        compile=stored.get("compile", cfg.compile),
+        breakpoints=choose_breakpoints(cfg, tokens, origin),
+        sequences=sequences,
+        micro_batches=micro_batches,
+        evaluations=origin.stored_plan.get("evaluations", {}),
+        ngram_decay=choose_ngram_decay(cfg, tokens, origin),
+        fit_to_time=origin.fit_to_time,
+        most_steps=origin.stored_plan.get("most_steps", origin.most_steps),
+        expected=origin.stored_plan.get("expected", []))
+
+
+def choose_ngram_decay(cfg: Config, tokens: int, origin: Origin) -> float:
+    """Return the weight decay of the n-gram vectors, for a train split of so many tokens. A vector of a rare n-gram
+    that still holds what followed it when a step reads the same place again makes the loss look solved, and nothing
+    else learns there. With auto, the steps of one epoch shrink what is not read in them to e^-NGRAM_FORGETTING; in a
+    long text that would be too slow, and a step takes at least LEAST_FORGETTING."""
+    if cfg.ngram_decay != "auto":
+        return cfg.ngram_decay
+    if "ngram_decay" in origin.stored_plan:
+        return origin.stored_plan["ngram_decay"]
+    rate = cfg.ngram_lr if cfg.ngram_optimizer == "rowadam" else cfg.embed_lr
+    if not rate:
+        return 0.0
+    steps_per_epoch = tokens / (cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size)
+    shrinks_by = max(LEAST_FORGETTING, 1 - math.exp(-NGRAM_FORGETTING / steps_per_epoch))  # a step at the full rate
+    return float(f"{shrinks_by / rate:.2g}")
 
 
 def choose_breakpoints(cfg: Config, tokens: int, origin: Origin) -> list:
@@ -2132,9 +2167,9 @@ def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
     cli.print_changes(changed)
     cli.print_overruled(values, parsed, values.keys() - {"init_from", "out_dir"}, FIXED_FIELDS, last)
     cfg = Config(**values)
-    decided_anew = parsed.typed & {"dtype", "compile"}
+    decided_anew = parsed.typed & {"dtype", "compile", "ngram_decay"}
     if parsed.typed & {"max_iters", "max_epochs", "breakpoints"}:
-        decided_anew.add("breakpoints")
+        decided_anew |= {"breakpoints", "expected"}
     fit_to_time = cfg.max_minutes > 0 and not parsed.typed & {"max_iters", "max_epochs"}
     if "max_minutes" not in parsed.typed:
         fit_to_time = fit_to_time and content["plan"].get("fit_to_time", True)
@@ -2143,7 +2178,7 @@ def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
         seconds_used = 0.0
         ends = [end for _, end in content["plan"].get("breakpoints", [])]
         if ends and content["step"] >= ends[-1]:            # it was finished: a new schedule
-            decided_anew |= {"breakpoints", "most_steps"}
+            decided_anew |= {"breakpoints", "most_steps", "expected"}
     evaluations = content["plan"].get("evaluations")
     if "eval_iters" in changed:
         decided_anew.add("evaluations")

@@ -30,7 +30,8 @@ RESUME_ENTRIES = {"evaluated": int | None, "best_step": int, "best_val_loss": fl
 LATER_ENTRIES = {"tokens": int, "threads": int, "text": str, "lost": str, "plan": dict,
                  "start": str, "pause": float, "clock_seconds": float}
 PLAN_ENTRIES = {"device": str, "dtype": str, "compile": bool | str, "sequences": int, "micro_batches": int}
-LATER_PLAN_ENTRIES = {"breakpoints": list, "evaluations": dict, "fit_to_time": bool, "most_steps": int}
+LATER_PLAN_ENTRIES = {"breakpoints": list, "evaluations": dict, "fit_to_time": bool, "most_steps": int,
+                      "ngram_decay": float, "expected": list}
 PLAN_CHOICES = {"dtype": ("float32", "bfloat16", "float16"), "compile": (True, False, "auto")}
 
 
@@ -313,11 +314,20 @@ def wrong_in_plan(plan: dict) -> list:
         wrong.append("breakpoints")
     if plan.get("evaluations") and not are_evaluations(plan["evaluations"]):
         wrong.append("evaluations")
+    if not 0 <= plan.get("ngram_decay", 0.0) <= 2**31:
+        wrong.append("ngram_decay")
+    if not are_bits(plan.get("expected", [])):
+        wrong.append("expected")
     try:
         torch.device(plan["device"])
     except RuntimeError:
         wrong.append("device")
     return wrong
+
+
+def are_bits(value: list) -> bool:
+    """Whether it is [] or [least, most]."""
+    return not value or (len(value) == 2 and all(isinstance(bits, float) and math.isfinite(bits) for bits in value))
 
 
 def are_breakpoints(value: list) -> bool:

@@ -116,6 +116,7 @@ PositiveInt = Annotated[int, at_least(1).at_most(2**31)]
 NonNegativeInt = Annotated[int, at_least(0).at_most(2**31)]
 AutoOrPositiveInt = Annotated[Literal["auto"] | int, AutoOr(at_least(1).at_most(2**31))]
 AutoOrNonNegativeInt = Annotated[Literal["auto"] | int, AutoOr(at_least(0).at_most(2**31))]
+AutoOrNonNegativeFloat = Annotated[Literal["auto"] | float, AutoOr(at_least(0).at_most(2**31))]
 PositiveFloat = Annotated[float, above(0).at_most(2**31)]
 NonNegativeFloat = Annotated[float, at_least(0).at_most(2**31)]
 Fraction = Annotated[float, at_least(0).at_most(1)]
@@ -260,24 +261,34 @@ def expected(kind) -> str:
     """What a value of this type looks like, in words."""
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(kind))
-    if is_union(kind):
-        return "auto or a whole number"
+    if is_auto_or_number(kind):
+        return f"auto or {expected(number_of(kind))}"
     words = {bool: "True or False", int: "a whole number", float: "a number", FilePath: "path"}
     return words.get(kind, "text")
 
 
-def is_union(kind) -> bool:
+def is_auto_or_number(kind) -> bool:
+    """Whether it is Literal["auto"] | int or | float."""
     return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def number_of(kind) -> type:
+    """The int or float in Literal["auto"] | int or | float."""
+    _, number = typing.get_args(kind)
+    return number
 
 
 def convert(value, kind):
     """Read `value`, a flag's text or an object from a config file, as `kind`. Raises BadValue."""
     if typing.get_origin(kind) is typing.Literal:
         return convert_choice(value, kind)
-    if is_union(kind):                  # Literal["auto"] | int
+    if is_auto_or_number(kind):
         if isinstance(value, str) and value.strip().lower() == "auto":
             return "auto"
-        return convert_number(value, int)
+        try:
+            return convert_number(value, number_of(kind))
+        except BadValue as problem:
+            raise BadValue(f"auto or {problem}")
     if kind is bool:
         return convert_bool(value)
     if kind in (int, float):

@@ -51,8 +51,7 @@ FEWEST_STEPS_OF_AN_EPOCH = 4            # and so many to an epoch
 ROUNDED_UP = 1.2                        # how much larger than wanted a batch may be, to be one of BATCH_SIZES
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 MOST_AT_ONCE = 64                       # sequences of a micro-batch
-NGRAM_DECAY = {250_000: 3.0, 1_000_000: 1.0}    # by the tokens of the text; between them by the logarithm
-DROPOUT = {2.5: 0.0, 5: 0.1}            # by how often a run reads each of them, in the same way
+DROPOUT = {2.5: 0.0, 5: 0.1}            # by how often a run reads each token; between them by the logarithm
 MOST_EPOCHS = {55: 5, 3800: 12}         # by how often an entry of the vocabulary occurs, on average, in the same way:
                                         # a run ends then, as reading a text more often memorizes it
 # What a planned model reaches, as a share of the bits per byte of the set's n-gram model, by how often it reads each
@@ -76,8 +75,8 @@ RATES = ("learning_rate", "embed_lr", "ngram_lr", "head_lr", "scalar_lr")
 SHAPE_SETTINGS = {"n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "ffn_dim"}    # one of them says: my own shape
 BATCH_SETTINGS = {"batch_size", "gradient_accumulation_steps"}                          # and one of these: my own batch
 # All that a plan may choose, if the user has not.
-SETTINGS = ("n_layer", "n_embd", "n_head", "block_size", "batch_size", "gradient_accumulation_steps", "ngram_decay",
-            "dropout", *RATES)
+SETTINGS = ("n_layer", "n_embd", "n_head", "block_size", "batch_size", "gradient_accumulation_steps", "dropout",
+            *RATES)
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def choose(text: Text, seconds: float, memory: int, given: dict, seconds_per_ste
     seconds: of training. memory: bytes that are free; 0: not known. given: the settings that are not to be chosen,
     with their values. seconds_per_step(settings): how long a step takes with these. processes: that share a step."""
     own_batch = {name: given[name] for name in BATCH_SETTINGS & given.keys()}
-    if given.keys() & SHAPE_SETTINGS and own_batch and given.keys() >= {"ngram_decay", "dropout"}:
+    if given.keys() & SHAPE_SETTINGS and own_batch and "dropout" in given:
         return Choice({})               # the pace would decide nothing
     block_size = given.get("block_size", choose_block_size(text))
 
@@ -235,8 +234,7 @@ def tokens_per_step(settings: dict) -> int:
 
 def choose_regularization(text: Text, tokens: float) -> dict:
     """What keeps a model that reads so many tokens from memorizing the text."""
-    return {"ngram_decay": round(by_count(NGRAM_DECAY, text.train_tokens), 1),
-            "dropout": round(by_count(DROPOUT, tokens / text.train_tokens), 2)}
+    return {"dropout": round(by_count(DROPOUT, tokens / text.train_tokens), 2)}
 
 
 def by_count(table: dict, count: float) -> float:
@@ -281,4 +279,4 @@ def describe_batch(batch: dict, block_size: int, steps: int, ends_early: bool) -
 
 def describe_epochs(text: Text, tokens: float) -> str:
     return (f"text     {short(text.train_tokens)} tokens, each read {tokens / text.train_tokens:.1f} times: more often "
-            "means more dropout, and a shorter text more ngram_decay, against memorizing it")
+            "means more dropout, against memorizing it")

@@ -312,7 +312,7 @@ class Report:
                 f"{counted(cfg.n_head, 'head')}, {cfg.n_embd} wide, context {cfg.block_size}")
         if ngrams:
             text += (f"; {short(ngrams)} of them are n-gram vectors, a table looked up by the last 2 to {cfg.ngrams} "
-                     "tokens")
+                     f"tokens, with ngram_decay={self.run.plan.ngram_decay:g}")
         return text
 
     def describe_steps(self) -> str:
@@ -641,9 +641,9 @@ class Report:
 
     def compare_with_expectation(self, bits: float) -> str:
         """What to add about the bits per byte that the plan expected, if there was one."""
-        if not (self.run.choice and self.run.choice.expected):
+        if not self.run.plan.expected:
             return ""
-        least, most = self.run.choice.expected
+        least, most = self.run.plan.expected
         place = "within"
         if bits < least:
             place = "below"

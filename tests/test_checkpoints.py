@@ -649,6 +649,20 @@ def test_other_optimizer_settings_are_used_on_resume(start, stopped):
     assert [group["beta2"] for group in row_adam] == [0.875]
 
 
+def test_the_decay_of_the_ngrams_stays_as_it_was_decided_unless_it_is_typed(start, stopped):
+    def decay() -> float:
+        *_, row_adam = torch.load(stopped / "last.pt")["optimizers"]
+        return row_adam["param_groups"][0]["weight_decay"]
+
+    decided = decay()
+    assert start("run", init_from="resume", batch_size=8).returncode == 0
+    assert decay() == decided
+    assert start("run", init_from="resume", max_iters=8, batch_size=8, ngram_decay="auto").returncode == 0
+    assert decay() == pytest.approx(2 * decided, rel=0.1)
+    assert start("run", init_from="resume", max_iters=9, ngram_decay=0.5).returncode == 0
+    assert decay() == 0.5
+
+
 def test_a_config_file_changes_nothing_that_is_stored(stopped, unbroken, tmp_path):
     (tmp_path / "other.py").write_text("seed = 5\nn_layer = 3\nlearning_rate = 9.0\n")
     assert train.main(["other.py", "--init_from=resume", "--out_dir=run"]) == 0

@@ -309,8 +309,8 @@ def hostile(good: dict, tokens: str):
                   ("optimizers", 1, "state", 0, "average"), ("plan",), ("plan", "breakpoints"),
                   ("plan", "evaluations"), ("plan", "dtype"),
                   ("plan", "compile"), ("plan", "device"), ("plan", "sequences"), ("plan", "fit_to_time"),
-                  ("plan", "most_steps"), ("optimizers", 2), ("optimizers", 2, "state", 0, "mean_square"),
-                  ("optimizers", 2, "state", 0, "steps")]:
+                  ("plan", "most_steps"), ("plan", "ngram_decay"), ("plan", "expected"), ("optimizers", 2),
+                  ("optimizers", 2, "state", 0, "mean_square"), ("optimizers", 2, "state", 0, "steps")]:
         for value in (None, -1, 2**62, float("nan"), "\x1b[2J", nested(50), {}, torch.zeros(3), "missing"):
             yield (place, value), changed(good, place, value)
     for what, change in TENSORS.items():
@@ -347,7 +347,7 @@ def test_sampling_opens_no_path_that_a_checkpoint_names(home, tmp_path):
     target.write_text("the")
     needed = {f".tokenizer.{key}" for key in ("kind", "ranks", "pattern")} | {f".config.{name}" for name in (
         "sampling", "positions", "rope_scaling", "norm", "mlp", "qkv_bias", "init", "optimizer", "ngram_optimizer",
-        "schedule", "dtype", "compile", "backend", "breakpoints")} | {".plan.dtype", ".plan.device"}
+        "ngram_decay", "schedule", "dtype", "compile", "backend", "breakpoints")} | {".plan.dtype", ".plan.device"}
     for prefix in ("", "FILE:"):
         good = torch.load(home / "bpe" / "last.pt")
         torch.save(named(good, f"{prefix}{target}"), tmp_path / "ckpt.pt")

@@ -12,11 +12,15 @@ from hypothesis import strategies as st
 
 from train import (
     GPT,
+    LEAST_FORGETTING,
+    NGRAM_FORGETTING,
     OPTIMIZERS,
     AdamW,
     Config,
     Muon,
+    Origin,
     RowAdam,
+    choose_ngram_decay,
     lr_factor,
     make_optimizers,
     orthogonalize,
@@ -216,6 +220,35 @@ def test_row_adam_equals_a_plain_loop():
             moved = w - (1 - lr * decay) * noise(rows, width, seed=99).double().numpy()
             assert np.sqrt((moved[0]**2).mean()) == pytest.approx(lr, rel=1e-5)
             assert not moved[1].any()
+
+
+@pytest.mark.parametrize(("tokens", "batch_size", "accumulation"), [
+    (200_000, 12, 1), (900_000, 24, 1), (900_000, 4, 6), (10**7, 64, 4), (18_000, 8, 1)])
+@pytest.mark.parametrize("rate", [0.01, 0.05])
+def test_ngram_vectors_are_forgotten_within_one_reading_of_the_text(tokens, batch_size, accumulation, rate):
+    cfg = Config(batch_size=batch_size, gradient_accumulation_steps=accumulation, ngram_lr=rate)
+    decay = choose_ngram_decay(cfg, tokens, Origin())
+    steps = tokens / (batch_size * accumulation * cfg.block_size)
+    left = (1 - rate * decay) ** steps
+    assert math.log(left) == pytest.approx(-NGRAM_FORGETTING, rel=0.1)
+
+
+def test_ngram_vectors_of_a_long_text_forget_within_some_steps():
+    assert Config.ngram_lr * choose_ngram_decay(Config(), 10**9, Origin()) == pytest.approx(LEAST_FORGETTING)
+
+
+def test_ngram_vectors_do_not_change_sign_when_a_step_reads_all_of_the_text():
+    cfg = Config(batch_size=64)
+    assert 0.9 < cfg.ngram_lr * choose_ngram_decay(cfg, 10_000, Origin()) <= 1
+
+
+def test_the_decay_of_ngram_vectors_is_that_which_was_given_or_stored():
+    stored = Origin(stored_plan={"ngram_decay": 0.25})
+    assert choose_ngram_decay(Config(ngram_decay=1.5), 10**6, stored) == 1.5
+    assert choose_ngram_decay(Config(), 10**6, stored) == 0.25
+    assert choose_ngram_decay(Config(ngram_lr=0.0), 10**6, Origin()) == 0
+    of_adamw = choose_ngram_decay(Config(ngram_optimizer="adamw"), 10**6, Origin())
+    assert of_adamw == choose_ngram_decay(Config(ngram_lr=Config.embed_lr), 10**6, Origin())
 
 
 def test_what_row_adam_remembers_is_one_number_a_row():

@@ -88,7 +88,7 @@ def test_every_plan_is_a_run_that_can_begin(text, minutes, flops):
 
 
 def test_what_is_given_stays():
-    for name, value in dict(block_size=100, batch_size=5, dropout=0.3, ngram_decay=9.0).items():
+    for name, value in dict(block_size=100, batch_size=5, dropout=0.3).items():
         asked = []
         choice = choose(BOOK, 200, 0, {name: value}, lambda settings, asked=asked: asked.append(settings) or 0.1)
         assert name not in choice.settings
@@ -137,9 +137,6 @@ def test_a_text_that_is_read_more_often_is_regularized_more():
     rare = plan.choose_regularization(BOOK, 0.5 * BOOK.train_tokens)
     often = plan.choose_regularization(BOOK, 50 * BOOK.train_tokens)
     assert often["dropout"] > rare["dropout"]
-    assert often["ngram_decay"] == rare["ngram_decay"]
-    short = Text(100_000, 10_000, 80)
-    assert plan.choose_regularization(short, 1e6)["ngram_decay"] > rare["ngram_decay"]
 
 
 def test_a_short_text_ends_a_long_run_before_its_time():
@@ -199,7 +196,7 @@ def test_a_run_by_the_clock_is_planned_and_can_be_repeated(start, few_shapes, pa
     assert done.returncode == 0, done.stderr
     config = stored(tmp_path / "run")["config"]
     words = planned_words(done.stdout)
-    for name in ("n_layer", "n_embd", "n_head", "batch_size", "block_size", "ngram_decay", "dropout"):
+    for name in ("n_layer", "n_embd", "n_head", "batch_size", "block_size", "dropout"):
         assert f"--{name}={config[name]}" in words
     assert (config["n_layer"], config["n_embd"], config["n_head"]) in [(1, 16, 1), (1, 32, 1), (2, 32, 1)]
 
@@ -295,6 +292,19 @@ def test_a_run_that_ends_before_its_time_is_fitted_to_a_slow_machine(start, few_
     assert last_factor < 0.3                            # it has cooled down
 
 
+def test_what_a_plan_expects_is_stored_and_forgotten_with_its_length(start, few_shapes, paced, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "expected_bits", lambda text, tokens: (1.0, 1.5))
+    done = start("run", **PLANNED | dict(ngrams=None), max_minutes=2)
+    assert "above the 1.00 to 1.50 that the plan expected" in " ".join(done.stdout.split())
+    assert stored(tmp_path / "run")["plan"]["expected"] == [1.0, 1.5]
+    steps = stored(tmp_path / "run")["step"]
+    for name, length in (("same", steps), ("longer", steps + 2)):
+        again = inside(train.main, f"--out_dir={tmp_path / 'run'}", "--init_from=resume",
+                       *([f"--max_iters={length}"] if name == "longer" else []))
+        assert again.returncode == 0, again.stderr
+        assert stored(tmp_path / "run")["plan"]["expected"] == ([] if name == "longer" else [1.0, 1.5])
+
+
 def test_minutes_that_only_limit_a_run_do_so_after_a_resume(start, paced, tmp_path):
     done = start("run", max_iters=4, max_minutes=10)
     assert done.returncode == 0, done.stderr
@@ -312,7 +322,7 @@ def test_minutes_that_only_limit_a_run_do_so_after_a_resume(start, paced, tmp_pa
 
 
 def test_a_plan_that_leaves_nothing_open_measures_nothing(start, few_shapes, paced, monkeypatch):
-    given = dict(n_layer=1, n_head=1, n_embd=16, batch_size=2, ngram_decay=1.0, dropout=0.0)
+    given = dict(n_layer=1, n_head=1, n_embd=16, batch_size=2, dropout=0.0)
     monkeypatch.setattr(train, "time_a_step", lambda *_: pytest.fail("measured"))
     assert start("run", **PLANNED | given, max_minutes=2).returncode == 0
 
@@ -326,7 +336,6 @@ def test_typed_settings_are_in_the_printed_command_even_at_their_defaults(start,
 def test_what_has_no_effect_is_not_planned(start, few_shapes, paced):
     done = start("run", **PLANNED | dict(ngrams=0), max_minutes=2, dry_run=True)
     assert done.returncode == 0, done.stderr
-    assert not [word for word in planned_words(done.stdout) if word.startswith("--ngram_decay")]
     assert "expect " not in done.stdout                 # what is known of planned models holds for no other
 
 

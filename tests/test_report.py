@@ -21,7 +21,6 @@ from conftest import ROOT, TOY, inside, one_line_error, trained
 from inkling import plots
 from inkling.cli import UserError
 from inkling.format import duration, fit_line, milliseconds, short
-from inkling.plan import Choice
 from inkling.plots import plot_comparison, plot_run, read_log
 from inkling.report import COLUMNS, LogFile, Report, check_loggers, count_parameters, evaluations_left
 from train import GPT, Config, load
@@ -53,7 +52,8 @@ def make_run(tmp_path):
         state.setdefault("tokens", 128 * state["step"])
         plan = {"device": "cpu", "dtype": "float32", "compile": False, "max_iters": cfg.max_iters,
                 "breakpoints": [[0, cfg.max_iters]], "eval_interval": cfg.eval_interval,
-                "evaluations": {"interval": cfg.eval_interval, "windows": 16, "at_the_end": 0}} | (plan or {})
+                "evaluations": {"interval": cfg.eval_interval, "windows": 16, "at_the_end": 0},
+                "expected": [], "ngram_decay": 2.5} | (plan or {})
         split = {"tokens": 1001, "bytes": 2002}
         return SimpleNamespace(
             cfg=cfg, state=SimpleNamespace(**state), plan=SimpleNamespace(**plan),
@@ -904,7 +904,7 @@ def test_an_evaluation_and_the_summary_say_where_the_model_stands(make_run, tmp_
 def test_the_summary_says_whether_the_loss_was_expected(make_run, tmp_path, capsys, expected, place):
     run = make_run(state=DONE)
     run.meta["anchors"] = ANCHORS
-    run.choice = Choice({}, expected=expected)
+    run.plan.expected = list(expected)
     run.state.best_val_loss = 2.5 / Report(run, tmp_path).bits_per_byte
     report = Report(run, tmp_path)
     report.finish(None, {})
