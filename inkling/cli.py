@@ -267,6 +267,13 @@ def expected(kind) -> str:
     return words.get(kind, "text")
 
 
+def example_of_a_flag(key: str, kind) -> str:
+    """--key=A_NUMBER, or --key=A or --key=B where these are all."""
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(f"--{key}={choice}" for choice in typing.get_args(kind))
+    return f"--{key}={expected(kind).upper().replace(' ', '_')}"
+
+
 def is_auto_or_number(kind) -> bool:
     """Whether it is Literal["auto"] | int or | float."""
     return typing.get_origin(kind) in (typing.Union, types.UnionType)
@@ -402,7 +409,7 @@ def read_flag(word: str, kinds: dict, takes: str) -> tuple:
         return name, "auto"
     if not equals:
         if needs_value(word, kinds):
-            raise UserError(f"--{key} needs a value: --{key}={expected(kinds[name]).upper().replace(' ', '_')}")
+            raise UserError(f"--{key} needs a value: {example_of_a_flag(key, kinds[name])}")
         text = "True"
     glued = re.search(r"[\u3000\xa0\uff0c\u3001\uff1b,;]+(--(\w+).*)", text)      # where no shell splits
     is_free_text = kinds[name] in (str, Texts) and text.isascii()        # where a comma may stand before dashes

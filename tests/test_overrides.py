@@ -86,7 +86,7 @@ def test_a_flag_is_read_by_the_declared_type_of_its_field(flag, value):
     ("--learning_rate=fast", "a number"), ("--learning_rate=", "a number"), ("--dropout=1,5", "a number"),
     ("--bias=maybe", "True or False"), ("--bias=2", "True or False"), ("--bias=", "True or False"),
     ("--compile=perhaps", "auto, True, False"), ("--schedule=cos", "linear, cosine, constant"),
-    ("--schedule", "LINEAR"), ("--out_dir", "--out_dir=PATH"),
+    ("--schedule", "--schedule=linear or --schedule=cosine or"), ("--out_dir", "--out_dir=PATH"),
 ])
 def test_a_value_of_another_type_is_refused_and_says_what_was_expected(flag, expected):
     one_line_error(train_with(flag), flag, expected)
