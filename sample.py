@@ -623,8 +623,11 @@ def report_score(model, tokenizer, options: Options) -> int:
         if options.score_tokens:
             adaptive["token_logprobs"] = (-losses).tolist()
         score["adaptive"] = {"rate": options.adapt, **adaptive}
+        how = f"learning from the text as it goes, rate {options.adapt:g}"
+        if len(losses) <= block_size:
+            how = "nothing learned: the text fits into one context, which is scored before it is learned from"
         if not options.json:
-            print(f"adaptive {figures_line(adaptive)} | learning from the text as it goes, rate {options.adapt:g}")
+            print(f"adaptive {figures_line(adaptive)} | {how}")
     if options.json:
         print(json.dumps(score))
     return 0

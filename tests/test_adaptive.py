@@ -106,6 +106,15 @@ def test_a_window_is_scored_before_it_is_learned_from():
     assert torch.equal(adaptive_losses(load(path)[0], changed, 4, 1e-2)[:40], adaptive[:40])
 
 
+@pytest.mark.parametrize(("text", "learns"), [(TEXT[:SIZE + 2], True), (TEXT[:SIZE + 1], False)])
+def test_a_text_of_one_context_says_that_nothing_was_learned(tmp_path, text, learns):
+    saved()
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    outcome = inside(sample.main, "--ckpt=ckpt.pt", "--score=text", "--adapt=0.01", "--device=cpu")
+    assert outcome.returncode == 0, outcome.stderr
+    assert ("nothing learned" in outcome.stdout) != learns
+
+
 def test_both_figures_are_printed_and_the_checkpoint_stays_as_it_is():
     path = saved()
     with open(path, "rb") as file:
