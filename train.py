@@ -194,7 +194,7 @@ class Config(ModelConfig):
     embed_lr: NonNegativeFloat = 0.1    # with muon: AdamW's learning rate for the embeddings
     ngram_lr: NonNegativeFloat = 0.05   # with muon: RowAdam's learning rate for the n-gram vectors
     ngram_decay: AutoOrNonNegativeFloat = "auto"  # with muon: weight decay of the n-gram vectors; auto: the more, the
-                                        # shorter the text, so that they forget it between two readings
+                                        # fewer steps read the text once, so that it is forgotten in between
     head_lr: NonNegativeFloat = 0.008   # with muon: AdamW's learning rate for the output layer
     scalar_lr: NonNegativeFloat = 0.02  # with muon: AdamW's learning rate for gains, biases and mixing weights
     weight_decay: NonNegativeFloat = 0.4  # of the blocks' matrices (muon) or of all matrices (adamw); a step shrinks
@@ -267,7 +267,7 @@ MODEL_FIELDS = {model_field.name for model_field in fields(ModelConfig)}
 SAY_HOW_LONG = MODEL_FIELDS | {"max_iters", "max_epochs", "max_minutes", "breakpoints", "lr_decay_iters"}
 SECONDS_OF_A_TRIAL = 1.0                # in which the trial steps of one model begin, unless three take longer
 TRIALS_OF_THE_TIME = 0.2                # share of a run's time after which its plan tries no model more
-NGRAM_FORGETTING = 12.5                 # see choose_ngram_decay; measured on five texts (bench/RESULTS.md), as is
+NGRAM_FORGETTING = 12.5                 # see choose_ngram_decay; both were measured on four texts (bench/RESULTS.md)
 LEAST_FORGETTING = 0.05                 # the share of a vector that a step takes at least
 MINUTES_UNLESS_SAID = 10.0              # of a run on a text of the user's own; see give_length
 STARTS = ("scratch", "resume", "auto", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")    # init_from without a file
@@ -1386,9 +1386,7 @@ def try_within(seconds: float, seconds_per_step, ranks: Ranks):
 def without_effect(cfg: Config) -> dict:
     """Return the settings that a plan could choose, but that have no effect with the others, as they are."""
     names = set()
-    if cfg.ngrams < 2 or cfg.optimizer != "muon":
-        names.add("ngram_lr")
-    if cfg.ngram_optimizer != "rowadam":
+    if cfg.ngrams < 2 or cfg.ngram_optimizer != "rowadam":
         names.add("ngram_lr")
     if cfg.optimizer != "muon":
         names |= set(planning.RATES) - {"learning_rate"}
@@ -1480,7 +1478,7 @@ def choose_ngram_decay(cfg: Config, tokens: int, origin: Origin) -> float:
     else learns there. With auto, the steps of one epoch shrink what is not read in them to e^-NGRAM_FORGETTING; in a
     long text that would be too slow, and a step takes at least LEAST_FORGETTING."""
     if cfg.ngram_decay != "auto":
-        return cfg.ngram_decay
+        return float(cfg.ngram_decay)
     if "ngram_decay" in origin.stored_plan:
         return origin.stored_plan["ngram_decay"]
     rate = cfg.ngram_lr if cfg.ngram_optimizer == "rowadam" else cfg.embed_lr
@@ -1488,7 +1486,8 @@ def choose_ngram_decay(cfg: Config, tokens: int, origin: Origin) -> float:
         return 0.0
     steps_per_epoch = tokens / (cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size)
     shrinks_by = max(LEAST_FORGETTING, 1 - math.exp(-NGRAM_FORGETTING / steps_per_epoch))  # a step at the full rate
-    return float(f"{shrinks_by / rate:.2g}")
+    rounded = float(f"{shrinks_by / rate:.2g}")
+    return min(rounded, 1 / rate, 2.0**31)      # a step does not turn a vector round
 
 
 def choose_breakpoints(cfg: Config, tokens: int, origin: Origin) -> list:
@@ -2169,7 +2168,11 @@ def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
     cfg = Config(**values)
     decided_anew = parsed.typed & {"dtype", "compile", "ngram_decay"}
     if parsed.typed & {"max_iters", "max_epochs", "breakpoints"}:
-        decided_anew |= {"breakpoints", "expected"}
+        decided_anew.add("breakpoints")
+    if changed.keys() & {"ngram_lr", "embed_lr"}:           # decay goes with the rate
+        decided_anew.add("ngram_decay")
+    if parsed.typed & {"max_iters", "max_epochs", "max_minutes", "ngram_decay", *planning.SETTINGS}:
+        decided_anew.add("expected")
     fit_to_time = cfg.max_minutes > 0 and not parsed.typed & {"max_iters", "max_epochs"}
     if "max_minutes" not in parsed.typed:
         fit_to_time = fit_to_time and content["plan"].get("fit_to_time", True)
@@ -2178,7 +2181,7 @@ def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
         seconds_used = 0.0
         ends = [end for _, end in content["plan"].get("breakpoints", [])]
         if ends and content["step"] >= ends[-1]:            # it was finished: a new schedule
-            decided_anew |= {"breakpoints", "most_steps", "expected"}
+            decided_anew |= {"breakpoints", "most_steps"}
     evaluations = content["plan"].get("evaluations")
     if "eval_iters" in changed:
         decided_anew.add("evaluations")

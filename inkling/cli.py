@@ -418,7 +418,8 @@ def read_flag(word: str, kinds: dict, takes: str) -> tuple:
     try:
         return name, convert(text, kinds[name])
     except BadValue as problem:
-        meant = number_meant(text, kinds[name] is int, name) if kinds[name] in (int, float) else ""
+        kind = number_of(kinds[name]) if is_auto_or_number(kinds[name]) else kinds[name]
+        meant = number_meant(text, kind is int, name) if kind in (int, float) else ""
         way_out = f"; write --{key}={meant}" if meant else ""
         if kinds[name] is bool and takes == "words" and text:           # --check=book
             way_out = f"; write --{key} {shlex.quote(text)}"

@@ -312,7 +312,9 @@ class Report:
                 f"{counted(cfg.n_head, 'head')}, {cfg.n_embd} wide, context {cfg.block_size}")
         if ngrams:
             text += (f"; {short(ngrams)} of them are n-gram vectors, a table looked up by the last 2 to {cfg.ngrams} "
-                     f"tokens, with ngram_decay={self.run.plan.ngram_decay:g}")
+                     "tokens")
+        if ngrams and cfg.ngram_decay == "auto" and cfg.optimizer == "muon":
+            text += f", with ngram_decay={self.run.plan.ngram_decay:g}"
         return text
 
     def describe_steps(self) -> str:

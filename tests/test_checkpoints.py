@@ -659,7 +659,9 @@ def test_the_decay_of_the_ngrams_stays_as_it_was_decided_unless_it_is_typed(star
     assert decay() == decided
     assert start("run", init_from="resume", max_iters=8, batch_size=8, ngram_decay="auto").returncode == 0
     assert decay() == pytest.approx(2 * decided, rel=0.1)
-    assert start("run", init_from="resume", max_iters=9, ngram_decay=0.5).returncode == 0
+    assert start("run", init_from="resume", max_iters=9, batch_size=8, ngram_lr=0.005).returncode == 0
+    assert decay() == pytest.approx(20 * decided, rel=0.1)
+    assert start("run", init_from="resume", max_iters=10, ngram_decay=0.5).returncode == 0
     assert decay() == 0.5
 
 

@@ -237,9 +237,17 @@ def test_ngram_vectors_of_a_long_text_forget_within_some_steps():
     assert Config.ngram_lr * choose_ngram_decay(Config(), 10**9, Origin()) == pytest.approx(LEAST_FORGETTING)
 
 
-def test_ngram_vectors_do_not_change_sign_when_a_step_reads_all_of_the_text():
-    cfg = Config(batch_size=64)
-    assert 0.9 < cfg.ngram_lr * choose_ngram_decay(cfg, 10_000, Origin()) <= 1
+@pytest.mark.parametrize("rate", [0.015, 0.05, 0.06, 1.0])
+def test_ngram_vectors_do_not_change_sign_when_a_step_reads_all_of_the_text(rate):
+    cfg = Config(batch_size=64, ngram_lr=rate)
+    assert 0.9 < rate * choose_ngram_decay(cfg, 10_000, Origin()) <= 1
+
+
+def test_the_decay_of_ngram_vectors_is_what_a_checkpoint_may_hold():
+    for cfg in (Config(ngram_decay=1), Config(ngram_lr=1e-11), Config(ngram_lr=1e-320)):
+        decay = choose_ngram_decay(cfg, 10**6, Origin())
+        assert isinstance(decay, float)
+        assert decay <= 2**31
 
 
 def test_the_decay_of_ngram_vectors_is_that_which_was_given_or_stored():

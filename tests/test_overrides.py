@@ -81,7 +81,8 @@ def test_a_flag_is_read_by_the_declared_type_of_its_field(flag, value):
 
 @pytest.mark.parametrize(("flag", "expected"), [
     ("--n_layer=six", "a whole number"), ("--n_layer=1.5", "a whole number"), ("--n_layer=", "whole number"),
-    ("--ngram_decay=much", "auto or a number"), ("--eval_iters=few", "auto or a whole number"),
+    ("--ngram_decay=much", "auto or a number"), ("--ngram_decay=1,5", "write --ngram_decay=1.5"),
+    ("--eval_iters=few", "auto or a whole number"),
     ("--n_layer=True", "a whole number"), ("--n_layer=2*3", "a whole number"), ("--n_layer", "--n_layer="),
     ("--learning_rate=fast", "a number"), ("--learning_rate=", "a number"), ("--dropout=1,5", "a number"),
     ("--bias=maybe", "True or False"), ("--bias=2", "True or False"), ("--bias=", "True or False"),

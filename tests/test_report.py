@@ -170,6 +170,13 @@ def test_a_logger_that_fails_logs_no_more_and_ends_nothing(start, monkeypatch, l
     assert "warning  Unreliable" in done.stdout
     assert calls is None or Unreliable.calls == calls
 
+@pytest.mark.parametrize(("settings", "said"), [
+    ({}, True), (dict(ngram_decay=1.0), False), (dict(optimizer="adamw"), False), (dict(ngrams=0), False)])
+def test_the_banner_says_what_decay_was_chosen(make_run, tmp_path, capsys, settings, said):
+    Report(make_run(**settings), tmp_path).banner()
+    assert ("with ngram_decay=2.5" in " ".join(capsys.readouterr().out.split())) == said
+
+
 
 # -- the banner ---------------------------------------------------------------------------------------
 
