@@ -397,3 +397,19 @@ def test_random_sets_fit_the_programs(common, tmp_path):
     assert stored_tokenizer(folder, meta).vocab_size == 300
     assert len(data["train"]) == 5000
     assert len(np.unique(data["train"])) == 300
+
+
+def test_the_runs_of_the_plan_are_measured_once_and_fitted(load, data_dir, tmp_path, monkeypatch):
+    module = load("plan")
+    trials = [module.Trial("toy", 0.05, n_layer=1, n_embd=width, n_head=1, batch_size=2, dropout=0.0, block_size=32)
+              for width in (16, 32)]
+    monkeypatch.setattr(module, "CSV", tmp_path / "plan.csv")
+    monkeypatch.setattr(module, "trials_of", lambda text, seconds: trials)
+    words = ["measure", "--texts=toy", f"--data_dir={data_dir}", "--minutes=1", "--side_by_side=2"]
+    run_script(module, *words)
+    rows = module.read_rows()
+    assert {module.trial_of(row) for row in rows} == {*trials}
+    assert all(int(row["steps"]) > 0 and 1 < float(row["bits_per_byte"]) < 7 for row in rows)
+    run_script(module, *words)
+    assert module.read_rows() == rows
+    assert "| toy | 0.05 | 2 |" in run_script(module, "fit")
