@@ -1481,9 +1481,12 @@ def choose_ngram_decay(cfg: Config, tokens: int, origin: Origin) -> float:
         return float(cfg.ngram_decay)
     if "ngram_decay" in origin.stored_plan:
         return origin.stored_plan["ngram_decay"]
-    rate = cfg.ngram_lr if cfg.ngram_optimizer == "rowadam" else cfg.embed_lr
+    name = "ngram_lr" if cfg.ngram_optimizer == "rowadam" else "embed_lr"
+    rate = getattr(cfg, name)
     if not rate:
         return 0.0
+    if origin.checkpoint and not origin.resuming:           # at a lower rate, trained vectors are forgotten more slowly
+        rate = max(rate, getattr(Config, name))
     steps_per_epoch = tokens / (cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size)
     shrinks_by = max(LEAST_FORGETTING, 1 - math.exp(-NGRAM_FORGETTING / steps_per_epoch))  # a step at the full rate
     rounded = float(f"{shrinks_by / rate:.2g}")

@@ -69,7 +69,7 @@ BYTES_PER_PARAMETER = 16                # weights, gradients and AdamW's two ave
 BYTES_PER_TABLE_NUMBER = 12             # weights, gradients and a copy of them, as RowAdam keeps next to nothing
 BYTES_PER_ACTIVATION = 160              # of a token, for each layer and each dimension of its width
 MEMORY_SHARE = 0.5                      # of what is free, that a run may take by this estimate
-CHECKPOINT_RATES = 0.3                  # times the usual rates, for weights that are trained already
+CHECKPOINT_RATES = 0.5                  # times the usual rates, for weights that are trained already
 
 RATES = ("learning_rate", "embed_lr", "ngram_lr", "head_lr", "scalar_lr")
 SHAPE_SETTINGS = {"n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "ffn_dim"}    # one of them says: my own shape

@@ -255,6 +255,8 @@ def test_the_decay_of_ngram_vectors_is_that_which_was_given_or_stored():
     assert choose_ngram_decay(Config(ngram_decay=1.5), 10**6, stored) == 1.5
     assert choose_ngram_decay(Config(), 10**6, stored) == 0.25
     assert choose_ngram_decay(Config(ngram_lr=0.0), 10**6, Origin()) == 0
+    trained = Origin(checkpoint={"model": {}})
+    assert choose_ngram_decay(Config(ngram_lr=0.01), 10**6, trained) == choose_ngram_decay(Config(), 10**6, Origin())
     of_adamw = choose_ngram_decay(Config(ngram_optimizer="adamw"), 10**6, Origin())
     assert of_adamw == choose_ngram_decay(Config(ngram_lr=Config.embed_lr), 10**6, Origin())
 
