@@ -16,7 +16,6 @@ off that table by hand.
 """
 
 import csv
-import itertools
 import json
 import math
 import subprocess
@@ -68,17 +67,13 @@ COLUMNS = [column.name for column in fields(Trial)] + ["seconds_per_step", "step
 
 
 def trials_of(text: str, seconds: float) -> list:
-    """The runs of a text: shapes and batches first, then the shape in the middle with dropout."""
+    """The runs of a text: three shapes, and of the one in the middle two batches, with dropout and without."""
     of_a_minute = seconds < 90
-    rungs = (1, 2, 3) if of_a_minute else (2, 3, 4)
-    trials = []
-    for rung, batch_size in itertools.product(rungs, (24, 48)):
-        shape = plan.SHAPES[rung]
-        trials.append(Trial(text, seconds, shape.n_layer, shape.n_embd, shape.n_head, batch_size, 0.0))
-    middle = plan.SHAPES[rungs[1]]
-    for batch_size in (24, 48):
-        trials.append(Trial(text, seconds, middle.n_layer, middle.n_embd, middle.n_head, batch_size, 0.1))
-    return trials
+    small, middle, large = plan.SHAPES[1:4] if of_a_minute else plan.SHAPES[2:5]
+    tried = [(small, 24, 0.0), (middle, 24, 0.0), (middle, 48, 0.0), (middle, 24, 0.1), (middle, 48, 0.1),
+             (large, 24, 0.0)]
+    return [Trial(text, seconds, shape.n_layer, shape.n_embd, shape.n_head, batch_size, dropout)
+            for shape, batch_size, dropout in tried]
 
 
 # -- measuring ------------------------------------------------------------------------------------
