@@ -1384,12 +1384,14 @@ def try_within(seconds: float, seconds_per_step, ranks: Ranks):
 
 
 def without_effect(cfg: Config) -> dict:
-    """Return the settings that a plan could choose, but that have no effect with the others, as they are."""
+    """Return the settings that a plan could choose, but that have no effect with the others, or another one, as they
+    are."""
     names = set()
     if cfg.ngrams < 2 or cfg.ngram_optimizer != "rowadam":
         names.add("ngram_lr")
     if cfg.optimizer != "muon":
         names |= set(planning.RATES) - {"learning_rate"}
+        names.add("weight_decay")       # of all matrices, at another rate
     return {name: getattr(cfg, name) for name in names}
 
 

@@ -52,6 +52,7 @@ ROUNDED_UP = 1.2                        # how much larger than wanted a batch ma
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 MOST_AT_ONCE = 64                       # sequences of a micro-batch
 DROPOUT = {2.5: 0.0, 5: 0.1}            # by how often a run reads each token; between them by the logarithm
+WEIGHT_DECAY = {2.5: 0.4, 8: 1.2}       # in the same way; of Muon, for the blocks' matrices
 MOST_EPOCHS = {55: 5, 3800: 12}         # by how often an entry of the vocabulary occurs, on average, in the same way:
                                         # a run ends then, as reading a text more often memorizes it
 # What a planned model reaches, as a share of the bits per byte of the set's n-gram model, by how often it reads each
@@ -76,7 +77,7 @@ SHAPE_SETTINGS = {"n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "ffn_d
 BATCH_SETTINGS = {"batch_size", "gradient_accumulation_steps"}                          # and one of these: my own batch
 # All that a plan may choose, if the user has not.
 SETTINGS = ("n_layer", "n_embd", "n_head", "block_size", "batch_size", "gradient_accumulation_steps", "dropout",
-            *RATES)
+            "weight_decay", *RATES)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def choose(text: Text, seconds: float, memory: int, given: dict, seconds_per_ste
     seconds: of training. memory: bytes that are free; 0: not known. given: the settings that are not to be chosen,
     with their values. seconds_per_step(settings): how long a step takes with these. processes: that share a step."""
     own_batch = {name: given[name] for name in BATCH_SETTINGS & given.keys()}
-    if given.keys() & SHAPE_SETTINGS and own_batch and "dropout" in given:
+    if given.keys() & SHAPE_SETTINGS and own_batch and given.keys() >= {"dropout", "weight_decay"}:
         return Choice({})               # the pace would decide nothing
     block_size = given.get("block_size", choose_block_size(text))
 
@@ -234,7 +235,8 @@ def tokens_per_step(settings: dict) -> int:
 
 def choose_regularization(text: Text, tokens: float) -> dict:
     """What keeps a model that reads so many tokens from memorizing the text."""
-    return {"dropout": round(by_count(DROPOUT, tokens / text.train_tokens), 2)}
+    epochs = tokens / text.train_tokens
+    return {"dropout": round(by_count(DROPOUT, epochs), 2), "weight_decay": round(by_count(WEIGHT_DECAY, epochs), 1)}
 
 
 def by_count(table: dict, count: float) -> float:
@@ -279,4 +281,4 @@ def describe_batch(batch: dict, block_size: int, steps: int, ends_early: bool) -
 
 def describe_epochs(text: Text, tokens: float) -> str:
     return (f"text     {short(text.train_tokens)} tokens, each read {tokens / text.train_tokens:.1f} times: more often "
-            "means more dropout, against memorizing it")
+            "means more dropout and weight_decay, against memorizing it")

@@ -88,7 +88,7 @@ def test_every_plan_is_a_run_that_can_begin(text, minutes, flops):
 
 
 def test_what_is_given_stays():
-    for name, value in dict(block_size=100, batch_size=5, dropout=0.3).items():
+    for name, value in dict(block_size=100, batch_size=5, dropout=0.3, weight_decay=9.0).items():
         asked = []
         choice = choose(BOOK, 200, 0, {name: value}, lambda settings, asked=asked: asked.append(settings) or 0.1)
         assert name not in choice.settings
@@ -137,6 +137,7 @@ def test_a_text_that_is_read_more_often_is_regularized_more():
     rare = plan.choose_regularization(BOOK, 0.5 * BOOK.train_tokens)
     often = plan.choose_regularization(BOOK, 50 * BOOK.train_tokens)
     assert often["dropout"] > rare["dropout"]
+    assert often["weight_decay"] > rare["weight_decay"] == Config.weight_decay
 
 
 def test_a_short_text_ends_a_long_run_before_its_time():
@@ -196,7 +197,7 @@ def test_a_run_by_the_clock_is_planned_and_can_be_repeated(start, few_shapes, pa
     assert done.returncode == 0, done.stderr
     config = stored(tmp_path / "run")["config"]
     words = planned_words(done.stdout)
-    for name in ("n_layer", "n_embd", "n_head", "batch_size", "block_size", "dropout"):
+    for name in ("n_layer", "n_embd", "n_head", "batch_size", "block_size", "dropout", "weight_decay"):
         assert f"--{name}={config[name]}" in words
     assert (config["n_layer"], config["n_embd"], config["n_head"]) in [(1, 16, 1), (1, 32, 1), (2, 32, 1)]
 
@@ -322,7 +323,7 @@ def test_minutes_that_only_limit_a_run_do_so_after_a_resume(start, paced, tmp_pa
 
 
 def test_a_plan_that_leaves_nothing_open_measures_nothing(start, few_shapes, paced, monkeypatch):
-    given = dict(n_layer=1, n_head=1, n_embd=16, batch_size=2, dropout=0.0)
+    given = dict(n_layer=1, n_head=1, n_embd=16, batch_size=2, dropout=0.0, weight_decay=0.4)
     monkeypatch.setattr(train, "time_a_step", lambda *_: pytest.fail("measured"))
     assert start("run", **PLANNED | given, max_minutes=2).returncode == 0
 
@@ -341,6 +342,12 @@ def test_what_is_known_of_planned_models_is_expected_of_no_other(start, few_shap
     done = start("run", **PLANNED | dict(ngrams=None) | given, max_minutes=2, dry_run=True)
     assert done.returncode == 0, done.stderr
     assert ("expect " in done.stdout) == is_known
+
+
+def test_the_decay_of_another_optimizer_is_not_planned(start, few_shapes, paced):
+    done = start("run", **PLANNED | dict(optimizer="adamw", learning_rate=0.003), max_minutes=2, dry_run=True)
+    assert done.returncode == 0, done.stderr
+    assert not [word for word in planned_words(done.stdout) if word.startswith("--weight_decay")]
 
 
 @pytest.mark.parametrize("without", [dict(ngrams=0), dict(ngram_optimizer="adamw"), dict(optimizer="adamw")])
