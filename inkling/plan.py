@@ -47,7 +47,7 @@ BATCH_TOKENS = 6144                     # tokens of a step in a run that reads B
 BATCH_RUN_TOKENS = 2.5e6
 BATCH_EXPONENT = 0.4                    # the power with which the first grows with the second
 FEWEST_STEPS = 50                       # a batch leaves at least so many
-FEWEST_STEPS_OF_AN_EPOCH = 4            # and so many to an epoch
+FEWEST_STEPS_OF_AN_EPOCH = 16           # and so many to an epoch
 ROUNDED_UP = 1.2                        # how much larger than wanted a batch may be, to be one of BATCH_SIZES
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 MOST_AT_ONCE = 64                       # sequences of a micro-batch
@@ -59,6 +59,7 @@ MOST_EPOCHS = {55: 5, 3800: 12}         # by how often an entry of the vocabular
 # token; and how far runs lay from that.
 SHARE_OF_NGRAM = {0.4: 1.10, 0.8: 1.06, 2.5: 0.95, 11: 0.93}
 BAND = 0.04
+SHORTEST_MEASURED = 100_000             # tokens of a text of which that is known
 BLOCK_SIZE = 256
 FEWEST_WINDOWS = 4                      # of the val split; a short one gets a shorter context
 OF_THE_TIME = 0.92                      # the share that is training, of what is left of a long run when it is planned
@@ -248,7 +249,7 @@ def by_count(table: dict, count: float) -> float:
 def expected_bits(text: Text, tokens: float) -> tuple:
     """(least, most) bits per byte of val of a planned model that reads so many tokens; empty where it is not known."""
     epochs = tokens / text.train_tokens
-    if not text.ngram_bits or epochs < min(SHARE_OF_NGRAM):
+    if not text.ngram_bits or text.train_tokens < SHORTEST_MEASURED or epochs < min(SHARE_OF_NGRAM):
         return ()
     middle = text.ngram_bits * by_count(SHARE_OF_NGRAM, epochs)
     return middle * (1 - BAND), middle * (1 + BAND)

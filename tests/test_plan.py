@@ -3,6 +3,7 @@
 import math
 import re
 import shlex
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -159,6 +160,7 @@ def test_what_is_expected_lies_about_the_ngrams_and_falls_with_what_is_read():
     assert bands[0][0] > 2.0 > bands[2][0]
     assert plan.expected_bits(text, 1e5) == ()              # of a text that is hardly read
     assert plan.expected_bits(BOOK, 2e6) == ()              # of a set without anchors
+    assert plan.expected_bits(replace(text, train_tokens=20_000), 2e6) == ()
 
 
 def test_the_text_of_a_set_knows_its_ngrams_if_they_have_counted_all_of_it():
