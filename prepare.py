@@ -553,7 +553,7 @@ def write_set(folder: Path, paths: list, tokenizer_name: str = "", val_fraction:
     report(folder, meta, options.tokenizer or "char", len(corpus.survey.characters_seen()), used)
     report_documents(corpus, writers, tokenizer, joiner)
     print_judgement(anchors, leaks, meta)
-    print_next(folder, meta)
+    print_next(folder, meta, options.tokenizer)
     return meta
 
 
@@ -676,7 +676,11 @@ def write_token_files(folder: Path, corpus: Corpus, tokenizer: Tokenizer, joiner
                 writers[encoded.split].write(encoded)
                 used[encoded.ids] = True
         except ValueError as error:  # the tokenizer lacks a character, or its pattern skips some
-            raise UserError(f"{', '.join(map(str, corpus.reader.paths))}: {error}")
+            way_out = ""
+            if tokenizer.kind == "char":
+                way_out = ("; replace them in the text, or prepare the first text anew with --tokenizer=byte, which "
+                           "knows all")
+            raise UserError(f"{', '.join(map(str, corpus.reader.paths))}: {error}{way_out}")
         for writer in writers.values():
             writer.finish()
     return writers, float(used.mean())
@@ -702,15 +706,18 @@ def report(folder: Path, meta: dict, tokenizer_name: str, distinct: int, used: f
             print(f"note     {split} is empty, and train.py needs both: {way_out}")
 
 
-def print_next(folder: Path, meta: dict):
-    """Print the command that trains on this set."""
+def print_next(folder: Path, meta: dict, tokenizer: str = ""):
+    """Print the command that trains on this set; with a checkpoint's `tokenizer`, from its weights."""
     if not all(meta["splits"][split]["tokens"] for split in SPLITS):
         return
     place = folder.resolve()
     elsewhere = ""
     if place.parent != ROOT / "data":
         elsewhere = f" --data_dir={shell_word(str(place.parent))}"
-    print(f"next     python train.py --dataset={place.name}{elsewhere}", flush=True)
+    weights = ""
+    if tokenizer.endswith(".pt"):
+        weights = f" --init_from={shell_word(tokenizer)}"
+    print(f"next     python train.py --dataset={place.name}{elsewhere}{weights}", flush=True)
 
 
 def files_in_words(split: str, entry: dict) -> str:

@@ -150,7 +150,7 @@ class Config(ModelConfig):
     max_iters: Annotated[int, at_least(0).below(2**31)] = 300  # optimizer steps to train for
     max_epochs: NonNegativeFloat = 0.0  # passes over the training tokens; above 0 it sets max_iters
     max_minutes: NonNegativeFloat = 0.0  # wall-clock limit in minutes; plans max_iters and whatever else is not
-                                        # set, such as the model's size; 0: none
+                                        # set, such as the model's size; 0: no limit and no plan
     breakpoints: str = ""               # STEP:END,...: from each STEP on, the run ends at step END; the line `repeat`
                                         # of a run with max_minutes gives them
     dry_run: bool = False               # estimate memory, time and files from three real steps; write nothing
@@ -193,8 +193,8 @@ class Config(ModelConfig):
     learning_rate: NonNegativeFloat = 0.02  # with muon: the rate of the blocks' matrices; with adamw: of everything
     embed_lr: NonNegativeFloat = 0.1    # with muon: AdamW's learning rate for the embeddings
     ngram_lr: NonNegativeFloat = 0.05   # with muon: RowAdam's learning rate for the n-gram vectors
-    ngram_decay: AutoOrNonNegativeFloat = "auto"  # with muon: weight decay of the n-gram vectors; auto: the more, the
-                                        # fewer steps read the text once, so that it is forgotten in between
+    ngram_decay: AutoOrNonNegativeFloat = "auto"  # with muon: weight decay of the n-gram vectors; auto: larger for a
+                                        # short text, whose passages come back sooner
     head_lr: NonNegativeFloat = 0.008   # with muon: AdamW's learning rate for the output layer
     scalar_lr: NonNegativeFloat = 0.02  # with muon: AdamW's learning rate for gains, biases and mixing weights
     weight_decay: NonNegativeFloat = 0.4  # of the blocks' matrices (muon) or of all matrices (adamw); a step shrinks
@@ -264,6 +264,9 @@ def read_breakpoints(text: str) -> list | None:
 # The settings that most people want first.
 FIRST_IN_HELP = ("dataset", "out_dir", "init_from", "max_iters", "max_minutes", "n_layer", "n_embd", "dry_run")
 MODEL_FIELDS = {model_field.name for model_field in fields(ModelConfig)}
+COMPUTE_NOTHING = {"eval_interval", "eval_iters", "log_interval", "save_interval", "keep", "always_save_checkpoint",
+                   "sample_interval", "sample_tokens", "sample_start", "sample_temperature", "tensorboard",
+                   "wandb_log", "wandb_project", "wandb_run_name"}      # settings without effect on the weights
 SAY_HOW_LONG = MODEL_FIELDS | {"max_iters", "max_epochs", "max_minutes", "breakpoints", "lr_decay_iters"}
 SECONDS_OF_A_TRIAL = 1.0                # in which the trial steps of one model begin, unless three take longer
 TRIALS_OF_THE_TIME = 0.2                # share of a run's time after which its plan tries no model more
@@ -1180,6 +1183,7 @@ class Plan:
     ngram_decay: float                  # weight decay of the n-gram vectors
     fit_to_time: bool = False           # max_minutes decides the number of steps; else it can only end the run earlier
     most_steps: int = 0                 # with fit_to_time: that number is at most this; 0: any
+    resumed_at: int = 0                 # the latest step at which a resume changed what the run computes; 0: none
     expected: list = field(default_factory=list)    # the least and the most bits per byte of val at the end; empty:
                                         # not known
 
@@ -1339,8 +1343,6 @@ def choose_settings(cfg: Config, origin: Origin, ranks: Ranks, device: str, fold
     if origin.given is None:
         return planning.Choice({})
     given = origin.given | without_effect(cfg)
-    if origin.checkpoint:
-        return planning.choose_for_checkpoint(given, {name: getattr(cfg, name) for name in planning.RATES})
     text = planning.Text.of(read_meta(folder))
     if given.keys() & {*MODEL_FIELDS, *planning.SETTINGS, "optimizer", "ngram_decay"}:
         text = replace(text, ngram_bits=0.0)        # what to expect is known of planned models only
@@ -1359,6 +1361,10 @@ def choose_settings(cfg: Config, origin: Origin, ranks: Ranks, device: str, fold
     memory = free_memory(device)
     if device_type(device) == "cpu":    # which the processes of a machine share
         memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if origin.checkpoint:
+        names = (*planning.RATES, "block_size", *planning.BATCH_SETTINGS)
+        defaults = {name: getattr(cfg, name) for name in names}
+        return planning.choose_for_checkpoint(text, seconds, given, defaults, seconds_per_step, ranks.world)
     tried = try_within(TRIALS_OF_THE_TIME * seconds_left, seconds_per_step, ranks)
     return planning.choose(text, seconds, ranks.broadcast(memory), given, tried, ranks.world)
 
@@ -1471,6 +1477,7 @@ def make_plan(cfg: Config, ranks: Ranks, device: str, tokens: int, origin: Origi
         ngram_decay=choose_ngram_decay(cfg, tokens, origin),
         fit_to_time=origin.fit_to_time,
         most_steps=origin.stored_plan.get("most_steps", origin.most_steps),
+        resumed_at=origin.stored_plan.get("resumed_at", 0),
         expected=origin.stored_plan.get("expected", []))
 
 
@@ -2194,6 +2201,8 @@ def resume_from(last: Path, stamp: tuple, parsed: cli.Parsed) -> tuple:
     elif evaluations and "eval_interval" in changed and cfg.eval_interval != "auto":
         evaluations["interval"] = cfg.eval_interval
     plan = {name: value for name, value in content["plan"].items() if name not in decided_anew}
+    if (changed.keys() - COMPUTE_NOTHING) or "max_minutes" in parsed.typed:
+        plan["resumed_at"] = content["step"]
     return cfg, Origin(content, True, plan, fit_to_time, seconds_used, stamp)
 
 

@@ -31,7 +31,7 @@ LATER_ENTRIES = {"tokens": int, "threads": int, "text": str, "lost": str, "plan"
                  "start": str, "pause": float, "clock_seconds": float}
 PLAN_ENTRIES = {"device": str, "dtype": str, "compile": bool | str, "sequences": int, "micro_batches": int}
 LATER_PLAN_ENTRIES = {"breakpoints": list, "evaluations": dict, "fit_to_time": bool, "most_steps": int,
-                      "ngram_decay": float, "expected": list}
+                      "ngram_decay": float, "expected": list, "resumed_at": int}
 PLAN_CHOICES = {"dtype": ("float32", "bfloat16", "float16"), "compile": (True, False, "auto")}
 
 

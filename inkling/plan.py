@@ -71,6 +71,8 @@ BYTES_PER_PARAMETER = 16                # weights, gradients and AdamW's two ave
 BYTES_PER_TABLE_NUMBER = 12             # weights, gradients and a copy of them, as RowAdam keeps next to nothing
 BYTES_PER_ACTIVATION = 160              # of a token, for each layer and each dimension of its width
 MEMORY_SHARE = 0.5                      # of what is free, that a run may take by this estimate
+EARLY_END = "end      before the time is over: to read so short a text more often would only memorize it"
+CHECKPOINT_EPOCHS = 4                   # that a run from trained weights makes at most
 CHECKPOINT_RATES = 0.5                  # times the usual rates, for weights that are trained already
 
 RATES = ("learning_rate", "embed_lr", "ngram_lr", "head_lr", "scalar_lr")
@@ -122,23 +124,24 @@ def choose(text: Text, seconds: float, memory: int, given: dict, seconds_per_ste
         return Choice({})               # the pace would decide nothing
     block_size = given.get("block_size", choose_block_size(text))
 
+    most_tokens = text.train_tokens * by_count(MOST_EPOCHS, text.train_tokens / text.vocab_size)
+
     def tokens_in_time(shape: dict) -> float:
         """How many tokens a model of that shape reads."""
         batch = own_batch or choose_batch(text, BATCH_RUN_TOKENS, block_size, processes)
         trial = {**shape, "block_size": block_size, **batch}
-        return seconds / seconds_per_step(without(trial, given)) * tokens_per_step(trial)
+        tokens = seconds / seconds_per_step(without(trial, given)) * tokens_per_step(trial)
+        return min(tokens, most_tokens)
 
     shape, tokens, reason = choose_shape(text, seconds, memory, block_size, given, tokens_in_time)
-    most_tokens = text.train_tokens * by_count(MOST_EPOCHS, text.train_tokens / text.vocab_size)
-    ends_early = tokens > most_tokens
-    tokens = min(tokens, most_tokens)
+    ends_early = tokens == most_tokens
     batch = own_batch or choose_batch(text, tokens, block_size, processes)
     settings = without({**shape, "block_size": block_size, **batch, **choose_regularization(text, tokens)}, given)
     steps = max(1, int(tokens / tokens_per_step({"block_size": block_size, **batch})))
     reasons = [reason, describe_batch(batch, block_size, steps, ends_early), describe_epochs(text, tokens)]
     if ends_early:
         settings["max_iters"] = steps   # and the minutes stay the most that it takes
-        reasons.append("end      before the time is over: to read so short a text more often would only memorize it")
+        reasons.append(EARLY_END)
     expected = expected_bits(text, tokens)
     if expected:
         reasons.append(f"expect   {expected[0]:.2f} to {expected[1]:.2f} bits per byte at the end; less is better, and "
@@ -160,11 +163,33 @@ def seconds_of_training(seconds_left: float, compiled: bool) -> float:
     return training
 
 
-def choose_for_checkpoint(given: dict, defaults: dict) -> Choice:
-    """The plan of a run that starts from a checkpoint's weights: the peak rates alone, below the `defaults`."""
-    settings = {name: defaults[name] * CHECKPOINT_RATES for name in RATES if name not in given}
-    reason = f"rates    {CHECKPOINT_RATES:g} of those from scratch, as the weights are trained already"
-    return Choice(settings, reasons=[reason] if settings else [])
+def choose_for_checkpoint(text: Text, seconds: float, given: dict, defaults: dict, seconds_per_step,
+                          processes: int = 1) -> Choice:
+    """The plan of a run that starts from a checkpoint's weights, with the arguments of `choose`: nothing of the model,
+    but rates below the `defaults`, and for a text that is soon read an early end and a smaller batch.
+
+    defaults: {setting: value} of the rates, the batch and the context, where they are not given."""
+    settings = without({name: defaults[name] * CHECKPOINT_RATES for name in RATES}, given)
+    reasons = []
+    if settings:
+        reasons.append(f"rates    {CHECKPOINT_RATES:g} of those from scratch, as the weights are trained already")
+    usual = {name: given.get(name, defaults[name]) for name in ("block_size", *sorted(BATCH_SETTINGS))}
+    tokens = seconds / seconds_per_step({}) * tokens_per_step(usual)
+    most_tokens = CHECKPOINT_EPOCHS * text.train_tokens
+    ends_early = tokens > most_tokens
+    tokens = min(tokens, most_tokens)
+    batch = {name: usual[name] for name in BATCH_SETTINGS}
+    smaller = choose_batch(text, tokens, usual["block_size"], processes)
+    if not given.keys() & BATCH_SETTINGS and tokens_per_step(usual | smaller) < tokens_per_step(usual):
+        batch = smaller
+        settings |= smaller
+    settings |= without(choose_regularization(text, tokens), given)
+    steps = max(1, int(tokens / tokens_per_step(usual | batch)))
+    reasons += [describe_batch(batch, usual["block_size"], steps, ends_early), describe_epochs(text, tokens)]
+    if ends_early:
+        settings["max_iters"] = steps
+        reasons.append(EARLY_END)
+    return Choice(settings, steps, reasons=reasons)
 
 
 # -- the context and the shape -------------------------------------------------------------------------

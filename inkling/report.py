@@ -320,6 +320,8 @@ class Report:
     def describe_steps(self) -> str:
         run = self.run
         count = f"as many as {run.cfg.max_minutes:g} min allow,"
+        if run.plan.most_steps:
+            count = f"at most {run.plan.most_steps:,}, or {count}"
         if run.plan.max_iters is not None:
             count = f"{run.plan.max_iters:,}"
         steps_per_epoch = run.tokens_per_epoch / run.tokens_per_step
@@ -515,14 +517,13 @@ class Report:
         state = self.run.state
         if self.parting_said or not self.log_file or losses["val"] < state.best_val_loss + 0.01:
             return
-        rows = read_log(self.out_dir / "log.csv")
-        train_then = [row["train_loss"] for row in rows if row["step"] == state.best_step and "train_loss" in row]
-        if not train_then or losses["train"] > train_then[-1] - 0.01:
+        train_then = self.train_loss_at_best()
+        if train_then is None or losses["train"] > train_then - 0.01:
             return
         if state.tokens < self.run.tokens_per_epoch:        # little of the text was read twice
             return
         self.parting_said = True
-        self.label("note", memorizing(self.run.cfg, state, train_then[-1], losses))
+        self.label("note", memorizing(self.run.cfg, state, train_then, losses))
 
     def draw_losses(self):
         """Draw loss.png, if it is not up to date; a run never ends for want of a picture."""
@@ -621,7 +622,8 @@ class Report:
         state = run.state
         seconds = run.stopwatch.seconds()
         if run.first_step == state.step >= run.plan.max_iters:
-            self.label("note", "nothing was left to do: a larger --max_iters trains longer")
+            self.label("note", "nothing was left to do: a larger --max_iters trains longer, and the learning rate "
+                               "rises again for it")
         self.label("done", f"{state.step:,} steps{self.cut_short()} in {duration(seconds)} of training; "
                            f"best val loss {state.best_val_loss:.4f} at step {state.best_step}")
         bits = (self.best_on_all or state.best_val_loss) * self.bits_per_byte
@@ -629,17 +631,42 @@ class Report:
             self.label("compared", words + self.compare_with_expectation(bits))
         self.label("speed", self.describe_speed(state.tokens, seconds))
         self.say_whether_compiling_paid()
-        last_val_loss = state.losses.get("val", -math.inf)
-        if last_val_loss > state.best_val_loss + 0.01:
-            self.label("note", f"the val loss has risen to {last_val_loss:.4f} since then: the model is overfitting, "
-                               "if the train loss has fallen; try --patience=3, fewer steps, more --dropout or a "
-                               "smaller model. If the train loss has risen, too, lower --learning_rate")
+        if state.best_step == 0 < state.step:
+            self.label("note", "no evaluation was better than that before the first step: ckpt.pt holds the weights "
+                               "with which the run began. Fewer steps, lower rates or more text may help")
+        elif state.losses.get("val", -math.inf) > state.best_val_loss + 0.01:
+            self.label("note", self.why_val_has_risen())
         files = [f"{name} ({purpose})" for name, purpose in PURPOSES.items() if (self.out_dir / name).exists()]
         used = sum((self.out_dir / name).stat().st_size for name in PURPOSES if (self.out_dir / name).exists())
         self.label("files", f"{self.out_dir}/: {', '.join(files)}; {size(used)}")
         if len(run.plan.breakpoints) > 1 or run.cfg.max_minutes:
-            self.say(f"repeat   {self.repeat_command()}")
+            if run.plan.resumed_at:
+                self.label("repeat", f"not by one command: it was resumed at step {run.plan.resumed_at:,} with other "
+                                     "settings")
+            else:
+                self.say(f"repeat   {self.repeat_command()}")
         self.say(f"next     python sample.py --out_dir={shlex.quote(str(self.out_dir))}")     # whole, to be copied
+
+    def train_loss_at_best(self) -> float | None:
+        """The train loss of the best evaluation; None if log.csv does not have it."""
+        best_step = self.run.state.best_step
+        path = self.out_dir / "log.csv"
+        rows = read_log(path) if path.exists() else []
+        losses = [row["train_loss"] for row in rows if row["step"] == best_step and "train_loss" in row]
+        return losses[-1] if losses else None
+
+    def why_val_has_risen(self) -> str:
+        losses = self.run.state.losses
+        risen = f"the val loss has risen to {losses['val']:.4f} since then"
+        remedies = "try --patience=3, fewer steps, more --dropout, a smaller model or more text"
+        train_then = self.train_loss_at_best()
+        if train_then is None:
+            return (f"{risen}: the model is overfitting, if the train loss has fallen; {remedies}. If the train loss "
+                    "has risen, too, lower --learning_rate")
+        change = f"{train_then:.4f} -> {losses['train']:.4f}"
+        if losses["train"] < train_then:
+            return f"{risen}: the model is overfitting (train {change}); {remedies}"
+        return f"{risen}, and so has the train loss ({change}): lower --learning_rate"
 
     def compare_with_expectation(self, bits: float) -> str:
         """What to add about the bits per byte that the plan expected, if there was one."""

@@ -309,7 +309,8 @@ def hostile(good: dict, tokens: str):
                   ("optimizers", 1, "state", 0, "average"), ("plan",), ("plan", "breakpoints"),
                   ("plan", "evaluations"), ("plan", "dtype"),
                   ("plan", "compile"), ("plan", "device"), ("plan", "sequences"), ("plan", "fit_to_time"),
-                  ("plan", "most_steps"), ("plan", "ngram_decay"), ("plan", "expected"), ("optimizers", 2),
+                  ("plan", "most_steps"), ("plan", "ngram_decay"), ("plan", "expected"), ("plan", "resumed_at"),
+                  ("optimizers", 2),
                   ("optimizers", 2, "state", 0, "mean_square"), ("optimizers", 2, "state", 0, "steps")]:
         for value in (None, -1, 2**62, float("nan"), "\x1b[2J", nested(50), {}, torch.zeros(3), "missing"):
             yield (place, value), changed(good, place, value)

@@ -129,7 +129,7 @@ def test_the_plan_is_stored_beside_the_settings(measured):
     content = last(measured)
     assert content["plan"] == dict(device="cpu", dtype="bfloat16", compile=False, breakpoints=[[0, 6]], sequences=4,
                                    micro_batches=1, evaluations=dict(interval=3, windows=16, at_the_end=0),
-                                   ngram_decay=1.7, fit_to_time=False, most_steps=0, expected=[])
+                                   ngram_decay=1.7, fit_to_time=False, most_steps=0, resumed_at=0, expected=[])
     assert (content["config"]["dtype"], content["config"]["compile"]) == ("auto", "auto")
 
 

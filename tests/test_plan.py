@@ -308,6 +308,15 @@ def test_what_a_plan_expects_is_stored_and_forgotten_with_its_length(start, few_
         assert stored(tmp_path / "run")["plan"]["expected"] == ([] if name == "longer" else [1.0, 1.5])
 
 
+def test_a_run_that_was_resumed_with_other_settings_names_no_command_for_it(start, few_shapes, paced, tmp_path):
+    done = start("run", **PLANNED, max_minutes=2)
+    assert "repeat   python train.py" in done.stdout
+    again = inside(train.main, f"--out_dir={tmp_path / 'run'}", "--init_from=resume", "--max_minutes=2")
+    assert again.returncode == 0, again.stderr
+    assert "not by one command: it was resumed at step" in again.stdout
+    assert "repeat   python" not in again.stdout
+
+
 def test_minutes_that_only_limit_a_run_do_so_after_a_resume(start, paced, tmp_path):
     done = start("run", max_iters=4, max_minutes=10)
     assert done.returncode == 0, done.stderr
@@ -385,10 +394,14 @@ def test_a_resumed_run_keeps_its_plan(start, few_shapes, paced, tmp_path, monkey
 
 def test_a_checkpoint_keeps_its_model_and_starts_at_lower_rates(start, few_shapes, paced, tmp_path, monkeypatch):
     assert start("base").returncode == 0
-    monkeypatch.setattr(train, "time_a_step", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(plan, "CHECKPOINT_EPOCHS", 0.2)
     done = start("tuned", **PLANNED, max_minutes=2, init_from=str(tmp_path / "base" / "ckpt.pt"), head_lr=0.5)
     assert done.returncode == 0, done.stderr
-    config = stored(tmp_path / "tuned")["config"]
+    assert "before the time is over" in done.stdout
+    content = stored(tmp_path / "tuned")
+    config = content["config"]
+    tokens_of_step = config["batch_size"] * config["block_size"]
+    assert 0.15 < config["max_iters"] * tokens_of_step / 18_000 <= 0.2
     assert config["n_embd"] == TOY["n_embd"]
     assert config["learning_rate"] == pytest.approx(plan.CHECKPOINT_RATES * Config.learning_rate)
     assert config["head_lr"] == 0.5

@@ -1033,14 +1033,18 @@ def test_two_processes_that_prepare_one_set_wait_for_each_other(in_folder, capsy
     check_set(Path("data/book"))
 
 
-def test_the_tokenizer_of_another_set_or_of_a_checkpoint(in_folder, data_dir, tmp_path):
+def test_the_tokenizer_of_another_set_or_of_a_checkpoint(in_folder, data_dir, tmp_path, capsys):
     trained(data_dir, tmp_path / "run", max_iters=0)
     Path("note.txt").write_text("The hen said so. " * 9)
     theirs = read_meta(data_dir / "toy")["tokenizer"]
     for path in (tmp_path / "run" / "ckpt.pt", data_dir / "toy" / "meta.json"):
         prepared("note.txt", "--name=note", f"--tokenizer={path}", "--force")
+        assert (f" --init_from={path}\n" in capsys.readouterr().out) == (path.suffix == ".pt")
         assert read_meta(Path("data/note"))["tokenizer"] == theirs
         assert "".join(split_texts(Path("data/note"))) == "The hen said so. " * 9
+    Path("other.txt").write_text("The hen said so: ¥ 9. " * 9)
+    outcome = inside(prepare.main, "other.txt", "--name=other", f"--tokenizer={data_dir / 'toy' / 'meta.json'}")
+    one_line_error(outcome, "the tokenizer has no '9' '¥'", "--tokenizer=byte")
     prepared("note.txt", "--name=note", "--tokenizer=char")             # another one of the same kind
     assert read_meta(Path("data/note"))["tokenizer"]["chars"] == " .Tadehinos"
 

@@ -53,7 +53,7 @@ def make_run(tmp_path):
         plan = {"device": "cpu", "dtype": "float32", "compile": False, "max_iters": cfg.max_iters,
                 "breakpoints": [[0, cfg.max_iters]], "eval_interval": cfg.eval_interval,
                 "evaluations": {"interval": cfg.eval_interval, "windows": 16, "at_the_end": 0},
-                "expected": [], "ngram_decay": 2.5} | (plan or {})
+                "expected": [], "ngram_decay": 2.5, "most_steps": 0, "resumed_at": 0} | (plan or {})
         split = {"tokens": 1001, "bytes": 2002}
         return SimpleNamespace(
             cfg=cfg, state=SimpleNamespace(**state), plan=SimpleNamespace(**plan),
@@ -487,6 +487,30 @@ def test_overfitting_is_said_at_the_end(make_run, tmp_path, capsys, last, overfi
     state = DONE | {"losses": {"train": 1.0, "val": last}, "best_step": 3}
     said = finished(make_run(state=state), tmp_path, capsys)
     assert (f"the val loss has risen to {last:.4f} since then: the model is overfitting" in said) == overfits
+
+
+@pytest.mark.parametrize(("train_loss", "said"), [
+    (0.5, "the model is overfitting (train 1.0000 -> 0.5000)"),
+    (1.5, "and so has the train loss (1.0000 -> 1.5000): lower --learning_rate")])
+def test_the_train_loss_tells_overfitting_from_too_high_a_rate(make_run, tmp_path, capsys, train_loss, said):
+    (tmp_path / "log.csv").write_text("step,tokens,train_loss,val_loss,seconds\n3,9,1.0,2.5,1\n",
+                                      encoding="utf-8")
+    state = DONE | {"losses": {"train": train_loss, "val": 3.0}, "best_step": 3}
+    assert said in " ".join(finished(make_run(state=state), tmp_path, capsys).split())
+
+
+@pytest.mark.parametrize(("best_step", "said"), [(0, True), (3, False)])
+def test_a_run_that_improved_on_nothing_says_so(make_run, tmp_path, capsys, best_step, said):
+    state = DONE | {"losses": {"train": 1.0, "val": 3.0}, "best_step": best_step}
+    out = " ".join(finished(make_run(state=state), tmp_path, capsys).split())
+    assert ("no evaluation was better than that before the first step" in out) == said
+    assert ("the val loss has risen" in out) != said
+
+
+def test_a_plan_that_ends_early_says_the_most_steps(make_run, tmp_path):
+    plan = {"max_iters": None, "breakpoints": [], "most_steps": 1169}
+    report = Report(make_run(plan=plan, max_minutes=5.0), tmp_path)
+    assert report.describe_steps().startswith("at most 1,169, or as many as 5 min allow, of 128 tokens")
 
 
 @pytest.mark.parametrize(("state", "stop", "said"), [
