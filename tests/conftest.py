@@ -175,8 +175,10 @@ def contents(path) -> dict:
             value = (str(value.dtype), tuple(value.shape), raw)
         return {place: value}
 
-    # What differs without mattering: the time, the place, and the rates, which each step computes anew.
-    ignored = re.compile(r"\.seconds|\.pause|\.clock_seconds|\.config\.out_dir|.*\.param_groups\.\d+\.(lr|momentum)")
+    # What differs without mattering: the time, the place, how often it was resumed, and the rates, which each step
+    # computes anew.
+    ignored = re.compile(r"\.seconds|\.pause|\.clock_seconds|\.plan\.resumed_at|\.config\.out_dir|"
+                         r".*\.param_groups\.\d+\.(lr|momentum)")
     found = flat(torch.load(path, weights_only=True), "")
     return {place: value for place, value in found.items() if not ignored.fullmatch(place)}
 
