@@ -51,7 +51,7 @@ FEWEST_STEPS_OF_AN_EPOCH = 16           # and so many to an epoch
 ROUNDED_UP = 1.2                        # how much larger than wanted a batch may be, to be one of BATCH_SIZES
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 MOST_AT_ONCE = 64                       # sequences of a micro-batch
-DROPOUT = {2.5: 0.0, 5: 0.1}            # by how often a run reads each token; between them by the logarithm
+DROPOUT = {4: 0.0, 8: 0.1}              # by how often a run reads each token; between them by the logarithm
 WEIGHT_DECAY = {2.5: 0.4, 8: 1.2}       # in the same way; of Muon, for the blocks' matrices
 MOST_EPOCHS = {55: 5, 3800: 12}         # by how often an entry of the vocabulary occurs, on average, in the same way:
                                         # a run ends then, as reading a text more often memorizes it
